@@ -1,0 +1,1 @@
+"""advisor: whether a training run fits, what is fastest, and what to type."""

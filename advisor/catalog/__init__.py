@@ -1,0 +1,1 @@
+"""Names and files to specs; the only reader of ``profiles/``."""

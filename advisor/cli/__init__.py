@@ -1,0 +1,1 @@
+"""One file per command: converts arguments, calls the API, prints."""

@@ -1,0 +1,1 @@
+"""A step program on given hardware to numbers; pure functions."""

@@ -1,0 +1,108 @@
+"""What the readings of one plan's step program say: memory, traffic, time, and a verdict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from advisor.specs.hardware import Cluster
+from advisor.specs.job import Job
+from advisor.specs.model import ModelSpec
+from advisor.specs.plan import Plan
+from advisor.step.program import Line
+
+Origin = Literal["given", "found", "assumed"]
+Verdict = Literal["fits", "tight", "no"]
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One resolved input as it is shown: what was taken, and where it came from."""
+
+    name: str
+    value: str | int | float
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseMemory:
+    """Allocated bytes of one phase of the step."""
+
+    phase: str
+    peak_bytes: int
+    end_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Bytes of the worst rank's device, and of one machine's host. Fields as torch and NVML count them."""
+
+    capacity_bytes: int
+    states_bytes: int
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    device_used_bytes: int
+    low_bytes: int
+    high_bytes: int
+    """Range in which the measured device use may lie."""
+    peak_phase: str
+    peak_label: str
+    worst_rank: int
+    ledger: tuple[Line, ...]
+    """What is held at the peak of allocated memory; sums to ``peak_allocated_bytes``."""
+    timeline: tuple[PhaseMemory, ...]
+    host_bytes: int
+    """Peak host memory of one machine, all its ranks together."""
+    host_capacity_bytes: int
+    host_ledger: tuple[Line, ...]
+    nvme_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrafficLine:
+    """What one rank sends for one purpose in one optimizer step."""
+
+    what: str
+    collective: str
+    link: str
+    bytes_per_step: int
+    seconds: float
+    exposed_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepTime:
+    """Seconds of one optimizer step, all its micro-batches included, and the rates that follow."""
+
+    step_s: float
+    low_s: float
+    high_s: float
+    compute_s: float
+    exposed_communication_s: float
+    """Collectives and host copies that nothing hides."""
+    optimizer_s: float
+    """Update on the GPU or the CPU; part of neither of the two above."""
+    tokens_per_s: float
+    """Over all GPUs."""
+    tokens_per_s_per_gpu: float
+    mfu: float
+    """Model FLOPs (no recomputation) over the dense peak of the number format computed in."""
+    flop_per_s_per_gpu: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """One plan, priced."""
+
+    model: ModelSpec
+    job: Job
+    cluster: Cluster
+    plan: Plan
+    inputs: tuple[Input, ...]
+    memory: Memory
+    traffic: tuple[TrafficLine, ...]
+    time: StepTime
+    verdict: Verdict
+    why: str
+    """One sentence: what makes it fit or not; in a recommendation, what made it win or lose."""
+    warnings: tuple[str, ...] = ()

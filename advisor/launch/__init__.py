@@ -1,0 +1,1 @@
+"""A plan to the text that launches it, one target a file."""

@@ -1,0 +1,1 @@
+"""What is asked: frozen values that refuse nonsense. No cost, no files."""

@@ -1,0 +1,45 @@
+"""What only a measurement can tell: device overheads, achieved rates, and how far predictions were off."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """Constants that a prediction adds to the step program. Each has its source in the file it was read from."""
+
+    name: str
+    matmul_workspace_bytes: int
+    """cuBLAS workspace of one handle, counted by torch's allocator."""
+    context_bytes: int
+    """CUDA context and loaded kernels of one process, outside torch's allocator."""
+    communicator_bytes: int
+    """NCCL buffers of one communicator, outside torch's allocator."""
+    fragmentation_share: float
+    """Reserved beyond allocated memory, as a share of what the step allocates and frees."""
+    margin_share: float
+    """Share of device memory that ``--margin auto`` keeps free."""
+    low_memory_share: float
+    high_memory_share: float
+    """Where the measured peak may lie, as shares of the predicted one."""
+    low_time_share: float
+    high_time_share: float
+    """Where the measured step time may lie, as shares of the predicted one."""
+    matmul_efficiency: float
+    """Share of the dense peak that a large matrix product reaches."""
+    matmul_half_flop: float
+    """Work at which a matrix product reaches half of that share."""
+    attention_efficiency: float
+    """Share of the dense peak that fused attention reaches."""
+    bandwidth_efficiency: float
+    """Share of memory bandwidth that element-wise kernels reach."""
+    kernel_launch_s: float
+    """Least time between two kernels in eager mode."""
+    overlap_share: float
+    """Share of communication that can hide behind compute which does hide, the two slowing each other down."""
+    cpu_adam_bytes_per_parameter: float
+    """Host memory traffic of one Adam update on the CPU."""
+    process_host_bytes: int
+    """Host memory of one training process beside its tensors."""
+    source: str

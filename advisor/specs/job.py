@@ -1,0 +1,61 @@
+"""What is to be trained and how, whatever the GPUs: sequence, batch, number formats, optimizer, kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from advisor.errors import SpecError
+
+Precision = Literal["bf16", "fp16", "fp32"]
+ParameterFormat = Literal["fp32", "bf16"]
+Optimizer = Literal["adamw-fused", "adamw-foreach", "adamw-loop"]
+AttentionKernel = Literal["sdpa", "flash", "eager"]
+LossKernel = Literal["full"]
+
+FORMAT_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Bytes per element of each number format."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One training job. ``global_batch`` counts sequences per optimizer step over all GPUs."""
+
+    sequence_length: int = 2048
+    global_batch: int = 64
+    precision: Precision = "bf16"
+    parameter_format: ParameterFormat = "fp32"
+    """What the trained weights are held in before sharding: fp32 weights or masters, or pure bf16."""
+    optimizer: Optimizer = "adamw-fused"
+    attention: AttentionKernel = "sdpa"
+    loss: LossKernel = "full"
+
+    def __post_init__(self) -> None:
+        for name, value in (("sequence_length", self.sequence_length), ("global_batch", self.global_batch)):
+            if value < 1:
+                raise SpecError(f"{name} must be at least 1, got {value}")
+        _one_of("precision", self.precision, get_args(Precision))
+        _one_of("parameter format", self.parameter_format, get_args(ParameterFormat))
+        _one_of("optimizer", self.optimizer, get_args(Optimizer))
+        _one_of("attention", self.attention, get_args(AttentionKernel))
+        _one_of("loss", self.loss, get_args(LossKernel))
+        if self.parameter_format == "bf16" and self.precision != "bf16":
+            raise SpecError(
+                f"weights held in bf16 need precision bf16, got {self.precision}; "
+                "keep fp32 weights (--param-dtype fp32) or train in bf16"
+            )
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes per element of what matrix products read."""
+        return FORMAT_BYTES[self.precision]
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes per element of the weights as the model is built, before a framework converts them."""
+        return FORMAT_BYTES[self.parameter_format]
+
+
+def _one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise SpecError(f"{what} must be one of {', '.join(allowed)}, got {value!r}")

@@ -1,0 +1,228 @@
+"""The facts of a transformer that its memory, traffic and time depend on.
+
+A model is an embedding, runs of layers and a head. Every part lists its parameters as transformers registers
+them (name, shape, order), because partition boundaries, bucket fills and row-wise shards depend on each tensor;
+its other fields say how the part computes, because what autograd saves depends on that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Literal
+
+from advisor.errors import SpecError
+
+NormKind = Literal["rms", "rms-fp32-weight", "layer"]
+"""How a norm computes in low precision.
+
+``rms``: upcasts to fp32, casts back, then multiplies by the weight (Llama). ``rms-fp32-weight``: multiplies by
+the weight in fp32, then casts back (Gemma, OLMo-2, gpt-oss). ``layer``: torch's fused LayerNorm.
+"""
+
+Placement = Literal["pre", "post-branch", "sandwich", "post-sum", "parallel"]
+"""Where a layer normalises.
+
+``pre``: x + f(norm(x)). ``post-branch``: x + norm(f(x)) (OLMo-2). ``sandwich``: x + norm(f(norm(x))) (Gemma 2, 3).
+``post-sum``: norm(x + f(x)) (BERT). ``parallel``: x + attention(norm(x)) + mlp(norm(x)) (GPT-NeoX, Falcon).
+"""
+
+Objective = Literal["causal", "masked", "seq2seq"]
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One trainable tensor, named and shaped as transformers registers it."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentAttention:
+    """DeepSeek's multi-head latent attention: low-rank projections of queries and of keys and values."""
+
+    query_rank: int | None
+    """Rank of the compressed queries; None where queries are projected directly (V2-Lite)."""
+    key_value_rank: int
+    rotary_head_dim: int
+    plain_head_dim: int
+    value_head_dim: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attention:
+    """One attention block. Widths are per head; ``key_value_heads`` < ``heads`` is grouped-query attention."""
+
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    bias: bool = False
+    """Whether the query, key and value projections have biases."""
+    output_bias: bool = False
+    fused_projection: bool = False
+    """Queries, keys and values leave one matrix product, so views of them keep its whole output alive."""
+    query_key_norm: Literal["none", "per-head", "full-width", "unweighted"] = "none"
+    rotary_fraction: float = 1.0
+    """Share of each head that is rotated; 0 for learned, ALiBi or relative positions."""
+    window: int | None = None
+    """Tokens that a query sees at most; None without a sliding window or chunk."""
+    additive_bias: bool = False
+    """ALiBi or relative positions: a bias of heads x length x length is added to the scores."""
+    soft_cap: bool = False
+    sinks: bool = False
+    latent: LatentAttention | None = None
+    dropout: float = 0.0
+    causal: bool = True
+    eager_only: bool = False
+    """transformers has no fused kernel for this block and computes the scores matrix (Gemma 2, gpt-oss, T5)."""
+
+    def __post_init__(self) -> None:
+        if min(self.heads, self.key_value_heads, self.head_dim) < 1:
+            raise SpecError(
+                f"attention needs positive counts, got heads {self.heads}, "
+                f"key_value_heads {self.key_value_heads}, head_dim {self.head_dim}"
+            )
+        if self.heads % self.key_value_heads:
+            raise SpecError(f"{self.heads} attention heads do not divide by {self.key_value_heads} key-value heads")
+
+    @property
+    def query_width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def key_value_width(self) -> int:
+        return self.key_value_heads * self.head_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        return self.latent.value_head_dim if self.latent else self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeedForward:
+    """A dense multilayer perceptron: gated (up, gate, down) or plain (in, out)."""
+
+    width: int
+    gated: bool = True
+    activation: str = "silu"
+    bias: bool = False
+    fused_gate: bool = False
+    """Gate and up projections are one matrix product (Phi-3)."""
+    dropout: float = 0.0
+    """Dropout between activation and the last projection (T5)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Experts:
+    """A mixture of experts: *active* of *count* gated experts of *width* for each token."""
+
+    count: int
+    active: int
+    width: int
+    activation: str = "silu"
+    bias: bool = False
+    shared: FeedForward | None = None
+    """An expert that every token passes through."""
+    shared_gate: bool = False
+    """The shared expert's output is multiplied by a sigmoid gate (Qwen2-MoE)."""
+    scoring: Literal["softmax", "sigmoid", "softmax-of-topk"] = "softmax"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.active <= self.count:
+            raise SpecError(f"{self.active} active experts of {self.count}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One transformer layer. Equal layers compare equal, so that runs of them can be repeated."""
+
+    attention: Attention
+    feed_forward: FeedForward | Experts
+    norm: NormKind
+    placement: Placement = "pre"
+    cross_attention: Attention | None = None
+    shared_norm: bool = False
+    """In a parallel layer: attention and MLP read the same normalised input (Falcon-7B)."""
+    dropout: float = 0.0
+    """Dropout on each branch before it is added to the residual stream."""
+    parameters: tuple[Parameter, ...]
+
+    @cached_property
+    def parameter_count(self) -> int:
+        return sum(parameter.numel for parameter in self.parameters)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A pattern of layers that stands *repeats* times in a row, as in Gemma's local and global layers."""
+
+    layers: tuple[Layer, ...]
+    repeats: int
+
+    def __post_init__(self) -> None:
+        if not self.layers or self.repeats < 1:
+            raise SpecError(f"a run needs layers and at least one repeat, got {len(self.layers)} x {self.repeats}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A transformer as the step program needs it. Sizes in elements; no dtype, no cost."""
+
+    name: str
+    family: str
+    """transformers' ``model_type``."""
+    objective: Objective
+    hidden_size: int
+    vocabulary_size: int
+    maximum_positions: int | None
+    """Longest sequence the configuration admits; None where positions are unbounded."""
+    tied_embeddings: bool
+    embedding: tuple[Parameter, ...]
+    embedding_norm: NormKind | None = None
+    embedding_dropout: float = 0.0
+    runs: tuple[Run, ...]
+    final_norm: NormKind | None
+    head: tuple[Parameter, ...]
+    """What stands after the layers: final norm, head transform, and the output matrix unless tied."""
+    decoder_start: int = 0
+    """Index of the first decoder layer of a sequence-to-sequence model; the layers before it encode."""
+    logit_soft_cap: bool = False
+    source: str = ""
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """Every layer in order."""
+        return tuple(layer for run in self.runs for _ in range(run.repeats) for layer in run.layers)
+
+    @cached_property
+    def parameter_count(self) -> int:
+        """Trainable parameters, a tied matrix counted once."""
+        per_run = sum(run.repeats * sum(layer.parameter_count for layer in run.layers) for run in self.runs)
+        return self.embedding_count + per_run + self.head_count
+
+    @cached_property
+    def embedding_count(self) -> int:
+        return sum(parameter.numel for parameter in self.embedding)
+
+    @cached_property
+    def head_count(self) -> int:
+        return sum(parameter.numel for parameter in self.head)
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Every trainable tensor in registration order: embedding, layers, head."""
+        yield from self.embedding
+        for layer in self.layers:
+            yield from layer.parameters
+        yield from self.head
+
+    @cached_property
+    def largest_parameter(self) -> Parameter:
+        return max(self.parameters(), key=lambda parameter: parameter.numel)

@@ -1,0 +1,130 @@
+"""Every choice of how one job is spread over GPUs.
+
+The counts of a plan may be NumPy arrays of one shape. Such a plan stands for many, and one pass over its step
+program prices them all; :meth:`Plan.at` picks one out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advisor.errors import SpecError
+
+Count = int | NDArray[Any]
+"""A whole number, or many of them side by side."""
+
+
+class Strategy(Enum):
+    """Who keeps which share of the model states."""
+
+    DDP = "ddp"
+    FSDP = "fsdp"
+    FSDP_GRAD_OP = "fsdp-grad-op"
+    ZERO1 = "zero1"
+    ZERO2 = "zero2"
+    ZERO3 = "zero3"
+
+    @property
+    def zero_stage(self) -> int | None:
+        """DeepSpeed's stage; None where DeepSpeed does not run."""
+        return {"zero1": 1, "zero2": 2, "zero3": 3}.get(self.value)
+
+    @property
+    def is_fsdp(self) -> bool:
+        return self in (Strategy.FSDP, Strategy.FSDP_GRAD_OP)
+
+    @property
+    def title(self) -> str:
+        return {
+            "ddp": "DDP",
+            "fsdp": "FSDP full shard",
+            "fsdp-grad-op": "FSDP grad-op",
+            "zero1": "ZeRO-1",
+            "zero2": "ZeRO-2",
+            "zero3": "ZeRO-3",
+        }[self.value]
+
+
+class Offload(Enum):
+    """What lives in host memory between its uses."""
+
+    NONE = "none"
+    OPTIMIZER = "optimizer"
+    OPTIMIZER_AND_PARAMETERS = "optimizer+params"
+
+    @property
+    def optimizer(self) -> bool:
+        return self is not Offload.NONE
+
+    @property
+    def parameters(self) -> bool:
+        return self is Offload.OPTIMIZER_AND_PARAMETERS
+
+
+class Checkpointing(Enum):
+    """Which activations are recomputed in backward."""
+
+    NONE = "none"
+    FULL = "full"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ZeroSettings:
+    """DeepSpeed's ``zero_optimization`` sizes, in elements. Defaults: deepspeed 0.19.8, runtime/zero/config.py."""
+
+    reduce_bucket: int = 500_000_000
+    prefetch_bucket: int = 50_000_000
+    persistence_threshold: int = 100_000
+    max_live_parameters: int = 1_000_000_000
+    max_reuse_distance: int = 1_000_000_000
+    sub_group: int = 1_000_000_000
+    overlap_communication: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("reduce_bucket", "max_live_parameters", "sub_group"):
+            if getattr(self, name) < 1:
+                raise SpecError(f"{name} must be at least 1 element, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """How one training step is split over GPUs. Counts only; no cost."""
+
+    strategy: Strategy
+    gpus: Count
+    micro_batch: Count
+    accumulation_steps: Count = 1
+    checkpointing: Checkpointing = Checkpointing.NONE
+    offload: Offload = Offload.NONE
+    zero: ZeroSettings = ZeroSettings()
+
+    def __post_init__(self) -> None:
+        for name in _COUNTS:
+            if np.any(np.asarray(getattr(self, name)) < 1):
+                raise SpecError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.offload.optimizer and self.strategy not in (Strategy.ZERO2, Strategy.ZERO3):
+            raise SpecError(f"{self.strategy.title} keeps its optimizer on the GPU; offload needs zero2 or zero3")
+        if self.offload.parameters and self.strategy is not Strategy.ZERO3:
+            raise SpecError(f"{self.strategy.title} keeps whole weights on each GPU; offloading them needs zero3")
+
+    @property
+    def global_batch(self) -> Count:
+        """Sequences per optimizer step over all GPUs."""
+        return self.gpus * self.micro_batch * self.accumulation_steps
+
+    def at(self, index: int) -> Plan:
+        """The plan at *index* of a plan whose counts are arrays."""
+
+        def one(value: Count) -> int:
+            return int(np.asarray(value).reshape(-1)[index if np.ndim(value) else 0])
+
+        chosen: dict[str, Any] = {name: one(getattr(self, name)) for name in _COUNTS}
+        return replace(self, **chosen)
+
+
+_COUNTS = ("gpus", "micro_batch", "accumulation_steps")

@@ -1,0 +1,328 @@
+"""One training step as a small program of blocks, and two readings of it: fold and expand.
+
+A :class:`Block` says what one stretch of the step does to one rank. Blocks stand in sequences and repeats, and
+composition is associative, so a step of any depth folds in time that does not grow with the number of layers:
+
+    then(a, b)    net = a.net + b.net      peak = max(a.peak, a.net + b.peak)
+    repeat(a, n)  net = n·a.net            peak = max(a.peak, (n-1)·a.net + a.peak)
+
+Every number may be an array: one fold then answers for many plans. :func:`fold` says how much, :func:`expand`
+when and what, and both read the same tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advisor.errors import SpecError
+
+Amount = float | NDArray[Any]
+"""A quantity, or the same quantity of many plans side by side."""
+
+Category = Literal[
+    "parameters",
+    "gradients",
+    "optimizer",
+    "activations",
+    "logits",
+    "buffers",
+    "temporaries",
+    "workspace",
+    "rounding",
+]
+
+CollectiveKind = Literal["all-reduce", "all-gather", "reduce-scatter", "broadcast"]
+CopyKind = Literal["host-to-device", "device-to-host"]
+
+
+class Collective(NamedTuple):
+    """A message between ranks. *payload_bytes* is the whole tensor, not a rank's share of it."""
+
+    what: str
+    kind: CollectiveKind
+    payload_bytes: Amount
+    messages: Amount
+    """How many calls share the payload."""
+    waits: bool
+    """Whether the work after it cannot start before it ends."""
+
+
+class Copy(NamedTuple):
+    """A transfer between a GPU and its host."""
+
+    what: str
+    kind: CopyKind
+    moved_bytes: Amount
+    waits: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Matmul:
+    """*count* matrix products (m x k)(k x n); its work is 2·m·n·k each."""
+
+    m: Amount
+    n: Amount
+    k: Amount
+    count: Amount = 1
+    kind: Literal["linear", "attention"] = "linear"
+    flop_share: float = 1.0
+    """Share of the work that is done, such as one half under a causal mask."""
+
+    @property
+    def flop(self) -> Amount:
+        return 2.0 * self.m * self.n * self.k * self.count * self.flop_share
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """One stretch of the step on one rank.
+
+    ``net_bytes`` is what it leaves behind when it ends, negative where it frees; ``peak_bytes`` the most it holds
+    above its start while it runs. ``excess_category`` names what the peak holds beyond the net.
+    """
+
+    label: str
+    category: Category
+    net_bytes: Amount = 0
+    peak_bytes: Amount = 0
+    excess_category: Category = "temporaries"
+    matmuls: tuple[Matmul, ...] = ()
+    moved_bytes: Amount = 0
+    """Bytes that its memory-bound kernels read and write in device memory."""
+    kernels: Amount = 0
+    """How many kernels it launches."""
+    transfers: tuple[Collective | Copy, ...] = ()
+    host_updated_parameters: Amount = 0
+    """Parameters that an optimizer on the CPU updates."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sequence:
+    """Steps one after another. A named sequence is a phase of the timeline."""
+
+    steps: tuple[Node, ...]
+    phase: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Repeat:
+    """*body*, *times* times in a row."""
+
+    body: Node
+    times: Amount
+
+
+Node = Block | Sequence | Repeat
+
+
+def hold(label: str, category: Category, size_bytes: Amount) -> Block:
+    """Allocate and keep."""
+    return Block(label, category, net_bytes=size_bytes, peak_bytes=size_bytes)
+
+
+def release(label: str, category: Category, size_bytes: Amount) -> Block:
+    """Free what :func:`hold` took under the same label."""
+    return Block(label, category, net_bytes=-size_bytes)
+
+
+def scratch(label: str, size_bytes: Amount, category: Category = "temporaries") -> Block:
+    """Allocate and free again."""
+    return Block(label, category, peak_bytes=size_bytes, excess_category=category)
+
+
+def then(*steps: Node) -> Sequence:
+    return Sequence(steps)
+
+
+def phase(name: str, *steps: Node) -> Sequence:
+    return Sequence(steps, name)
+
+
+def repeat(body: Node, times: Amount) -> Repeat:
+    if np.any(np.asarray(times) < 0):
+        raise SpecError(f"a block cannot repeat {times} times")
+    return Repeat(body, times)
+
+
+class Extent(NamedTuple):
+    """How much memory a stretch of the program leaves and takes, relative to its start."""
+
+    net_bytes: Amount
+    peak_bytes: Amount
+
+
+EMPTY = Extent(0, 0)
+
+
+def join(first: Extent, second: Extent) -> Extent:
+    """The extent of *first* and then *second*."""
+    return Extent(
+        first.net_bytes + second.net_bytes,
+        _larger(first.peak_bytes, first.net_bytes + second.peak_bytes),
+    )
+
+
+def fold(node: Node) -> Extent:
+    """Net and peak of *node* without unrolling its repeats."""
+    if isinstance(node, Block):
+        return Extent(node.net_bytes, node.peak_bytes)
+    if isinstance(node, Sequence):
+        return reduce(join, map(fold, node.steps), EMPTY)
+    once = fold(node.body)
+    last = (node.times - 1) * once.net_bytes + once.peak_bytes
+    peak = _larger(once.peak_bytes, last)
+    if isinstance(node.times, int):
+        return Extent(node.times * once.net_bytes, peak) if node.times else EMPTY
+    return Extent(node.times * once.net_bytes, np.where(np.asarray(node.times) > 0, peak, 0))
+
+
+class Moment(NamedTuple):
+    """One block of the unrolled program, with what was held when it began."""
+
+    phase: str
+    block: Block
+    before_bytes: Amount
+
+
+def expand(node: Node) -> Iterator[Moment]:
+    """The blocks of *node* in the order in which they run, repeats unrolled. For single plans, not arrays."""
+    held: Amount = 0
+    for name, block in _unroll(node, ""):
+        yield Moment(name, block, held)
+        held = held + block.net_bytes
+
+
+class Line(NamedTuple):
+    """One entry of a ledger."""
+
+    category: Category
+    label: str
+    size_bytes: int
+
+
+class Peak(NamedTuple):
+    """The moment at which most is held, and what that is."""
+
+    phase: str
+    label: str
+    size_bytes: int
+    ledger: tuple[Line, ...]
+
+
+Ledger = dict[tuple[Category, str], int]
+
+
+def peak_of(node: Node) -> Peak:
+    """The first moment at which *node*, for a single plan, holds most, with the ledger of that moment."""
+    held: Ledger = {}
+    name, before = "", 0
+    while not isinstance(node, Block):
+        if isinstance(node, Sequence):
+            name = node.phase or name
+            node, passed, times = _step_with_peak(node)
+        else:
+            grows = fold(node.body).net_bytes > 0
+            times = int(node.times) - 1 if grows else 0
+            node = passed = node.body
+        before += times * int(fold(passed).net_bytes)
+        _add_nets(held, passed, times)
+    kept = max(int(node.net_bytes), 0)
+    for category, size in ((node.category, kept), (node.excess_category, int(node.peak_bytes) - kept)):
+        held[category, node.label] = held.get((category, node.label), 0) + size
+    lines = tuple(Line(*key, size) for key, size in held.items() if size)
+    return Peak(name, node.label, before + int(node.peak_bytes), lines)
+
+
+def held_after(node: Node) -> tuple[Line, ...]:
+    """What *node*, for a single plan, leaves behind, by category and label."""
+    held: Ledger = {}
+    _add_nets(held, node, 1)
+    return tuple(Line(*key, size) for key, size in held.items() if size)
+
+
+def _step_with_peak(sequence: Sequence) -> tuple[Node, Node, int]:
+    """The step of *sequence* that holds the peak, and the steps passed on the way to it."""
+    if not sequence.steps:
+        return Block("nothing", "temporaries"), sequence, 0
+    before, best, chosen = 0, -1, 0
+    for index, step in enumerate(sequence.steps):
+        extent = fold(step)
+        if before + int(extent.peak_bytes) > best:
+            best, chosen = before + int(extent.peak_bytes), index
+        before += int(extent.net_bytes)
+    return sequence.steps[chosen], Sequence(sequence.steps[:chosen]), 1
+
+
+def _add_nets(held: Ledger, node: Node, times: int) -> None:
+    for _, block, runs in _counted(node, "", times):
+        key = (block.category, block.label)
+        held[key] = held.get(key, 0) + int(block.net_bytes) * int(runs)
+
+
+def phase_peaks(node: Node) -> dict[str, tuple[Amount, Amount]]:
+    """For each phase in order: the most held while it runs, and what is held when it ends, from the program's start.
+
+    A phase inside a repeat counts its first and its last run, between which every other lies.
+    """
+    found: dict[str, tuple[Amount, Amount]] = {}
+
+    def visit(part: Node, before: Amount) -> Amount:
+        extent = fold(part)
+        if isinstance(part, Sequence):
+            if part.phase is not None:
+                peak, end = before + extent.peak_bytes, before + extent.net_bytes
+                earlier = found.get(part.phase)
+                found[part.phase] = (peak if earlier is None else _larger(earlier[0], peak), end)
+            at = before
+            for step in part.steps:
+                at = visit(step, at)
+        elif isinstance(part, Repeat) and np.any(np.asarray(part.times) > 0):
+            visit(part.body, before)
+            visit(part.body, before + (np.maximum(part.times, 1) - 1) * fold(part.body).net_bytes)
+        return before + extent.net_bytes
+
+    visit(node, 0)
+    return found
+
+
+def blocks(node: Node) -> Iterator[tuple[str, Block, Amount]]:
+    """Each distinct block with the innermost phase it belongs to and how often it runs."""
+    yield from _counted(node, "", 1)
+
+
+def _counted(node: Node, name: str, times: Amount) -> Iterator[tuple[str, Block, Amount]]:
+    if isinstance(node, Block):
+        yield name, node, times
+    elif isinstance(node, Sequence):
+        for step in node.steps:
+            yield from _counted(step, node.phase or name, times)
+    else:
+        yield from _counted(node.body, name, times * node.times)
+
+
+def _unroll(node: Node, name: str) -> Iterator[tuple[str, Block]]:
+    if isinstance(node, Block):
+        yield name, node
+    elif isinstance(node, Sequence):
+        for step in node.steps:
+            yield from _unroll(step, node.phase or name)
+    else:
+        for _ in range(int(node.times)):
+            yield from _unroll(node.body, name)
+
+
+def _larger(first: Amount, second: Amount) -> Amount:
+    if isinstance(first, int | float) and isinstance(second, int | float):
+        return max(first, second)
+    return np.maximum(first, second)
+
+
+def total(amounts: Iterable[Amount]) -> Amount:
+    """The sum of *amounts*, which may be arrays."""
+    return sum(amounts, 0)
