@@ -187,12 +187,16 @@ class ModelSpec:
     embedding: tuple[Parameter, ...]
     embedding_norm: NormKind | None = None
     embedding_dropout: float = 0.0
+    embedding_scale: bool = False
+    """Embeddings are multiplied by a constant (Gemma)."""
     runs: tuple[Run, ...]
     final_norm: NormKind | None
     head: tuple[Parameter, ...]
     """What stands after the layers: final norm, head transform, and the output matrix unless tied."""
     decoder_start: int = 0
     """Index of the first decoder layer of a sequence-to-sequence model; the layers before it encode."""
+    head_activation: str | None = None
+    """Activation of the transform before the output matrix (BERT, RoBERTa)."""
     logit_soft_cap: bool = False
     source: str = ""
     notes: tuple[str, ...] = ()

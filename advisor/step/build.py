@@ -1,0 +1,266 @@
+"""Puts a step together: the model's recordings laid end to end, with the strategy's own at every turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from advisor.errors import SpecError
+from advisor.specs.job import Job
+from advisor.specs.model import Layer, ModelSpec
+from advisor.specs.plan import Checkpointing, Plan, Strategy
+from advisor.step.ddp import DataParallel
+from advisor.step.fsdp import FullyShardedDataParallel
+from advisor.step.offload import OffloadedZeroOneTwo, OffloadedZeroThree
+from advisor.step.program import Amount, Block, Category, Matmul, Node, Sequence, hold, phase, release, repeat, then
+from advisor.step.recording import Mode, Recording, mode_of, record_embedding, record_head, record_layer
+from advisor.step.scheme import MicroStep, Part, Scheme
+from advisor.step.tape import Event, Product, Work
+from advisor.step.zero import ZeroOneTwo, ZeroThree
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepProgram:
+    """One rank's optimizer step, after the states it runs on were made."""
+
+    init: Node
+    step: Node
+    host: Node
+    """What one rank holds in host memory; no phases."""
+    worst_rank: int = 0
+
+    @property
+    def device(self) -> Node:
+        return then(self.init, self.step)
+
+
+def build(model: ModelSpec, job: Job, plan: Plan) -> StepProgram:
+    """The program of the rank that holds most. The plan's counts may be arrays."""
+    scheme = scheme_of(model, job, plan)
+    walk = _Walk(scheme)
+    steps = np.asarray(plan.accumulation_steps)
+    # Gradients start empty in the first micro-step of several, or in the only one.
+    several = (steps > 1).astype(np.int64)
+    micro_steps = then(
+        repeat(walk.micro_step(MicroStep(first=1, last=False)), several),
+        repeat(walk.micro_step(MicroStep(first=0, last=False)), np.maximum(steps - 2, 0)),
+        walk.micro_step(MicroStep(first=1 - several, last=True)),
+    )
+    return StepProgram(
+        init=phase("init", *scheme.states()),
+        step=then(micro_steps, phase("step", *scheme.update())),
+        host=then(*scheme.host()),
+    )
+
+
+def scheme_of(model: ModelSpec, job: Job, plan: Plan) -> Scheme:
+    """The strategy's part in the step."""
+    if plan.strategy is Strategy.DDP:
+        return DataParallel(model, job, plan)
+    if plan.strategy.is_fsdp:
+        return FullyShardedDataParallel(model, job, plan)
+    if plan.strategy is Strategy.ZERO3:
+        kind = OffloadedZeroThree if plan.offload.optimizer else ZeroThree
+        return kind(model, job, plan)
+    return (OffloadedZeroOneTwo if plan.offload.optimizer else ZeroOneTwo)(model, job, plan)
+
+
+class _Walk:
+    """Lays out micro-steps of one plan."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        self.scheme, self.model, self.plan = scheme, scheme.model, scheme.plan
+        self.mode: Mode = mode_of(scheme.job, scheme.parameter_bytes)
+        self.batch: Amount = scheme.plan.micro_batch
+        self.checkpointed = scheme.plan.checkpointing is Checkpointing.FULL
+        self.embedding = Part("embedding", self.model.embedding)
+        self.head = Part("head", self.model.head)
+        self.forward = self._forward()
+
+    def micro_step(self, micro: MicroStep) -> Sequence:
+        return then(self.forward, self._loss(), self._backward(micro))
+
+    def _forward(self) -> Sequence:
+        scheme = self.scheme
+        steps: list[Node] = [*scheme.begin_forward(), *self._inputs(hold)]
+        steps += self._forward_part(self.embedding, record_embedding(self.model, self.mode).forward)
+        for index, run in enumerate(self.model.runs):
+            if index == self._decoder_run:
+                steps += self._between_encoder_and_decoder()
+            body = [node for layer in run.layers for node in self._forward_layer(layer)]
+            steps.append(repeat(then(*body), run.repeats))
+        steps += scheme.before_forward(self.head)
+        steps += lay(record_head(self.model, self.mode).forward, self.batch)
+        return phase("forward", *steps)
+
+    def _loss(self) -> Sequence:
+        kept = sum(self._record(layer).kept_copy_bytes for layer in self.model.layers)
+        return phase(
+            "loss",
+            *lay(record_head(self.model, self.mode).loss, self.batch),
+            *([release("autocast weight copies", "buffers", kept)] if kept else []),
+            *self.scheme.end_forward(),
+        )
+
+    def _backward(self, micro: MicroStep) -> Sequence:
+        scheme, model = self.scheme, self.model
+        steps: list[Node] = [*scheme.before_backward(self.head, micro)]
+        steps += self._lay_backward(record_head(model, self.mode).backward, micro, opens=True)
+        steps += scheme.after_backward(self.head, micro)
+        left = None if scheme.turn_after is None else scheme.turn_after - self.head.numel
+        for index in range(len(model.runs) - 1, -1, -1):
+            run = model.runs[index]
+            body = then(*(node for layer in reversed(run.layers) for node in self._backward_layer(layer, micro)))
+            numel = sum(layer.parameter_count for layer in run.layers)
+            before = run.repeats if left is None else min(run.repeats, max(0, -(-left // numel)))
+            steps.append(repeat(body, before))
+            if left is not None and left <= run.repeats * numel:
+                steps += scheme.turn(micro)
+                steps.append(repeat(body, run.repeats - before))
+                left = None
+            elif left is not None:
+                left -= run.repeats * numel
+            if index == self._decoder_run:
+                steps += self._between_decoder_and_encoder(micro)
+        steps += scheme.before_backward(self.embedding, micro)
+        steps += self._lay_backward(record_embedding(model, self.mode).backward, micro, closes=True)
+        steps += scheme.after_backward(self.embedding, micro)
+        return phase("backward", *steps, *self._inputs(release), *scheme.end_backward(micro))
+
+    def _record(self, layer: Layer) -> Recording:
+        return record_layer(layer, self.model.hidden_size, self.mode, self.checkpointed)
+
+    def _forward_part(self, part: Part, events: tuple[Event, ...]) -> list[Node]:
+        scheme = self.scheme
+        return [*scheme.before_forward(part), *lay(events, self.batch), *scheme.after_forward(part)]
+
+    def _forward_layer(self, layer: Layer) -> list[Node]:
+        return self._forward_part(Part("layer", layer.parameters), self._record(layer).forward)
+
+    def _backward_layer(self, layer: Layer, micro: MicroStep) -> list[Node]:
+        part = Part("layer", layer.parameters)
+        return [
+            *self.scheme.before_backward(part, micro),
+            *self._lay_backward(self._record(layer).backward, micro),
+            *self.scheme.after_backward(part, micro),
+        ]
+
+    def _lay_backward(
+        self, events: tuple[Event, ...], micro: MicroStep, *, opens: bool = False, closes: bool = False
+    ) -> list[Node]:
+        """Lay *events*, handing gradients to the scheme. A tied matrix's is handed over once both are summed."""
+        nodes: list[Node] = []
+        start = 0
+        tied = self.model.embedding[0] if self.model.tied_embeddings else None
+        for index, event in enumerate(events):
+            parameter = event.parameter
+            if parameter is None:
+                continue
+            nodes += lay(events[start:index], self.batch)
+            start = index + 1
+            if opens and parameter == tied:
+                nodes.append(hold("tied output gradient", "gradients", event.size_bytes))
+                continue
+            if opens:
+                nodes += self.scheme.first_gradient(micro)
+                opens = False
+            if closes and parameter == tied:
+                nodes.append(release("tied output gradient", "gradients", event.size_bytes))
+            nodes += self.scheme.gradient(parameter, event.size_bytes, micro)
+        return nodes + lay(events[start:], self.batch)
+
+    def _inputs(self, act: Callable[[str, Category, Amount], Block]) -> list[Node]:
+        """Token ids, labels and shifted labels (int64), and the rotary tables that every layer reads."""
+        length, layer = self.mode.sequence_length, self.model.layers[0]
+        nodes: list[Node] = [act("token ids and labels", "activations", 3 * 8 * length * self.batch)]
+        spec = layer.attention
+        if spec.rotary_fraction:
+            width = spec.latent.rotary_head_dim if spec.latent else int(spec.head_dim * spec.rotary_fraction)
+            table_bytes = 2 * length * width * self.mode.parameter_bytes
+            nodes.append(act("rotary tables", "activations", table_bytes))
+        return nodes
+
+    @property
+    def _decoder_run(self) -> int | None:
+        """Index of the run at which a sequence-to-sequence model's decoder starts."""
+        if not self.model.decoder_start:
+            return None
+        passed = 0
+        for index, run in enumerate(self.model.runs):
+            if passed == self.model.decoder_start:
+                return index
+            passed += run.repeats * len(run.layers)
+        raise SpecError(f"decoder_start {self.model.decoder_start} is not where a run of layers starts")
+
+    def _stream_bytes(self) -> Amount:
+        return self.mode.sequence_length * self.model.hidden_size * self.mode.stream_bytes * self.batch
+
+    def _between_encoder_and_decoder(self) -> list[Node]:
+        """The encoder's stream stays for every cross-attention; the decoder's own begins."""
+        return [hold("encoder output", "activations", self._stream_bytes())]
+
+    def _between_decoder_and_encoder(self, micro: MicroStep) -> list[Node]:
+        """The encoder's output has served; its gradient is the one that goes on."""
+        return [release("encoder output", "activations", self._stream_bytes())]
+
+
+@dataclass(slots=True)
+class _Draft:
+    """Neighbouring events of one name, joined for one sequence (``then`` of program.py, in whole numbers)."""
+
+    label: str
+    category: Category
+    scales: bool
+    net_bytes: int = 0
+    peak_bytes: int = 0
+    works: list[Work] = field(default_factory=list)
+
+    def add(self, event: Event) -> None:
+        if event.kind == "take":
+            self.net_bytes += event.size_bytes
+            self.peak_bytes = max(self.peak_bytes, self.net_bytes)
+        else:
+            self.net_bytes -= event.size_bytes
+
+    def block(self, batch: Amount) -> Block:
+        times = batch if self.scales else 1
+        products = [product for work in self.works for product in work.products]
+        return Block(
+            self.label,
+            self.category,
+            net_bytes=self.net_bytes * times,
+            peak_bytes=self.peak_bytes * times,
+            excess_category=self.category,
+            matmuls=tuple(_grown(product, batch) for product in products),
+            moved_bytes=sum(work.moved_bytes for work in self.works) * batch
+            + sum(work.fixed_moved_bytes for work in self.works),
+            kernels=sum(work.kernels for work in self.works),
+        )
+
+
+def lay(events: Iterable[Event], batch: Amount) -> list[Node]:
+    """Blocks of *batch* sequences for the *events* of one; neighbours of one name become one block."""
+    drafts: list[_Draft] = []
+    for event in events:
+        if event.kind == "work":
+            if not drafts:
+                drafts.append(_Draft(event.label, event.category, event.scales))
+            drafts[-1].works.append(event.work)
+            continue
+        last = drafts[-1] if drafts else None
+        if last is None or (last.label, last.category, last.scales) != (event.label, event.category, event.scales):
+            last = _Draft(event.label, event.category, event.scales)
+            drafts.append(last)
+        last.add(event)
+    return [draft.block(batch) for draft in drafts]
+
+
+def _grown(product: Product, batch: Amount) -> Matmul:
+    matmul = product.matmul
+    if product.grows == "m":
+        return replace(matmul, m=matmul.m * batch)
+    if product.grows == "k":
+        return replace(matmul, k=matmul.k * batch)
+    return replace(matmul, count=matmul.count * batch)

@@ -1,0 +1,163 @@
+"""Feed-forward blocks in the order of transformers' modelling code (5.23): dense, gated, and mixtures of experts."""
+
+from __future__ import annotations
+
+from advisor.specs.model import Experts, FeedForward
+from advisor.step.attention import Weights, add_constant
+from advisor.step.operators import (
+    add,
+    cast,
+    copy,
+    dropout,
+    linear,
+    multiply,
+    multiply_constant,
+    scale_rows,
+    unary,
+    view,
+    weight_gradient,
+)
+from advisor.step.program import Matmul
+from advisor.step.tape import Gradients, Product, Tape, Tensor, Weight
+
+
+def activation(tape: Tape, x: Tensor, name: str) -> Tensor:
+    """The activation functions of transformers' ``ACT2FN`` that the catalog's models use."""
+    if name == "gelu_new":
+        half = multiply_constant(tape, x)
+        cube = unary(tape, x, saves="input", temporaries=2)
+        inner = multiply_constant(tape, add(tape, x, multiply_constant(tape, cube)))
+        del cube
+        return multiply(tape, half, add_constant(tape, unary(tape, inner, saves="output")))
+    return unary(tape, x, saves="output" if name == "relu" else "input")
+
+
+def feed_forward(tape: Tape, hidden: Tensor, spec: FeedForward, weights: Weights, hidden_size: int) -> Tensor:
+    """A dense block: gated where the spec says so."""
+    width = spec.width
+
+    def into(columns: int) -> Tensor:
+        return linear(tape, hidden, weights.take(columns, hidden_size), weights.bias(columns, spec.bias))
+
+    if spec.fused_gate:
+        fused = into(2 * width)
+        half = fused.numel // 2
+        inner = multiply(tape, view(tape, fused, half), activation(tape, view(tape, fused, half), spec.activation))
+        del fused
+    elif spec.gated:
+        inner = multiply(tape, activation(tape, into(width), spec.activation), into(width))
+    else:
+        inner = activation(tape, into(width), spec.activation)
+    inner = dropout(tape, inner, spec.dropout)
+    return linear(tape, inner, weights.take(hidden_size, width), weights.bias(hidden_size, spec.bias))
+
+
+def mixture(tape: Tape, hidden: Tensor, spec: Experts, weights: Weights, hidden_size: int) -> Tensor:
+    """A router and its experts, as ``grouped_mm`` runs them (transformers' default), plus a shared expert."""
+    routing = _route(tape, hidden, spec, weights, hidden_size)
+    output = _grouped_experts(tape, hidden, routing, spec, weights, hidden_size)
+    if spec.shared is None:
+        return output
+    shared = feed_forward(tape, hidden, spec.shared, weights, hidden_size)
+    if spec.shared_gate:
+        gate = unary(tape, linear(tape, hidden, weights.take(1, hidden_size)), saves="output")
+        shared = scale_rows(tape, shared, gate)
+    return add(tape, output, shared)
+
+
+def _route(tape: Tape, hidden: Tensor, spec: Experts, weights: Weights, hidden_size: int) -> Tensor:
+    """Scores of every expert, then the chosen ones' weights and their int64 indices."""
+    bias = spec.bias
+    logits = linear(tape, hidden, weights.take(spec.count, hidden_size), weights.bias(spec.count, bias))
+    tokens = logits.numel // spec.count
+    if spec.scoring == "softmax-of-topk":
+        return unary(tape, _top(tape, logits, tokens * spec.active), saves="output")
+    scores = unary(tape, logits, saves="output", element_bytes=4)
+    return cast(tape, _top(tape, scores, tokens * spec.active), tape.compute_bytes)
+
+
+def _top(tape: Tape, scores: Tensor, chosen: int) -> Tensor:
+    """``topk``: the largest scores of each row; saves where they stood."""
+    output = tape.new(chosen, scores.element_bytes)
+    indices = tape.new(chosen, 8)
+    tape.work(scores, output, indices)
+    numel, element_bytes = scores.numel, scores.element_bytes
+
+    def backward(tape: Tape, gradient: Tensor) -> Gradients:
+        spread = tape.new(numel, element_bytes)
+        tape.work(gradient, indices, spread, kernels=2)
+        return (spread,)
+
+    return tape.attach(output, [scores], backward)
+
+
+def _grouped_experts(
+    tape: Tape, hidden: Tensor, routing: Tensor, spec: Experts, weights: Weights, hidden_size: int
+) -> Tensor:
+    """Tokens sorted by expert, two grouped products, weighted, put back in order and summed."""
+    tokens = hidden.numel // hidden_size
+    pairs = tokens * spec.active
+    order = tape.new(2 * pairs, 8)
+    tape.work(order, kernels=6)
+    selected = _gather(tape, hidden, order, pairs, hidden_size)
+    up = _claim_experts(weights, spec.count, 2 * spec.width, hidden_size)
+    up_bias = weights.take(spec.count, 2 * spec.width) if spec.bias else None
+    fused = grouped_product(tape, selected, up, up_bias, hidden_size, 2 * spec.width)
+    del selected
+    half = fused.numel // 2
+    inner = multiply(tape, activation(tape, view(tape, fused, half), spec.activation), view(tape, fused, half))
+    down = _claim_experts(weights, spec.count, spec.width, hidden_size)
+    down_bias = weights.take(spec.count, hidden_size) if spec.bias else None
+    inner = grouped_product(tape, inner, down, down_bias, spec.width, hidden_size)
+    inner = scale_rows(tape, inner, routing)
+    inner = copy(tape, inner)
+    output = tape.new(tokens * hidden_size, inner.element_bytes)
+    tape.work(inner, output)
+
+    def backward(tape: Tape, gradient: Tensor) -> Gradients:
+        # The sum's gradient is an expanded view; the inverse permutation then writes it out for every pair.
+        spread = tape.new(pairs * hidden_size, gradient.element_bytes)
+        tape.work(gradient, order, spread, kernels=2)
+        return (spread,)
+
+    return tape.attach(output, [inner], backward)
+
+
+def _claim_experts(weights: Weights, count: int, first: int, second: int) -> Weight:
+    """A stack of expert matrices, stored either way round."""
+    return weights.take(count, first, second)
+
+
+def _gather(tape: Tape, hidden: Tensor, order: Tensor, rows: int, width: int) -> Tensor:
+    """Rows of *hidden* by index; backward adds them back into zeros."""
+    output = tape.new(rows * width, hidden.element_bytes)
+    tape.work(output, output)
+    numel = hidden.numel
+
+    def backward(tape: Tape, gradient: Tensor) -> Gradients:
+        summed = tape.new(numel, gradient.element_bytes)
+        tape.work(gradient, order, summed, kernels=2)
+        return (summed,)
+
+    return tape.attach(output, [hidden], backward)
+
+
+def grouped_product(tape: Tape, x: Tensor, weight: Weight, bias: Weight | None, inside: int, outside: int) -> Tensor:
+    """One product per expert over its own rows; not run under autocast, so it stays in the weight's format."""
+    x = cast(tape, x, weight.element_bytes)
+    rows = x.numel // inside
+    output = tape.new(rows * outside, x.element_bytes)
+    weight_bytes = weight.parameter.numel * weight.element_bytes
+    tape.work(x, output, matmuls=(Product(Matmul(rows, outside, inside), "m"),), fixed_moved_bytes=weight_bytes)
+
+    def backward(tape: Tape, gradient: Tensor) -> Gradients:
+        for_x = tape.new(rows * inside, x.element_bytes)
+        tape.work(
+            gradient, for_x, matmuls=(Product(Matmul(rows, inside, outside), "m"),), fixed_moved_bytes=weight_bytes
+        )
+        for_weight = weight_gradient(tape, weight.parameter, weight.element_bytes)
+        tape.work(gradient, x, for_weight, matmuls=(Product(Matmul(outside, inside, rows), "k"),))
+        for_bias = weight_gradient(tape, bias.parameter, bias.element_bytes) if bias else None
+        return for_x, for_weight, for_bias
+
+    return tape.attach(output, [x, weight, bias], backward)

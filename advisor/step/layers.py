@@ -1,0 +1,149 @@
+"""Embedding, layers, head and loss, written as transformers' modelling code (5.23) runs them."""
+
+from __future__ import annotations
+
+from advisor.specs.job import AttentionKernel
+from advisor.specs.model import Experts, Layer, ModelSpec, NormKind
+from advisor.step.attention import Weights, attention
+from advisor.step.feed_forward import activation, feed_forward, mixture
+from advisor.step.operators import add, cast, dropout, layer_norm, linear, multiply_constant, rms_norm, unary
+from advisor.step.tape import Gradients, Tape, Tensor
+
+
+def normalise(tape: Tape, hidden: Tensor, kind: NormKind, weights: Weights, width: int) -> Tensor:
+    """A norm of *width* with its weight, and a bias where it is a LayerNorm."""
+    outer, tape.scope = tape.scope, "norms"
+    if kind == "layer":
+        weight = weights.take(width)
+        output = layer_norm(tape, hidden, weight, weights.take(width), width)
+    else:
+        output = rms_norm(tape, hidden, weights.take(width), width, fp32_weight=kind == "rms-fp32-weight")
+    tape.scope = outer
+    return output
+
+
+def decoder_layer(
+    tape: Tape,
+    hidden: Tensor,
+    layer: Layer,
+    weights: Weights,
+    hidden_size: int,
+    kernel: AttentionKernel,
+    memory: Tensor | None = None,
+) -> Tensor:
+    """One layer over the residual stream *hidden*; *memory* is the encoder's output for cross-attention."""
+
+    def norm(x: Tensor) -> Tensor:
+        return normalise(tape, x, layer.norm, weights, hidden_size)
+
+    def attend(x: Tensor) -> Tensor:
+        tape.scope = "attention"
+        return attention(tape, x, layer.attention, layer.norm, weights, hidden_size, kernel)
+
+    def cross(x: Tensor) -> Tensor:
+        tape.scope = "cross-attention"
+        assert layer.cross_attention is not None
+        return attention(tape, x, layer.cross_attention, layer.norm, weights, hidden_size, kernel, memory)
+
+    def transform(x: Tensor) -> Tensor:
+        if isinstance(layer.feed_forward, Experts):
+            tape.scope = "experts"
+            return mixture(tape, x, layer.feed_forward, weights, hidden_size)
+        tape.scope = "feed-forward"
+        return feed_forward(tape, x, layer.feed_forward, weights, hidden_size)
+
+    if layer.placement == "parallel":
+        first = norm(hidden)
+        second = first if layer.shared_norm else norm(hidden)
+        attended = dropout(tape, attend(first), layer.dropout)
+        del first
+        transformed = dropout(tape, transform(second), layer.dropout)
+        del second
+        tape.scope = "residual stream"
+        return add(tape, add(tape, transformed, attended), hidden)
+
+    branches = [attend, cross, transform] if layer.cross_attention else [attend, transform]
+    for branch in branches:
+        residual = hidden
+        if layer.placement in ("pre", "sandwich"):
+            hidden = norm(hidden)
+        hidden = branch(hidden)
+        if layer.placement in ("post-branch", "sandwich"):
+            hidden = norm(hidden)
+        hidden = dropout(tape, hidden, layer.dropout)
+        tape.scope = "residual stream"
+        hidden = add(tape, residual, hidden)
+        if layer.placement == "post-sum":
+            hidden = norm(hidden)
+    return hidden
+
+
+def embed(tape: Tape, model: ModelSpec, weights: Weights) -> Tensor:
+    """Token embeddings, with positions, norm and dropout where the model has them."""
+    tape.scope = "embedding"
+    hidden = _lookup(tape, weights)
+    while weights.unclaimed and len(weights.unclaimed[0].parameter.shape) == 2:
+        hidden = add(tape, hidden, _lookup(tape, weights))
+    if model.embedding_norm:
+        hidden = normalise(tape, hidden, model.embedding_norm, weights, hidden.numel // tape.sequence_length)
+        tape.scope = "embedding"
+    if model.embedding_scale:
+        hidden = multiply_constant(tape, hidden)
+    return dropout(tape, hidden, model.embedding_dropout)
+
+
+def _lookup(tape: Tape, weights: Weights) -> Tensor:
+    """Rows of an embedding matrix; its gradient is dense."""
+    weight = weights.unclaimed.pop(0)
+    output = tape.new(tape.sequence_length * weight.parameter.shape[1], weight.element_bytes)
+    tape.work(output, output)
+
+    def backward(tape: Tape, gradient: Tensor) -> Gradients:
+        dense = tape.new(
+            weight.parameter.numel, weight.element_bytes, scales=False, category="gradients", label="weights"
+        )
+        tape.work(gradient, dense, kernels=2)
+        return (dense,)
+
+    return tape.attach(output, [weight], backward)
+
+
+def finish(tape: Tape, stream: Tensor, model: ModelSpec, weights: Weights) -> Tensor:
+    """The norm after the last layer."""
+    return normalise(tape, stream, model.final_norm, weights, model.hidden_size) if model.final_norm else stream
+
+
+def head(tape: Tape, hidden: Tensor, model: ModelSpec, weights: Weights) -> Tensor:
+    """Logits of the finished stream *hidden*, in the format in which they leave the model."""
+    width = model.hidden_size
+    tape.scope = "head"
+    if model.head_activation:
+        dense = weights.take(width, width)
+        hidden = activation(tape, linear(tape, hidden, dense, weights.take(width)), model.head_activation)
+        hidden = normalise(tape, hidden, "layer", weights, width)
+    tape.scope = "logits"
+    matrix = weights.take(model.vocabulary_size, width)
+    logits = linear(tape, hidden, matrix, weights.bias(model.vocabulary_size, bool(weights.unclaimed)))
+    if model.logit_soft_cap:
+        logits = multiply_constant(tape, logits)
+        logits = unary(tape, logits, saves="output")
+        logits = multiply_constant(tape, logits)
+    return logits
+
+
+def cross_entropy(tape: Tape, logits: Tensor, model: ModelSpec) -> Tensor:
+    """transformers' loss: causal models upcast all logits to fp32 first, others only under autocast."""
+    if model.objective == "causal" or tape.autocast:
+        logits = cast(tape, logits, 4)
+    logarithms = unary(tape, logits, saves="output")
+    loss = tape.new(1, 4, scales=False)
+    tape.work(logarithms)
+    numel, element_bytes = logarithms.numel, logarithms.element_bytes
+    kept = Tensor(numel, element_bytes, True, logarithms.storage)
+
+    def backward(tape: Tape, gradient: Tensor) -> Gradients:
+        spread = tape.new(numel, element_bytes)
+        tape.work(kept, spread, kernels=2)
+        return (spread,)
+
+    return tape.attach(loss, [logarithms], backward)

@@ -1,0 +1,129 @@
+"""ZeRO with optimizer states, and at stage 3 weights, in host memory (deepspeed 0.19.8, zero/offload_config.py).
+
+Pinned host buffers are rounded up to powers of two by torch's CachingHostAllocator.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from advisor.specs.model import Parameter
+from advisor.step.program import Amount, Block, Copy, hold, release, scratch
+from advisor.step.scheme import MicroStep, Nodes, Part
+from advisor.step.states import FP32_BYTES, MOMENTS
+from advisor.step.zero import ZeroOneTwo, ZeroThree
+
+
+def pinned(size_bytes: Amount) -> Amount:
+    """Host bytes behind a pinned tensor: the next power of two."""
+    return 2 ** np.ceil(np.log2(np.maximum(size_bytes, 1))).astype(np.int64)
+
+
+def _optimizer_in_host(shard: Amount, half_bytes: int, master_bytes: int) -> Nodes:
+    """One rank's optimizer states and gradients on the host: 18 bytes per parameter of its share in bf16."""
+    return (
+        hold("fp32 weights (pinned)", "optimizer", pinned(shard * master_bytes) if master_bytes else 0 * shard),
+        hold("fp32 gradients (pinned)", "gradients", pinned(shard * FP32_BYTES)),
+        hold("Adam moments", "optimizer", MOMENTS * shard * FP32_BYTES),
+        hold("half-format staging (pinned)", "buffers", pinned(shard * half_bytes)),
+    )
+
+
+def _cpu_adam(shard: Amount, half_bytes: int) -> tuple[Block, ...]:
+    back = Copy("updated weights", "host-to-device", shard * half_bytes, waits=True)
+    return (
+        Block("Adam update on the CPU", "optimizer", host_updated_parameters=shard),
+        Block("updated weights to the GPU", "temporaries", transfers=(back,)),
+    )
+
+
+class OffloadedZeroOneTwo(ZeroOneTwo):
+    """Stage 2 with its optimizer on the host: gradients leave for the host as they are reduced."""
+
+    def states(self) -> Nodes:
+        half = self.job.compute_bytes
+        return (
+            hold("weights", "parameters", self.shard * self.plan.gpus * half),
+            hold("buffer of the largest tensor", "buffers", self.model.largest_parameter.numel * half),
+        )
+
+    def turn(self, micro: MicroStep) -> Nodes:
+        return (scratch("flat copy of a bucket", self.filled_bucket_bytes),)
+
+    def gradient(self, parameter: Parameter, size_bytes: int, micro: MicroStep) -> Nodes:
+        # Cast to fp32 on the GPU, one tensor at a time, before it leaves for the host.
+        return (scratch("fp32 gradient on its way to the host", parameter.numel * FP32_BYTES, "gradients"),)
+
+    def end_backward(self, micro: MicroStep) -> Nodes:
+        half = self.job.compute_bytes
+        again = 1 - micro.first
+        steps: list[Copy] = []
+        if micro.last:
+            steps.append(Copy("gradients", "device-to-host", self.shard * FP32_BYTES, waits=True))
+        else:
+            steps.append(Copy("accumulated gradients", "device-to-host", self.shard * half, waits=False))
+        steps.append(Copy("accumulated gradients", "host-to-device", self.shard * half * again, waits=False))
+        return (
+            scratch("flat copy of a bucket", self.filled_bucket_bytes),
+            self._reduce(),
+            Block("gradients to the host", "temporaries", transfers=tuple(steps)),
+            release("gradient buckets", "buffers", self.buckets * self.bucket_bytes),
+        )
+
+    def update(self) -> Nodes:
+        return (*_cpu_adam(self.shard, self.job.compute_bytes), self.gather_updated())
+
+    def host(self) -> Nodes:
+        half = self.job.compute_bytes
+        accumulated = self.owned[0] * (np.asarray(self.plan.accumulation_steps) > 1)
+        return (
+            *_optimizer_in_host(self.shard, half, self.master_bytes),
+            hold("buffer of the largest tensor", "buffers", self.model.largest_parameter.numel * FP32_BYTES),
+            hold("accumulated gradients", "gradients", accumulated),
+        )
+
+
+class OffloadedZeroThree(ZeroThree):
+    """Stage 3 with its optimizer, and its weights where the plan says so, on the host."""
+
+    def states(self) -> Nodes:
+        half = self.job.compute_bytes
+        on_device = 0 if self.plan.offload.parameters else 1
+        return (
+            hold("weights, rank's share", "parameters", self.shard * half * on_device),
+            hold("small weights kept whole", "parameters", self.persistent * half),
+            hold("gradient bucket", "buffers", self.bucket_bytes),
+        )
+
+    def before_forward(self, part: Part) -> Nodes:
+        return (*self._fetch(part), *super().before_forward(part))
+
+    def before_backward(self, part: Part, micro: MicroStep) -> Nodes:
+        fetched = self._fetch(part) if self.gathers == 2 else ()
+        return (*fetched, *super().before_backward(part, micro))
+
+    def _fetch(self, part: Part) -> Nodes:
+        if not self.plan.offload.parameters:
+            return ()
+        share = -(-part.numel // self.plan.gpus) * self.job.compute_bytes
+        copy = Copy("weights", "host-to-device", share, waits=False)
+        return (Block("weights from the host", "temporaries", transfers=(copy,)),)
+
+    def end_backward(self, micro: MicroStep) -> Nodes:
+        half, again = self.job.compute_bytes, 1 - micro.first
+        copies = (
+            Copy("gradients", "device-to-host", self.shard * (FP32_BYTES if micro.last else half), waits=False),
+            Copy("accumulated gradients", "host-to-device", self.shard * half * again, waits=False),
+        )
+        return (*super().end_backward(micro), Block("gradients to the host", "temporaries", transfers=copies))
+
+    def update(self) -> Nodes:
+        return _cpu_adam(self.shard, self.job.compute_bytes)
+
+    def host(self) -> Nodes:
+        half = self.job.compute_bytes
+        weights = pinned(self.shard * half) if self.plan.offload.parameters else 0 * self.shard
+        return (
+            *_optimizer_in_host(self.shard, half, self.master_bytes),
+            hold("weights (pinned)", "parameters", weights),
+        )

@@ -1,0 +1,298 @@
+"""Operators on tensors without contents: what each allocates, what its backward needs, and what that allocates.
+
+Each follows torch 2.13's kernels and derivative formulas (``tools/autograd/derivatives.yaml``,
+``torch/csrc/autograd/FunctionsManual.cpp``). An operator's backward is a closure; what it closes over stays alive
+until it has run, which is how "saved for backward" is expressed here.
+"""
+
+from __future__ import annotations
+
+from advisor.specs.model import Parameter
+from advisor.step.program import Matmul
+from advisor.step.tape import Gradients, Product, Tape, Tensor, Weight
+
+
+def view(tape: Tape, x: Tensor, numel: int | None = None) -> Tensor:
+    """A view of *x*, or of *numel* elements of it; its gradient is a view too unless it is a part."""
+    output = Tensor(numel if numel is not None else x.numel, x.element_bytes, x.scales, x.storage)
+    if numel is None or numel == x.numel:
+        output.node = x.node
+        return output
+    whole, element_bytes, scales = x.numel, x.element_bytes, x.scales
+
+    def backward(tape: Tape, gradient: Tensor) -> Gradients:
+        full = tape.new(whole, element_bytes, scales=scales)
+        tape.work(gradient, full, kernels=2)
+        return (full,)
+
+    return tape.attach(output, [x], backward, saves="nothing")
+
+
+def cast(tape: Tape, x: Tensor, element_bytes: int) -> Tensor:
+    """*x* in another format; itself where it already is."""
+    if x.element_bytes == element_bytes:
+        return x
+    output = tape.like(x, element_bytes)
+    tape.work(x, output)
+    original = x.element_bytes
+
+    def backward(tape: Tape, gradient: Tensor) -> Gradients:
+        back = tape.like(gradient, original)
+        tape.work(gradient, back)
+        return (back,)
+
+    return tape.attach(output, [x], backward, saves="nothing")
+
+
+def copy(tape: Tape, x: Tensor) -> Tensor:
+    """A contiguous copy; the gradient passes through as a view."""
+    output = tape.like(x)
+    tape.work(x, output)
+    return tape.attach(output, [x], lambda tape, gradient: (gradient,), saves="nothing")
+
+
+def add(tape: Tape, x: Tensor, y: Tensor) -> Tensor:
+    output = tape.new(max(x.numel, y.numel), max(x.element_bytes, y.element_bytes))
+    tape.work(x, y, output)
+    formats = (x.element_bytes, y.element_bytes)
+
+    def backward(tape: Tape, gradient: Tensor) -> Gradients:
+        return cast(tape, gradient, formats[0]), cast(tape, gradient, formats[1])
+
+    return tape.attach(output, [x, y], backward, saves="nothing")
+
+
+def multiply(tape: Tape, x: Tensor, y: Tensor) -> Tensor:
+    """Element-wise product of two tensors of one shape."""
+    output = tape.new(x.numel, max(x.element_bytes, y.element_bytes))
+    tape.work(x, y, output)
+
+    def backward(tape: Tape, gradient: Tensor) -> Gradients:
+        first = tape.like(gradient, x.element_bytes)
+        second = tape.like(gradient, y.element_bytes)
+        tape.work(gradient, x, y, first, second, gradient, kernels=2)
+        return first, second
+
+    return tape.attach(output, [x, y], backward)
+
+
+def scale_rows(tape: Tape, x: Tensor, scale: Tensor, element_bytes: int | None = None) -> Tensor:
+    """*x* times one number per row. Backward forms the full product for the row's gradient before it sums."""
+    output = tape.like(x, element_bytes or max(x.element_bytes, scale.element_bytes))
+    tape.work(x, scale, output)
+
+    def backward(tape: Tape, gradient: Tensor) -> Gradients:
+        for_x = tape.like(gradient)
+        full = tape.like(gradient)
+        tape.work(gradient, for_x, gradient, x, full, kernels=2)
+        for_scale = tape.like(scale, gradient.element_bytes)
+        tape.work(full, for_scale)
+        del full
+        return cast(tape, for_x, x.element_bytes), cast(tape, for_scale, scale.element_bytes)
+
+    return tape.attach(output, [x, scale], backward)
+
+
+def multiply_constant(tape: Tape, x: Tensor, element_bytes: int | None = None) -> Tensor:
+    """*x* times a tensor or number that needs no gradient, so *x* itself is not saved."""
+    output = tape.like(x, element_bytes)
+    tape.work(x, output)
+    original = x.element_bytes
+
+    def backward(tape: Tape, gradient: Tensor) -> Gradients:
+        scaled = tape.like(gradient)
+        tape.work(gradient, scaled)
+        return (cast(tape, scaled, original),)
+
+    return tape.attach(output, [x], backward, saves="nothing")
+
+
+def multiply_weight(tape: Tape, x: Tensor, weight: Weight, element_bytes: int) -> Tensor:
+    """*x* times a weight per column."""
+    output = tape.like(x, element_bytes)
+    tape.work(x, output)
+
+    def backward(tape: Tape, gradient: Tensor) -> Gradients:
+        for_weight = tape.like(gradient)
+        tape.work(gradient, x, for_weight)
+        for_x = tape.like(gradient)
+        tape.work(gradient, for_x)
+        summed = weight_gradient(tape, weight.parameter, weight.element_bytes)
+        tape.work(for_weight, summed)
+        del for_weight
+        return summed, cast(tape, for_x, x.element_bytes)
+
+    return tape.attach(output, [weight, x], backward)
+
+
+def weight_gradient(tape: Tape, parameter: Parameter, element_bytes: int) -> Tensor:
+    return tape.new(parameter.numel, element_bytes, scales=False, category="gradients", label="weights")
+
+
+def unary(tape: Tape, x: Tensor, *, saves: str, temporaries: int = 0, element_bytes: int | None = None) -> Tensor:
+    """A function of each element that saves its ``input`` or its ``output``.
+
+    *temporaries* counts tensors of *x*'s size that its backward holds beside gradient and result.
+    """
+    output = tape.like(x, element_bytes)
+    tape.work(x, output)
+    kept = x if saves == "input" else Tensor(output.numel, output.element_bytes, output.scales, output.storage)
+
+    def backward(tape: Tape, gradient: Tensor) -> Gradients:
+        extra = [tape.like(gradient) for _ in range(temporaries)]
+        result = tape.like(gradient, kept.element_bytes)
+        tape.work(gradient, kept, result, *extra, kernels=1 + temporaries)
+        return (result,)
+
+    return tape.attach(output, [x], backward, saves="inputs" if saves == "input" else "outputs")
+
+
+def square(tape: Tape, x: Tensor) -> Tensor:
+    """``x.pow(2)``: backward forms x.pow(1), twice that, then the product with the gradient."""
+    output = tape.like(x)
+    tape.work(x, output)
+
+    def backward(tape: Tape, gradient: Tensor) -> Gradients:
+        power = tape.like(x)
+        doubled = tape.like(x)
+        tape.work(x, power, power, doubled, kernels=2)
+        del power
+        result = tape.like(x)
+        tape.work(gradient, doubled, result)
+        return (result,)
+
+    return tape.attach(output, [x], backward)
+
+
+def row_mean(tape: Tape, x: Tensor, width: int) -> Tensor:
+    """Mean over the last *width* elements; backward spreads the gradient over a full tensor."""
+    output = tape.new(x.numel // width, x.element_bytes)
+    tape.work(x, output)
+    numel = x.numel
+
+    def backward(tape: Tape, gradient: Tensor) -> Gradients:
+        spread = tape.new(numel, gradient.element_bytes)
+        tape.work(gradient, spread)
+        return (spread,)
+
+    return tape.attach(output, [x], backward, saves="nothing")
+
+
+def concatenate(tape: Tape, *parts: Tensor) -> Tensor:
+    """Parts side by side; their gradients are views of the whole's."""
+    output = tape.new(sum(part.numel for part in parts), parts[0].element_bytes)
+    tape.work(*parts, output)
+    sizes = [part.numel for part in parts]
+
+    def backward(tape: Tape, gradient: Tensor) -> Gradients:
+        return tuple(Tensor(size, gradient.element_bytes, True, gradient.storage) for size in sizes)
+
+    return tape.attach(output, list(parts), backward, saves="nothing")
+
+
+def dropout(tape: Tape, x: Tensor, probability: float) -> Tensor:
+    """Fused dropout keeps one byte per element."""
+    if not probability:
+        return x
+    output = tape.like(x)
+    mask = tape.like(x, 1)
+    tape.work(x, output, mask)
+
+    def backward(tape: Tape, gradient: Tensor) -> Gradients:
+        result = tape.like(gradient)
+        tape.work(gradient, mask, result)
+        return (result,)
+
+    return tape.attach(output, [x], backward, saves="outputs")
+
+
+def compute_copy(tape: Tape, weight: Weight) -> Tensor | Weight:
+    """The weight as products read it: under autocast a copy in the compute format, made once per forward."""
+    if weight.element_bytes == tape.compute_bytes:
+        return weight
+    if weight.cast is None:
+        copy = tape.new(
+            weight.parameter.numel, tape.compute_bytes, scales=False, category="buffers", label="autocast weight copies"
+        )
+        tape.work(fixed_moved_bytes=weight.parameter.numel * (weight.element_bytes + tape.compute_bytes))
+        original = weight.element_bytes
+
+        def backward(tape: Tape, gradient: Tensor) -> Gradients:
+            full = weight_gradient(tape, weight.parameter, original)
+            tape.work(gradient, full)
+            return (full,)
+
+        weight.cast = tape.attach(copy, [weight], backward, saves="nothing")
+    return weight.cast
+
+
+def linear(
+    tape: Tape, x: Tensor, weight: Weight, bias: Weight | None = None, *, needs_input_gradient: bool = True
+) -> Tensor:
+    """A matrix product with a weight of two dimensions; saves its input."""
+    parameter = weight.parameter
+    rows, columns = parameter.shape
+    inside = columns if x.numel % columns == 0 else rows
+    return _product(tape, x, weight, bias, inside, parameter.numel // inside, needs_input_gradient)
+
+
+def _product(
+    tape: Tape, x: Tensor, weight: Weight, bias: Weight | None, inside: int, outside: int, needs_input_gradient: bool
+) -> Tensor:
+    x = cast(tape, x, tape.compute_bytes)
+    matrix = compute_copy(tape, weight)
+    offset = compute_copy(tape, bias) if bias else None
+    tokens, compute_bytes = x.numel // inside, tape.compute_bytes
+    output = tape.new(tokens * outside, compute_bytes)
+    tape.work(
+        x, output, matmuls=(Product(Matmul(tokens, outside, inside), "m"),), fixed_moved_bytes=_size_bytes(matrix)
+    )
+
+    def backward(tape: Tape, gradient: Tensor) -> Gradients:
+        for_offset = weight_gradient(tape, bias.parameter, compute_bytes) if bias else None
+        if for_offset:
+            tape.work(gradient, for_offset)
+        for_x = tape.new(tokens * inside, compute_bytes) if needs_input_gradient else None
+        if for_x:
+            backwards = (Product(Matmul(tokens, inside, outside), "m"),)
+            tape.work(gradient, for_x, matmuls=backwards, fixed_moved_bytes=_size_bytes(matrix))
+        for_matrix = weight_gradient(tape, weight.parameter, compute_bytes)
+        tape.work(gradient, x, for_matrix, matmuls=(Product(Matmul(outside, inside, tokens), "k"),))
+        return for_x, for_matrix, for_offset
+
+    return tape.attach(output, [x, matrix, offset], backward)
+
+
+def _size_bytes(matrix: Tensor | Weight) -> int:
+    return matrix.size_bytes if isinstance(matrix, Tensor) else matrix.parameter.numel * matrix.element_bytes
+
+
+def layer_norm(tape: Tape, x: Tensor, weight: Weight | None, bias: Weight | None, width: int) -> Tensor:
+    """torch's fused LayerNorm: saves its input and two fp32 numbers per row. Autocast runs it in fp32."""
+    if tape.autocast:
+        x = cast(tape, x, 4)
+    output = tape.like(x)
+    statistics = tape.new(2 * (x.numel // width), 4)
+    tape.work(x, output, statistics)
+
+    def backward(tape: Tape, gradient: Tensor) -> Gradients:
+        result = tape.like(x)
+        for_weight = weight_gradient(tape, weight.parameter, weight.element_bytes) if weight else None
+        for_bias = weight_gradient(tape, bias.parameter, bias.element_bytes) if bias else None
+        tape.work(gradient, x, statistics, result, kernels=2)
+        return result, for_weight, for_bias
+
+    return tape.attach(output, [x, weight, bias], backward, saves="outputs")
+
+
+def rms_norm(tape: Tape, x: Tensor, weight: Weight | None, width: int, *, fp32_weight: bool) -> Tensor:
+    """RMSNorm as transformers writes it: in fp32, then cast back before (Llama) or after (Gemma) the weight."""
+    original = x.element_bytes
+    hidden = cast(tape, x, 4)
+    variance = row_mean(tape, square(tape, hidden), width)
+    hidden = scale_rows(tape, hidden, unary(tape, variance, saves="output"))
+    if weight is None:
+        return cast(tape, hidden, original)
+    if fp32_weight:
+        return cast(tape, multiply_weight(tape, hidden, weight, 4), original)
+    return multiply_weight(tape, cast(tape, hidden, original), weight, max(original, weight.element_bytes))

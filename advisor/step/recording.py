@@ -1,0 +1,225 @@
+"""Runs a model's parts on a tape and keeps what one sequence does in forward and in backward.
+
+The residual stream runs from part to part: a part frees its input where nothing saved it and leaves its output,
+and in backward the same with gradients. So the recordings of equal layers can be laid end to end any number of
+times. A recording depends on neither the micro-batch nor the strategy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from advisor.errors import SpecError
+from advisor.specs.job import AttentionKernel, Job
+from advisor.specs.model import Layer, ModelSpec, Parameter
+from advisor.step.attention import Weights, weights_of
+from advisor.step.layers import cross_entropy, decoder_layer, embed, finish, head
+from advisor.step.tape import Event, Tape, Tensor, Weight
+
+STREAM = "residual stream"
+GRADIENT_STREAM = "gradient stream"
+ENCODER_OUTPUT = "encoder output"
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """In which formats the model runs, and with which attention kernel."""
+
+    compute_bytes: int
+    parameter_bytes: int
+    """Bytes per element of the weights that the modelling code sees."""
+    sequence_length: int
+    attention: AttentionKernel
+
+    @property
+    def autocast(self) -> bool:
+        return self.parameter_bytes > self.compute_bytes
+
+    @property
+    def stream_bytes(self) -> int:
+        """Bytes per element of the residual stream, which has the format of the embedding."""
+        return self.parameter_bytes
+
+    def tape(self) -> Tape:
+        return Tape(self.compute_bytes, self.autocast, self.sequence_length)
+
+
+def mode_of(job: Job, parameter_bytes: int) -> Mode:
+    return Mode(job.compute_bytes, parameter_bytes, job.sequence_length, job.attention)
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """Events of one part for one sequence. ``kept_copy_bytes`` stay until forward ends though nothing saved them."""
+
+    forward: tuple[Event, ...]
+    backward: tuple[Event, ...]
+    kept_copy_bytes: int = 0
+
+
+Run = Callable[[Tape, Tensor, Weights], Tensor]
+
+
+@lru_cache(maxsize=256)
+def record_layer(layer: Layer, hidden_size: int, mode: Mode, checkpointed: bool) -> Recording:
+    """One layer, its residual stream coming in and going out."""
+
+    def run(tape: Tape, stream: Tensor, weights: Weights) -> Tensor:
+        memory = None
+        if layer.cross_attention:
+            memory = tape.input(stream.numel, mode.stream_bytes, ENCODER_OUTPUT)
+        output = decoder_layer(tape, stream, layer, weights, hidden_size, mode.attention, memory)
+        _check_claimed(weights, "layer")
+        return output
+
+    record = _record_checkpointed if checkpointed else _record
+    return record(run, layer.parameters, hidden_size, mode)
+
+
+@lru_cache(maxsize=64)
+def record_embedding(model: ModelSpec, mode: Mode) -> Recording:
+    """From token ids to the residual stream."""
+    tape = mode.tape()
+    weights = weights_of(model.embedding, mode.parameter_bytes)
+    output = embed(tape, model, weights)
+    _check_claimed(weights, "embedding")
+    output.storage.rename(STREAM, "activations")
+    last = len(tape.events)
+    root, shape, number = output.node, (output.numel, output.element_bytes), output.storage.event.storage
+    assert root is not None
+    del output
+    tape.run_backward(root, *shape, None)
+    return Recording(tuple(tape.events[:last]), _after_forward(tape, last, number))
+
+
+@dataclass(frozen=True, slots=True)
+class HeadRecording:
+    """Events of the head for one sequence: up to the logits, the loss, and both backwards."""
+
+    forward: tuple[Event, ...]
+    loss: tuple[Event, ...]
+    backward: tuple[Event, ...]
+
+
+@lru_cache(maxsize=64)
+def record_head(model: ModelSpec, mode: Mode) -> HeadRecording:
+    """From the residual stream to the loss. The training loop drops the logits before it goes backwards."""
+    tape = mode.tape()
+    parameters = model.head + ((_output_matrix(model),) if model.tied_embeddings else ())
+    weights = weights_of(parameters, mode.parameter_bytes)
+    uncopied = list(weights.unclaimed)
+    stream = tape.input(mode.sequence_length * model.hidden_size, mode.stream_bytes, STREAM)
+    start, first = stream.node, len(tape.events)
+    hidden = finish(tape, stream, model, weights)
+    del stream
+    logits = head(tape, hidden, model, weights)
+    _check_claimed(weights, "head")
+    last = len(tape.events)
+    tape.scope = "logits"
+    loss = cross_entropy(tape, logits, model)
+    del logits, hidden
+    _forget_copies(uncopied)
+    end = len(tape.events)
+    assert loss.node is not None
+    returned = tape.run_backward(loss.node, loss.numel, loss.element_bytes, start)
+    assert returned is not None
+    returned.storage.rename(GRADIENT_STREAM, "temporaries")
+    del loss
+    events = tuple(event if event.label != "logits" else _as_logits(event) for event in tape.events)
+    return HeadRecording(events[first:last], events[last:end], events[end:])
+
+
+def _output_matrix(model: ModelSpec) -> Parameter:
+    return model.embedding[0]
+
+
+def _as_logits(event: Event) -> Event:
+    return event._replace(category="logits") if event.category in ("activations", "temporaries") else event
+
+
+def _record(run: Run, parameters: tuple[Parameter, ...], hidden_size: int, mode: Mode) -> Recording:
+    tape = mode.tape()
+    weights = weights_of(parameters, mode.parameter_bytes)
+    uncopied = list(weights.unclaimed)
+    stream = tape.input(mode.sequence_length * hidden_size, mode.stream_bytes, STREAM)
+    start, first = stream.node, len(tape.events)
+    output = run(tape, stream, weights)
+    output.storage.rename(STREAM, "activations")
+    del stream
+    _forget_copies(uncopied)
+    last = len(tape.events)
+    root, shape, number = output.node, (output.numel, output.element_bytes), output.storage.event.storage
+    assert root is not None
+    del output
+    returned = tape.run_backward(root, *shape, start)
+    assert returned is not None
+    returned.storage.rename(GRADIENT_STREAM, "temporaries")
+    return Recording(_own(tape.events[first:last]), _after_forward(tape, last, number))
+
+
+def _record_checkpointed(run: Run, parameters: tuple[Parameter, ...], hidden_size: int, mode: Mode) -> Recording:
+    """torch.utils.checkpoint, not reentrant: keeps the input, and in backward runs again until all is saved."""
+    forward, kept_copy_bytes = _record_forward_only(run, parameters, hidden_size, mode)
+    tape = mode.tape()
+    weights = weights_of(parameters, mode.parameter_bytes)
+    uncopied = list(weights.unclaimed)
+    stream = tape.input(mode.sequence_length * hidden_size, mode.stream_bytes, STREAM)
+    start, first = stream.node, len(tape.events)
+    output = run(tape, stream, weights)
+    _forget_copies(uncopied)
+    cut, last = tape.needed_until, len(tape.events)
+    root, shape = output.node, (output.numel, output.element_bytes)
+    assert root is not None
+    del output
+    returned = tape.run_backward(root, *shape, start)
+    assert returned is not None
+    returned.storage.rename(GRADIENT_STREAM, "temporaries")
+    del stream
+    again = [event for event in tape.events[cut:last] if event.kind == "give" and event.storage < cut]
+    after = [event for event in _after_forward(tape, last, -1) if not cut <= event.storage < last]
+    return Recording(forward, _own([*tape.events[first:cut], *again, *after]), kept_copy_bytes)
+
+
+def _record_forward_only(
+    run: Run, parameters: tuple[Parameter, ...], hidden_size: int, mode: Mode
+) -> tuple[tuple[Event, ...], int]:
+    """A forward pass that saves nothing but its input, and the bytes of weight copies that autocast keeps."""
+    tape = mode.tape()
+    tape.grad_enabled = False
+    weights = weights_of(parameters, mode.parameter_bytes)
+    uncopied = list(weights.unclaimed)
+    stream = tape.input(mode.sequence_length * hidden_size, mode.stream_bytes, STREAM)
+    first = len(tape.events)
+    output = run(tape, stream, weights)
+    output.storage.rename(STREAM, "activations")
+    kept = sum(weight.cast.size_bytes for weight in uncopied if weight.cast)
+    return _own(tape.events[first:]), kept
+
+
+def _after_forward(tape: Tape, last: int, output: int) -> tuple[Event, ...]:
+    """Events since number *last*, less what belongs to the next part: the output, and the gradient that arrives."""
+    arrival = next(number for number, event in enumerate(tape.events[last:], last) if event.kind == "take")
+    return _own(
+        event
+        for number, event in enumerate(tape.events[last:], last)
+        if number != arrival and not (event.kind == "give" and event.storage == output)
+    )
+
+
+def _own(events: Iterable[Event]) -> tuple[Event, ...]:
+    """*events* without those of the encoder's output, which outlives the layer."""
+    return tuple(event for event in events if event.label != ENCODER_OUTPUT)
+
+
+def _forget_copies(weights: list[Weight]) -> None:
+    """Leave autocast: its cache drops the copies, and those that nothing saved are freed."""
+    for weight in weights:
+        weight.cast = None
+
+
+def _check_claimed(weights: Weights, part: str) -> None:
+    if weights.unclaimed:
+        left = ", ".join(f"{weight.parameter.name} {weight.parameter.shape}" for weight in weights.unclaimed)
+        raise SpecError(f"the {part}'s code uses no parameter of these: {left}")

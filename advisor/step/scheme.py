@@ -1,0 +1,103 @@
+"""What a strategy adds to the step: who holds what, what is gathered and reduced, and when.
+
+``build.py`` walks the model's recordings and asks the scheme at each turn. Every answer is a sequence of nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from advisor.specs.job import Job
+from advisor.specs.model import ModelSpec, Parameter
+from advisor.specs.plan import Plan
+from advisor.step.program import Amount, Node
+
+Nodes = Sequence[Node]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stretch of the model whose parameters are used together."""
+
+    kind: Literal["embedding", "layer", "head"]
+    parameters: tuple[Parameter, ...]
+
+    @property
+    def numel(self) -> int:
+        return sum(parameter.numel for parameter in self.parameters)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MicroStep:
+    """One forward and backward pass within an optimizer step."""
+
+    first: Amount
+    """1 where no gradient has been accumulated before, else 0."""
+    last: bool
+    """Whether the optimizer steps after it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scheme:
+    """A strategy's part in the step; this one adds nothing anywhere."""
+
+    model: ModelSpec
+    job: Job
+    plan: Plan
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes per element of the weights that the modelling code computes with."""
+        return self.job.parameter_bytes
+
+    def states(self) -> Nodes:
+        """What is held between steps, in the order in which it is made, with what making it takes."""
+        return ()
+
+    def begin_forward(self) -> Nodes:
+        return ()
+
+    def before_forward(self, part: Part) -> Nodes:
+        return ()
+
+    def after_forward(self, part: Part) -> Nodes:
+        return ()
+
+    def end_forward(self) -> Nodes:
+        return ()
+
+    def before_backward(self, part: Part, micro: MicroStep) -> Nodes:
+        return ()
+
+    def first_gradient(self, micro: MicroStep) -> Nodes:
+        """Before the first weight gradient of a backward pass is handed over."""
+        return ()
+
+    def gradient(self, parameter: Parameter, size_bytes: int, micro: MicroStep) -> Nodes:
+        """A weight's gradient of *size_bytes* is handed over; its memory is the scheme's from here on."""
+        return ()
+
+    def after_backward(self, part: Part, micro: MicroStep) -> Nodes:
+        return ()
+
+    @property
+    def turn_after(self) -> int | None:
+        """Parameters whose gradients have been handed over when :meth:`turn` happens; None for never."""
+        return None
+
+    def turn(self, micro: MicroStep) -> Nodes:
+        """What happens once in the middle of backward, when enough gradients have come together."""
+        return ()
+
+    def end_backward(self, micro: MicroStep) -> Nodes:
+        return ()
+
+    def update(self) -> Nodes:
+        """The optimizer step."""
+        return ()
+
+    def host(self) -> Nodes:
+        """What one rank holds in host memory."""
+        return ()

@@ -1,0 +1,96 @@
+"""Who holds which share of weights, gradients and optimizer: the 2+2+12 rule and how each framework cuts it.
+
+Mixed-precision Adam keeps 2 bytes of weights, 2 of gradients and 12 of optimizer states (fp32 weights, momentum,
+variance) per parameter (Rajbhandari et al., arXiv:1910.02054, section 3.1). What differs is where tensors are cut:
+DeepSpeed's stages 1 and 2 cut one flat buffer, stage 3 each tensor, FSDP the first dimension of each tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from advisor.specs.job import Job
+from advisor.specs.model import ModelSpec, Parameter
+from advisor.specs.plan import Count
+from advisor.step.program import Amount
+
+FP32_BYTES = 4
+MOMENTS = 2
+"""Adam keeps two numbers per parameter: momentum and variance."""
+ADAM_MOVES = 7
+"""Tensors that a fused Adam update reads (weights, gradient, both moments) and writes (weights, moments)."""
+
+
+def flat_shard(parameters: int, ranks: Count) -> Amount:
+    """Elements of one rank's share of a flat buffer padded to twice the ranks.
+
+    deepspeed 0.19.8, runtime/zero/stage_1_and_2.py: ``nccl_start_alignment_factor = 2``.
+    """
+    return -(-parameters // (2 * ranks)) * 2
+
+
+def tensor_shards(parameters: Sequence[Parameter], ranks: Count) -> Amount:
+    """Elements of one rank's shares when each tensor is cut alone (deepspeed 0.19.8, partition_parameters.py)."""
+    return _summed_ceilings([(parameter.numel, 1) for parameter in parameters], ranks)
+
+
+def row_shards(parameters: Sequence[Parameter], ranks: Count) -> Amount:
+    """Elements of rank 0's shares when each tensor is cut by rows (torch 2.13, fsdp/_fully_shard/_fsdp_param.py)."""
+    return _summed_ceilings(
+        [(parameter.shape[0], parameter.numel // parameter.shape[0]) for parameter in parameters], ranks
+    )
+
+
+def _summed_ceilings(pieces: list[tuple[int, int]], ranks: Count) -> Amount:
+    """Sum of ceil(count / ranks) · size over *pieces* of (count, size)."""
+    if isinstance(ranks, int):
+        return sum(-(-count // ranks) * size for count, size in pieces)
+    table = np.array(pieces, dtype=np.int64).reshape(-1, 2)
+    rows = -(-table[:, 0, None] // np.asarray(ranks).reshape(1, -1)) * table[:, 1, None]
+    total: Amount = rows.sum(axis=0).reshape(np.shape(ranks))
+    return total
+
+
+def touching(model: ModelSpec, ranks: Count) -> tuple[Amount, Amount]:
+    """Elements of all tensors that touch a rank's flat partition: for the worst rank, and for the last.
+
+    A rank that owns any slice of a tensor keeps that tensor's whole gradient (deepspeed 0.19.8,
+    stage_1_and_2.py ``grads_in_partition``), so a large embedding weighs on its rank however many ranks there are.
+    """
+    sizes = tuple(parameter.numel for parameter in model.parameters())
+    if isinstance(ranks, int):
+        return _touching(sizes, ranks)
+    found = [_touching(sizes, int(each)) for each in np.asarray(ranks).reshape(-1)]
+    shape = np.shape(ranks)
+    return (
+        np.array([worst for worst, _ in found], dtype=np.int64).reshape(shape),
+        np.array([last for _, last in found], dtype=np.int64).reshape(shape),
+    )
+
+
+@lru_cache(maxsize=512)
+def _touching(sizes: tuple[int, ...], ranks: int) -> tuple[int, int]:
+    ends = np.cumsum(np.array(sizes, dtype=np.int64))
+    starts = ends - np.array(sizes, dtype=np.int64)
+    shard = int(flat_shard(int(ends[-1]), ranks))
+    low = np.minimum(np.arange(ranks, dtype=np.int64) * shard, ends[-1] - 1)
+    high = np.minimum(low + shard, ends[-1])
+    first = np.searchsorted(ends, low, side="right")
+    last = np.searchsorted(starts, high, side="left") - 1
+    held = ends[last] - starts[first]
+    return int(held.max()), int(held[-1])
+
+
+def adam_temporaries(job: Job, elements: Amount, largest: Amount, element_bytes: int) -> Amount:
+    """Bytes that the update itself takes for *elements* held in tensors of at most *largest* elements.
+
+    torch 2.13, optim/adam.py: fused none; foreach one square root of every variance; a loop two tensors.
+    """
+    if job.optimizer == "adamw-foreach":
+        return elements * element_bytes
+    if job.optimizer == "adamw-loop":
+        return 2 * largest * element_bytes
+    return 0 * elements

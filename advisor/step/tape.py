@@ -1,0 +1,256 @@
+"""Runs modelling code on tensors that have only a size, and records what happens to memory.
+
+This is a small autograd engine. Operators (``operators.py``) take and return :class:`Tensor` values without
+contents, and say which of them backward needs; modules (``layers.py``) call them in the order of the real code.
+Lifetimes are Python's own: a tensor is freed when the last variable or graph node that refers to it goes, exactly
+as PyTorch frees its storages. The record that comes out is what one sequence of a micro-batch allocates, frees and
+computes; ``build.py`` turns it into blocks for any number of sequences.
+
+The engine follows torch 2.13 (``torch/csrc/autograd/engine.cpp``): among the nodes that are ready, the one made
+last runs first; two gradients of one tensor are summed in place; a node drops what it saved once it has run.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from advisor.specs.model import Parameter
+from advisor.step.program import Category, Matmul
+
+
+class Product(NamedTuple):
+    """Matrix products of one sequence, and which of their fields grows with the micro-batch."""
+
+    matmul: Matmul
+    grows: Literal["m", "k", "count"]
+
+
+class Work(NamedTuple):
+    """What a stretch computes for one sequence."""
+
+    products: tuple[Product, ...] = ()
+    moved_bytes: int = 0
+    fixed_moved_bytes: int = 0
+    """Bytes moved whatever the micro-batch, such as a weight's."""
+    kernels: int = 0
+
+
+NO_WORK = Work()
+
+
+class Event(NamedTuple):
+    """One thing that happens: memory taken or given back, work done, or a weight's gradient handed over."""
+
+    kind: Literal["take", "give", "work", "gradient"]
+    label: str
+    category: Category
+    size_bytes: int
+    scales: bool
+    """Whether the size is per sequence of the micro-batch, or the same for any number of them."""
+    storage: int = -1
+    """Which memory is taken or given back: its number on this tape."""
+    work: Work = NO_WORK
+    parameter: Parameter | None = None
+
+
+class _Storage:
+    """Memory that is held for as long as something refers to this object."""
+
+    __slots__ = ("event", "tape")
+
+    def __init__(self, tape: Tape, label: str, category: Category, size_bytes: int, scales: bool) -> None:
+        self.tape = tape
+        self.event = Event("take", label, category, size_bytes, scales, len(tape.events))
+        tape.events.append(self.event)
+
+    def __del__(self) -> None:
+        self.tape.events.append(self.event._replace(kind="give"))
+
+    def rename(self, label: str, category: Category) -> None:
+        """Give this memory another name, from when it was taken on."""
+        self.event = self.event._replace(label=label, category=category)
+        self.tape.events[self.event.storage] = self.event
+
+
+@dataclass(eq=False, slots=True)
+class Weight:
+    """A parameter as modelling code sees it: its tensor, in the format that the code finds it in."""
+
+    parameter: Parameter
+    element_bytes: int
+    cast: Tensor | None = None
+    """Its autocast copy while a forward pass keeps one."""
+
+
+@dataclass(eq=False, slots=True)
+class Tensor:
+    """A tensor without contents. *numel* counts one sequence where *scales*, else the whole."""
+
+    numel: int
+    element_bytes: int
+    scales: bool
+    storage: _Storage
+    node: GraphNode | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        return self.numel * self.element_bytes
+
+
+Gradients = tuple["Tensor | None", ...]
+Backward = Callable[["Tape", Tensor], Gradients]
+
+
+@dataclass(eq=False, slots=True)
+class GraphNode:
+    """One recorded operation: what produced its inputs, and what its backward does."""
+
+    order: int
+    inputs: tuple[GraphNode | Weight | None, ...]
+    backward: Backward | None
+    scope: str = ""
+
+    def __lt__(self, other: GraphNode) -> bool:
+        return self.order > other.order
+
+
+@dataclass(eq=False, slots=True)
+class Tape:
+    """Where operators record. ``grad_enabled`` off, nothing is saved for backward."""
+
+    compute_bytes: int
+    """Bytes per element of matrix products."""
+    autocast: bool
+    """Whether weights and the residual stream stay in fp32 and products cast their inputs."""
+    sequence_length: int
+    grad_enabled: bool = True
+    backward_running: bool = False
+    scope: str = ""
+    """The module that is running; names what it allocates."""
+    events: list[Event] = field(default_factory=list)
+    order: int = 0
+    needed_until: int = 0
+    """Number of the event before which everything that backward needs has been computed."""
+
+    def new(
+        self,
+        numel: int,
+        element_bytes: int,
+        *,
+        scales: bool = True,
+        category: Category | None = None,
+        label: str | None = None,
+    ) -> Tensor:
+        """Allocate a tensor."""
+        kind: Category = category or ("temporaries" if self.backward_running else "activations")
+        storage = _Storage(self, label or self.scope, kind, numel * element_bytes, scales)
+        return Tensor(numel, element_bytes, scales, storage)
+
+    def like(self, tensor: Tensor, element_bytes: int | None = None) -> Tensor:
+        """Allocate a tensor of *tensor*'s shape."""
+        return self.new(tensor.numel, element_bytes or tensor.element_bytes, scales=tensor.scales)
+
+    def work(
+        self,
+        *touched: Tensor,
+        matmuls: tuple[Product, ...] = (),
+        fixed_moved_bytes: int = 0,
+        kernels: int = 1,
+    ) -> None:
+        """Record kernels that read or write the *touched* tensors."""
+        moved = sum(tensor.size_bytes for tensor in touched if tensor.scales)
+        fixed = fixed_moved_bytes + sum(tensor.size_bytes for tensor in touched if not tensor.scales)
+        done = Work(matmuls, moved, fixed, kernels)
+        self.events.append(Event("work", self.scope, "temporaries", 0, False, work=done))
+
+    def attach(
+        self,
+        output: Tensor,
+        inputs: Sequence[Tensor | Weight | None],
+        backward: Backward,
+        *,
+        saves: Literal["inputs", "outputs", "nothing"] = "inputs",
+    ) -> Tensor:
+        """Make *output* differentiable. *backward* closes over whatever it needs, which keeps that alive."""
+        if self.grad_enabled:
+            if saves == "inputs":
+                self.needed_until = output.storage.event.storage
+            elif saves == "outputs":
+                self.needed_until = len(self.events)
+            self.order += 1
+            edges = tuple(each.node if isinstance(each, Tensor) else each for each in inputs)
+            output.node = GraphNode(self.order, edges, backward, self.scope)
+        return output
+
+    def input(self, numel: int, element_bytes: int, label: str) -> Tensor:
+        """A differentiable tensor from outside, whose gradient :meth:`run_backward` returns."""
+        tensor = self.new(numel, element_bytes, label=label)
+        self.order += 1
+        tensor.node = GraphNode(self.order, (), None)
+        return tensor
+
+    def run_backward(self, root: GraphNode, numel: int, element_bytes: int, wanted: GraphNode | None) -> Tensor | None:
+        """Run the graph behind *root* backwards from a new gradient; return that of the input *wanted*.
+
+        The gradient that arrives is the first thing recorded.
+        """
+        waiting, uses = _dependencies(root)
+        self.backward_running, self.grad_enabled = True, False
+        buffers: dict[GraphNode | Weight, Tensor] = {root: self.new(numel, element_bytes, label="gradient stream")}
+        ready = [(-root.order, root)]
+        found: Tensor | None = None
+        while ready:
+            _, node = heapq.heappop(ready)
+            arrived = buffers.pop(node)
+            if node.backward is None:
+                if node is wanted:
+                    found = arrived
+                del arrived
+                continue
+            self.scope = node.scope
+            produced = list(node.backward(self, arrived))
+            del arrived
+            edges, node.inputs, node.backward = node.inputs, (), None
+            for edge in reversed(edges):
+                part = produced.pop()
+                if edge is None or part is None:
+                    continue
+                if edge in buffers:
+                    self.work(part, part, buffers[edge])
+                buffers[edge] = part
+                del part
+                if isinstance(edge, Weight):
+                    uses[edge] -= 1
+                    if not uses[edge]:
+                        size_bytes, parameter = buffers.pop(edge).size_bytes, edge.parameter
+                        self.events.append(
+                            Event("gradient", "weights", "gradients", size_bytes, False, parameter=parameter)
+                        )
+                    continue
+                waiting[edge] -= 1
+                if not waiting[edge]:
+                    heapq.heappush(ready, (-edge.order, edge))
+        self.backward_running, self.grad_enabled = False, True
+        return found
+
+
+def _dependencies(root: GraphNode) -> tuple[dict[GraphNode, int], dict[Weight, int]]:
+    """How many gradients each node and weight behind *root* will receive."""
+    nodes: dict[GraphNode, int] = {}
+    weights: dict[Weight, int] = {}
+    stack, seen = [root], {root}
+    while stack:
+        for edge in stack.pop().inputs:
+            if edge is None:
+                continue
+            if isinstance(edge, Weight):
+                weights[edge] = weights.get(edge, 0) + 1
+                continue
+            nodes[edge] = nodes.get(edge, 0) + 1
+            if edge not in seen:
+                seen.add(edge)
+                stack.append(edge)
+    return nodes, weights
