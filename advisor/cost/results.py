@@ -9,19 +9,12 @@ from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
 from advisor.specs.plan import Plan
+from advisor.specs.question import Input, Origin
 from advisor.step.program import Line
 
-Origin = Literal["given", "found", "assumed"]
+__all__ = ["Estimate", "Input", "Memory", "Origin", "PhaseMemory", "StepTime", "TrafficLine", "Verdict"]
+
 Verdict = Literal["fits", "tight", "no"]
-
-
-@dataclass(frozen=True, slots=True)
-class Input:
-    """One resolved input as it is shown: what was taken, and where it came from."""
-
-    name: str
-    value: str | int | float
-    origin: Origin
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -10,8 +11,8 @@ class Calibration:
     """Constants that a prediction adds to the step program. Each has its source in the file it was read from."""
 
     name: str
-    matmul_workspace_bytes: int
-    """cuBLAS workspace of one handle, counted by torch's allocator."""
+    matmul_workspace_bytes: Mapping[str, int]
+    """cuBLAS workspace of one handle by major compute capability, ``default`` for others; torch counts it."""
     context_bytes: int
     """CUDA context and loaded kernels of one process, outside torch's allocator."""
     communicator_bytes: int
@@ -42,4 +43,13 @@ class Calibration:
     """Host memory traffic of one Adam update on the CPU."""
     process_host_bytes: int
     """Host memory of one training process beside its tensors."""
+    host_memory_bytes_per_gpu: int
+    """Host memory that a machine is assumed to have for each of its GPUs where nobody said."""
+    host_bandwidth_bytes_per_s: float
+    """Streaming bandwidth of one machine's host memory."""
     source: str
+
+    def workspace_bytes(self, compute_capability: str) -> int:
+        """cuBLAS workspace of one handle on a GPU of *compute_capability*, such as ``9.0``."""
+        major = compute_capability.split(".")[0]
+        return self.matmul_workspace_bytes.get(major, self.matmul_workspace_bytes["default"])

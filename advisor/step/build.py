@@ -29,6 +29,8 @@ class StepProgram:
     step: Node
     host: Node
     """What one rank holds in host memory; no phases."""
+    host_once: Node
+    """What only one rank of a machine holds there besides."""
     worst_rank: int = 0
 
     @property
@@ -52,6 +54,7 @@ def build(model: ModelSpec, job: Job, plan: Plan) -> StepProgram:
         init=phase("init", *scheme.states()),
         step=then(micro_steps, phase("step", *scheme.update())),
         host=then(*scheme.host()),
+        host_once=then(*scheme.host_once()),
     )
 
 

@@ -51,38 +51,72 @@ class FullyShardedDataParallel(Scheme):
             hold("Adam moments, rank's share", "optimizer", MOMENTS * shard * element_bytes),
         )
 
-    def begin_forward(self) -> Nodes:
-        """The gather buffer of one group outlives it until the next group has been copied out."""
-        return (hold("gather buffer", "buffers", self.layer_bytes),)
-
     def before_forward(self, part: Part) -> Nodes:
         size = self._whole(part.parameters)
-        if part.kind == "embedding" and self.model.tied_embeddings:
-            return (hold("gathered embedding and head", "parameters", self._whole(self.tail)), self._gather(size))
+        if part.kind == "embedding":
+            first = self._first_group_bytes
+            return (
+                self._gather(first),
+                hold("gather buffer", "buffers", first),
+                hold(self._label(part), "parameters", first),
+            )
         if part.kind == "head":
             if self.model.tied_embeddings:
                 return ()
-            return (hold("gathered embedding and head", "parameters", size), self._gather(size))
+            # Its gather buffer takes the place of the last layer's and stays to the end of forward.
+            return (
+                hold("gather buffer", "buffers", size - self.layer_bytes),
+                self._gather(size),
+                hold(self._label(part), "parameters", size),
+            )
         return (
             self._gather(size),
             scratch("gather buffer of the layer before", size, "buffers"),
-            hold("gathered layer", "parameters", size),
+            hold(self._label(part), "parameters", size),
         )
 
     def after_forward(self, part: Part) -> Nodes:
-        if part.kind == "embedding" and self.model.tied_embeddings:
-            return ()
-        if part.kind == "layer" and not self.reshards:
-            return ()
-        return (release("gathered layer", "parameters", self._whole(part.parameters)),)
+        size = self._whole(part.parameters)
+        resharded = self.reshards and not (part.kind == "embedding" and self.model.tied_embeddings)
+        done = (release(self._label(part), "parameters", size),) if resharded else ()
+        if part.kind != "embedding":
+            return done
+        # A group's gather buffer outlives it until the next group has been copied out of its own.
+        layer = self.layer_bytes
+        return (
+            *done,
+            scratch("first gathered layer and its buffer", 2 * layer, "buffers"),
+            release("gather buffer", "buffers", self._first_group_bytes - layer),
+        )
+
+    def _label(self, part: Part) -> str:
+        if part.kind == "head" or (part.kind == "embedding" and self.model.tied_embeddings):
+            return "gathered head" if part.kind == "head" else "gathered embedding and head"
+        return f"gathered {part.kind}"
+
+    @property
+    def _first_group_bytes(self) -> int:
+        """Gathered bytes of the group that the embedding is in."""
+        return self._whole(self.tail if self.model.tied_embeddings else self.model.embedding)
+
+    def end_forward(self) -> Nodes:
+        kept = self.layer_bytes if self.model.tied_embeddings else self._whole(self.tail)
+        return (release("gather buffer", "buffers", kept),)
 
     def before_backward(self, part: Part, micro: MicroStep) -> Nodes:
+        if not self.reshards or part.kind == "head":
+            return ()
         size = self._whole(part.parameters)
-        if part.kind == "head" or (part.kind == "embedding" and self.model.tied_embeddings):
-            return ()
-        if part.kind == "layer" and not self.reshards:
-            return ()
-        return (self._gather(size), hold("gathered layer", "parameters", size))
+        if part.kind == "layer":
+            return (self._gather(size), hold(self._label(part), "parameters", size))
+        last = release("gather buffer", "buffers", self.layer_bytes)
+        if self.model.tied_embeddings:
+            return (last,)
+        return (self._gather(size), last, Block("gathered embedding", "parameters", size, 2 * size, "buffers"))
+
+    def first_gradient(self, micro: MicroStep) -> Nodes:
+        """From the head on, the next group's gather is under way."""
+        return (hold("gather buffer", "buffers", self.layer_bytes if self.reshards else 0),)
 
     def gradient(self, parameter: Parameter, size_bytes: int, micro: MicroStep) -> Nodes:
         return (Block("unsharded gradients", "gradients", size_bytes * micro.first, size_bytes, "gradients"),)
@@ -92,39 +126,40 @@ class FullyShardedDataParallel(Scheme):
             return ()
         tied_tail = part.kind == "embedding" and self.model.tied_embeddings
         parameters = self.tail if tied_tail else part.parameters
-        stays = part.kind == "head" or tied_tail
-        label = "gathered embedding and head" if stays else "gathered layer"
-        done = release(label, "parameters", self._whole(parameters))
-        # The buffer of the group before is freed for it, except before the first layer, when there is none.
-        before = 0 if part.kind == "head" else self.layer_bytes
-        return (*(self._reduce(parameters, before) if micro.last else ()), done)
+        done = release(self._label(part), "parameters", self._whole(parameters))
+        return (done, *(self._reduce(part, parameters) if micro.last else ()))
 
-    def _reduce(self, parameters: tuple[Parameter, ...], freed_bytes: int) -> Nodes:
-        """Copy a group's gradients into one buffer, reduce-scatter it, and cast the share to the shards' format."""
+    def _reduce(self, part: Part, parameters: tuple[Parameter, ...]) -> Nodes:
+        """Copy a group's gradients into one buffer, reduce-scatter it, and cast the share to the shards' format.
+
+        The buffer lives until the next group's takes its place; the head's is the first.
+        """
         size = self._whole(parameters)
-        extra = max(0, size - freed_bytes)
         share = row_shards(parameters, self.plan.gpus)
+        kept, extra = (size, size) if part.kind == "head" else (0, max(0, size - self.layer_bytes))
         reduce = Collective("gradients", "reduce-scatter", size, 1, waits=False)
         return (
-            Block("reduce-scatter input", "buffers", 0, extra, "buffers", moved_bytes=3 * size, transfers=(reduce,)),
+            Block("reduce-scatter input", "buffers", kept, extra, "buffers", moved_bytes=3 * size, transfers=(reduce,)),
             release("unsharded gradients", "gradients", size),
-            scratch("reduce-scatter output", share * self.job.compute_bytes, "buffers"),
-            hold("gradients, rank's share", "gradients", share * self.job.parameter_bytes),
+            _with_output("gradients, rank's share", share * self.job.parameter_bytes, share * self.job.compute_bytes),
         )
 
     @property
     def turn_after(self) -> int | None:
-        return 1
+        return self.model.head_count + 1
 
     def turn(self, micro: MicroStep) -> Nodes:
-        """From the first layer on, the reduce-scatter input of one layer lives through the backward of the next."""
-        return (hold("reduce-scatter input", "buffers", self.layer_bytes if micro.last else 0),)
+        """After the first layer its reduce-scatter input lives on, through the backward of the layer that follows."""
+        if not micro.last:
+            return ()
+        layer = self.layer_bytes
+        if self.model.tied_embeddings:
+            # Its gradients were there beside it while they were copied in.
+            return (Block("reduce-scatter input", "buffers", layer, 2 * layer, "buffers"),)
+        return (release("reduce-scatter input", "buffers", self._whole(self.tail) - layer),)
 
     def end_backward(self, micro: MicroStep) -> Nodes:
-        return (
-            release("reduce-scatter input", "buffers", self.layer_bytes if micro.last else 0),
-            release("gather buffer", "buffers", self.layer_bytes),
-        )
+        return (release("reduce-scatter input", "buffers", self.layer_bytes if micro.last else 0),)
 
     def update(self) -> Nodes:
         shard, element_bytes = self.shard, self.job.parameter_bytes
@@ -135,6 +170,14 @@ class FullyShardedDataParallel(Scheme):
             release("gradients, rank's share", "gradients", shard * element_bytes),
         )
 
+    def host(self) -> Nodes:
+        return ()
+
+    def host_once(self) -> Nodes:
+        """``cpu_ram_efficient_loading``: rank 0 alone reads the weights and sends them to the others."""
+        size = self.model.parameter_count * self.job.parameter_bytes
+        return (scratch("weights while loading", size, "parameters"),)
+
     def _gather(self, size_bytes: int) -> Block:
         gather = Collective("weights", "all-gather", size_bytes, 1, waits=False)
         cast = np.asarray(self.plan.gpus)
@@ -142,3 +185,8 @@ class FullyShardedDataParallel(Scheme):
         return Block(
             "gather of weights", "buffers", 0, share, "buffers", moved_bytes=2 * size_bytes, transfers=(gather,)
         )
+
+
+def _with_output(label: str, share_bytes: Amount, output_bytes: Amount) -> Block:
+    """The reduced share in the shards' format, while the reduce-scatter's output in the half format is still there."""
+    return Block(label, "gradients", share_bytes, share_bytes + output_bytes, "buffers")

@@ -77,6 +77,7 @@ class OffloadedZeroOneTwo(ZeroOneTwo):
         half = self.job.compute_bytes
         accumulated = self.owned[0] * (np.asarray(self.plan.accumulation_steps) > 1)
         return (
+            *super().host(),
             *_optimizer_in_host(self.shard, half, self.master_bytes),
             hold("buffer of the largest tensor", "buffers", self.model.largest_parameter.numel * FP32_BYTES),
             hold("accumulated gradients", "gradients", accumulated),
@@ -124,6 +125,7 @@ class OffloadedZeroThree(ZeroThree):
         half = self.job.compute_bytes
         weights = pinned(self.shard * half) if self.plan.offload.parameters else 0 * self.shard
         return (
+            *super().host(),
             *_optimizer_in_host(self.shard, half, self.master_bytes),
             hold("weights (pinned)", "parameters", weights),
         )

@@ -136,6 +136,9 @@ def scratch(label: str, size_bytes: Amount, category: Category = "temporaries") 
     return Block(label, category, peak_bytes=size_bytes, excess_category=category)
 
 
+NOTHING = Block("nothing", "temporaries")
+
+
 def then(*steps: Node) -> Sequence:
     return Sequence(steps)
 
@@ -226,6 +229,8 @@ def peak_of(node: Node) -> Peak:
         if isinstance(node, Sequence):
             name = node.phase or name
             node, passed, times = _step_with_peak(node)
+        elif not int(node.times):
+            node, passed, times = NOTHING, NOTHING, 0
         else:
             grows = fold(node.body).net_bytes > 0
             times = int(node.times) - 1 if grows else 0
@@ -249,7 +254,7 @@ def held_after(node: Node) -> tuple[Line, ...]:
 def _step_with_peak(sequence: Sequence) -> tuple[Node, Node, int]:
     """The step of *sequence* that holds the peak, and the steps passed on the way to it."""
     if not sequence.steps:
-        return Block("nothing", "temporaries"), sequence, 0
+        return NOTHING, sequence, 0
     before, best, chosen = 0, -1, 0
     for index, step in enumerate(sequence.steps):
         extent = fold(step)

@@ -12,7 +12,7 @@ from typing import Literal
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec, Parameter
 from advisor.specs.plan import Plan
-from advisor.step.program import Amount, Node
+from advisor.step.program import Amount, Node, scratch
 
 Nodes = Sequence[Node]
 
@@ -99,5 +99,9 @@ class Scheme:
         return ()
 
     def host(self) -> Nodes:
-        """What one rank holds in host memory."""
+        """What one rank holds in host memory, starting with the weights it loads before they go to the device."""
+        return (scratch("weights while loading", self.model.parameter_count * self.parameter_bytes, "parameters"),)
+
+    def host_once(self) -> Nodes:
+        """What only one rank of a machine holds in host memory."""
         return ()

@@ -26,6 +26,10 @@ NORM_BYTES = 8
 """The gradient norm is taken in fp64, a tensor at a time (zero/utils.py ``get_norm_dtype``)."""
 
 
+CHECKPOINT_FILE_BYTES = 5 * 10**9
+"""transformers writes checkpoints in files of at most this size (``max_shard_size``)."""
+
+
 class Zero(Scheme):
     """What the stages share."""
 
@@ -164,7 +168,10 @@ class ZeroOneTwo(Zero):
 
 
 class ZeroThree(Zero):
-    """Stage 3: weights too are cut, tensor by tensor, and gathered for use."""
+    """Stage 3: weights too are cut, tensor by tensor, and gathered for use.
+
+    ``zero3_init_flag`` cuts them while they load, a checkpoint file at a time.
+    """
 
     @property
     def shard(self) -> Amount:
@@ -251,3 +258,7 @@ class ZeroThree(Zero):
             release("fp32 gradient of a sub-group", "gradients", FP32_BYTES * piece),
             Block("all-gather of small weights", "temporaries", transfers=(gather,)),
         )
+
+    def host(self) -> Nodes:
+        whole = self.model.parameter_count * self.job.compute_bytes
+        return (scratch("checkpoint file while loading", min(whole, CHECKPOINT_FILE_BYTES), "parameters"),)

@@ -1,0 +1,159 @@
+"""The words of a command line or a call to the question they mean, each input with its origin."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypedDict
+
+from advisor.catalog.calibrations import find_calibration
+from advisor.catalog.detect import Detected, detect
+from advisor.catalog.gpus import find_gpu
+from advisor.catalog.links import find_link
+from advisor.catalog.models import find_model
+from advisor.errors import SpecError
+from advisor.specs.hardware import Cluster, Gpu
+from advisor.specs.job import Job
+from advisor.specs.model import ModelSpec
+from advisor.specs.question import Input, Origin, Question
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+DEFAULT_GPU = "A100-80GB"
+DEFAULT_NETWORK = "ib-hdr"
+GIB = 2**30
+
+
+class Words(TypedDict, total=False):
+    """What may be said beside the model. Absent or None means: found on this machine, or assumed and said so."""
+
+    gpus: int | None
+    nodes: int
+    gpu: str | None
+    link: str | None
+    network: str | None
+    host_memory: float | None
+    """GiB per machine."""
+    seq_len: int
+    global_batch: int
+    precision: str | None
+    param_dtype: str
+    optimizer: str
+    attention: str
+    loss: str
+    margin: float | str
+
+
+def resolve(model: str, **words: Unpack[Words]) -> Question:
+    """The question that *words* ask of *model*: a profile name, Hub id, folder or ``config.json``."""
+    found_model = find_model(model)
+    calibration = find_calibration()
+    machine = None if words.get("gpu") and words.get("gpus") else detect()
+    gpu, gpu_origin = _gpu(words.get("gpu"), machine)
+    gpus, gpus_origin = _gpus(words.get("gpus"), machine)
+    nodes = words.get("nodes", 1)
+    job = _job(words, gpu)
+    link, network = words.get("link"), words.get("network")
+    host_memory_bytes, host_origin = _host_memory(
+        words.get("host_memory"), machine, calibration.host_memory_bytes_per_gpu * max(1, gpus // max(1, nodes))
+    )
+    cluster = Cluster(
+        gpu=gpu,
+        gpus=gpus,
+        nodes=nodes,
+        link=find_link(link or gpu.link),
+        host_link=find_link(gpu.host_link),
+        network=find_link(network or DEFAULT_NETWORK),
+        host_memory_bytes=host_memory_bytes,
+        cpu_memory_bandwidth_bytes_per_s=calibration.host_bandwidth_bytes_per_s,
+    )
+    inputs = [
+        Input("model", found_model.model.name, "given"),
+        Input("gpu", gpu.name, gpu_origin),
+        Input("gpus", gpus, gpus_origin),
+        Input("nodes", nodes, _origin(words, "nodes")),
+        Input("link", cluster.link.name, "given" if link else "assumed"),
+        Input("host_memory_gib", round(host_memory_bytes / GIB), host_origin),
+        Input("seq_len", job.sequence_length, _origin(words, "seq_len")),
+        Input("global_batch", job.global_batch, _origin(words, "global_batch")),
+        Input("precision", job.precision, "given" if words.get("precision") else "assumed"),
+        Input("param_dtype", job.parameter_format, _origin(words, "param_dtype")),
+        Input("optimizer", job.optimizer, _origin(words, "optimizer")),
+        Input("attention", job.attention, _origin(words, "attention")),
+        Input("calibration", calibration.name, "assumed"),
+    ]
+    if nodes > 1:
+        inputs.insert(5, Input("network", cluster.network.name, "given" if network else "assumed"))
+    return Question(
+        model=found_model.model,
+        job=job,
+        cluster=cluster,
+        calibration=calibration,
+        margin_share=_margin(words.get("margin", "auto"), calibration.margin_share),
+        inputs=tuple(inputs),
+        warnings=tuple(_warnings(found_model.note, found_model.model, job)),
+    )
+
+
+def _origin(words: Words, name: str) -> Origin:
+    return "given" if name in words else "assumed"
+
+
+def _gpu(name: str | None, machine: Detected | None) -> tuple[Gpu, Origin]:
+    if name:
+        return find_gpu(name), "given"
+    if machine:
+        return find_gpu(machine.gpu_names[0]), "found"
+    return find_gpu(DEFAULT_GPU), "assumed"
+
+
+def _gpus(count: int | None, machine: Detected | None) -> tuple[int, Origin]:
+    if count is not None:
+        return count, "given"
+    return (len(machine.gpu_names), "found") if machine else (1, "assumed")
+
+
+def _host_memory(gib: float | None, machine: Detected | None, assumed_bytes: int) -> tuple[int, Origin]:
+    if gib is not None:
+        if gib <= 0:
+            raise SpecError(f"--host-memory must be a positive number of GiB per machine, got {gib}")
+        return int(gib * GIB), "given"
+    return (machine.host_memory_bytes, "found") if machine else (assumed_bytes, "assumed")
+
+
+def _job(words: Words, gpu: Gpu) -> Job:
+    """The job; precision is bf16 where the GPU has it, else fp16."""
+    usual = "bf16" if gpu.has_bf16 else "fp16"
+    precision = words.get("precision") or usual
+    if precision == "bf16" and not gpu.has_bf16:
+        raise SpecError(f"{gpu.name} has no bf16; use --precision fp16")
+    return Job(
+        sequence_length=words.get("seq_len", 2048),
+        global_batch=words.get("global_batch", 64),
+        precision=precision,  # type: ignore[arg-type]
+        parameter_format=words.get("param_dtype", "fp32"),  # type: ignore[arg-type]
+        optimizer=words.get("optimizer", "adamw-fused"),  # type: ignore[arg-type]
+        attention=words.get("attention", "sdpa"),  # type: ignore[arg-type]
+        loss=words.get("loss", "full"),  # type: ignore[arg-type]
+    )
+
+
+def _margin(margin: float | str, automatic: float) -> float:
+    if margin == "auto":
+        return automatic
+    try:
+        share = float(margin)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise SpecError(f"--margin must be auto or a share of device memory from 0 to below 1, got {margin!r}")
+    return share
+
+
+def _warnings(note: str | None, model: ModelSpec, job: Job) -> list[str]:
+    warnings = [note] if note else []
+    if model.maximum_positions is not None and job.sequence_length > model.maximum_positions:
+        warnings.append(
+            f"sequence length {job.sequence_length} is beyond the {model.maximum_positions} positions that "
+            f"{model.name} was made for"
+        )
+    return warnings

@@ -1,0 +1,93 @@
+"""Prices every plan, ranks those that fit, and says why the others lost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from advisor.catalog.request import resolve
+from advisor.cost.estimate import explained, price
+from advisor.cost.results import Estimate
+from advisor.search.explain import barred, headline, lost, refused, won
+from advisor.search.results import Recommendation, Rejected
+from advisor.search.sheet import Sheet, fastest, nearest_miss, price_sheet
+from advisor.search.space import VARIANTS, Barred, sheets
+from advisor.specs.plan import Offload, Plan, Strategy
+from advisor.specs.question import Question
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from advisor.catalog.request import Words
+
+TIE_SHARE = 0.01
+"""Plans whose throughput differs by less than this count as equally fast; the simpler strategy goes first."""
+
+
+def recommend(model: str, **words: Unpack[Words]) -> Recommendation:
+    """The best plan for *model* on a cluster, the best of each strategy, and why each other lost.
+
+    Words: ``gpus``, ``nodes``, ``gpu``, ``link``, ``network``, ``host_memory`` (GiB per machine), ``seq_len``,
+    ``global_batch``, ``precision``, ``param_dtype``, ``optimizer``, ``attention``, ``loss``, ``margin``. Raises
+    SpecError or UnknownNameError for words that make no sense, ConfigError for a model that cannot be read.
+    """
+    return search(resolve(model, **words))
+
+
+def search(question: Question) -> Recommendation:
+    """Every legal plan, exhaustively."""
+    started = time.perf_counter()
+    priced: dict[tuple[Strategy, Offload], list[Sheet]] = {}
+    ruled_out: list[Rejected] = []
+    for each in sheets(question):
+        if isinstance(each, Barred):
+            ruled_out.append(barred(question, each))
+        else:
+            priced.setdefault((each.strategy, each.offload), []).append(price_sheet(question, each))
+    chosen: list[Plan] = []
+    for variant in priced.values():
+        best = fastest(variant)
+        if best is None:
+            ruled_out.append(refused(question, nearest_miss(variant)))
+        else:
+            chosen.append(best)
+    plans = _explained(_ranked([price(question, plan) for plan in chosen]))
+    text, fewest = headline(question, plans, ruled_out)
+    return Recommendation(
+        model=question.model,
+        job=question.job,
+        cluster=question.cluster,
+        inputs=question.inputs,
+        plans=plans,
+        rejected=tuple(ruled_out),
+        headline=text,
+        fewest_gpus=fewest,
+        considered=sum(sheet.size for variant in priced.values() for sheet in variant),
+        seconds=time.perf_counter() - started,
+        warnings=question.warnings,
+    )
+
+
+def _ranked(estimates: Sequence[Estimate]) -> list[Estimate]:
+    """Fastest first; among those within the tie share of the fastest left, the simplest first."""
+    left = sorted(estimates, key=lambda estimate: -estimate.time.tokens_per_s)
+    ranked: list[Estimate] = []
+    while left:
+        floor = left[0].time.tokens_per_s * (1 - TIE_SHARE)
+        tied = [estimate for estimate in left if estimate.time.tokens_per_s >= floor]
+        simplest = min(tied, key=_simplicity)
+        ranked.append(simplest)
+        left.remove(simplest)
+    return ranked
+
+
+def _simplicity(estimate: Estimate) -> int:
+    return VARIANTS.index((estimate.plan.strategy, estimate.plan.offload))
+
+
+def _explained(ranked: list[Estimate]) -> tuple[Estimate, ...]:
+    if not ranked:
+        return ()
+    best = ranked[0]
+    return (explained(best, won(ranked)), *(explained(other, lost(best, other)) for other in ranked[1:]))

@@ -1,0 +1,83 @@
+"""Every plan that could run a job, in sheets that one pass prices, and the reason why the others could not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from advisor.errors import SpecError
+from advisor.specs.job import Job
+from advisor.specs.plan import Checkpointing, Offload, Plan, Strategy, ZeroSettings
+from advisor.specs.question import Question
+
+VARIANTS: tuple[tuple[Strategy, Offload], ...] = (
+    (Strategy.DDP, Offload.NONE),
+    (Strategy.ZERO1, Offload.NONE),
+    (Strategy.ZERO2, Offload.NONE),
+    (Strategy.FSDP_GRAD_OP, Offload.NONE),
+    (Strategy.FSDP, Offload.NONE),
+    (Strategy.ZERO3, Offload.NONE),
+    (Strategy.ZERO2, Offload.OPTIMIZER),
+    (Strategy.ZERO3, Offload.OPTIMIZER),
+    (Strategy.ZERO3, Offload.OPTIMIZER_AND_PARAMETERS),
+)
+"""From the simplest to the most involved: the order in which ties are broken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Barred:
+    """A strategy that cannot run the job at all."""
+
+    strategy: Strategy
+    offload: Offload
+    why: str
+
+
+def sheets(question: Question) -> Iterator[Plan | Barred]:
+    """For each strategy and checkpointing one plan whose counts are arrays over the micro-batches."""
+    batches, accumulations = micro_batches(question.job, question.cluster.gpus)
+    for strategy, offload in VARIANTS:
+        reason = bar(question, strategy, offload)
+        if reason:
+            yield Barred(strategy, offload, reason)
+            continue
+        for checkpointing in Checkpointing:
+            yield Plan(
+                strategy=strategy,
+                gpus=question.cluster.gpus,
+                micro_batch=batches,
+                accumulation_steps=accumulations,
+                checkpointing=checkpointing,
+                offload=offload,
+                zero=zero_settings(strategy),
+            )
+
+
+def micro_batches(job: Job, gpus: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every micro-batch that divides the global batch over *gpus*, with its accumulation steps."""
+    share, left = divmod(job.global_batch, gpus)
+    if left or not share:
+        near = max(1, round(job.global_batch / gpus)) * gpus
+        raise SpecError(
+            f"a global batch of {job.global_batch} does not divide over {gpus} GPUs: no micro-batch and accumulation "
+            f"solve it; try --global-batch {near}"
+        )
+    sizes = np.array([size for size in range(1, share + 1) if share % size == 0], dtype=np.int64)
+    return sizes, share // sizes
+
+
+def zero_settings(strategy: Strategy) -> ZeroSettings:
+    """DeepSpeed's defaults; it overlaps communication from stage 3 on (zero/config.py ``overlap_comm_valid``)."""
+    return ZeroSettings(overlap_communication=strategy is Strategy.ZERO3)
+
+
+def bar(question: Question, strategy: Strategy, offload: Offload) -> str | None:
+    """Why *strategy* cannot run the job, or None."""
+    job, gpus = question.job, question.cluster.gpus
+    if gpus == 1 and strategy is not Strategy.DDP and not offload.optimizer:
+        return "one GPU has nobody to share with"
+    if job.parameter_format == "bf16" and strategy.zero_stage:
+        return "DeepSpeed keeps fp32 master weights, which --param-dtype bf16 rules out"
+    return None

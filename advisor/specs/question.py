@@ -1,0 +1,36 @@
+"""A question, resolved: which model, job and cluster are meant, and where each input came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from advisor.specs.calibration import Calibration
+from advisor.specs.hardware import Cluster
+from advisor.specs.job import Job
+from advisor.specs.model import ModelSpec
+
+Origin = Literal["given", "found", "assumed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One resolved input as it is shown: what was taken, and where it came from."""
+
+    name: str
+    value: str | int | float
+    origin: Origin
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """What is asked, in full."""
+
+    model: ModelSpec
+    job: Job
+    cluster: Cluster
+    calibration: Calibration
+    margin_share: float
+    """Share of device memory that is to stay free."""
+    inputs: tuple[Input, ...]
+    warnings: tuple[str, ...] = ()

@@ -1,0 +1,1 @@
+"""The model of the step held against the real code."""
