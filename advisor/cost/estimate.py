@@ -3,22 +3,81 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from enum import Enum
+from typing import TYPE_CHECKING, TypeVar
 
+from advisor.catalog.request import resolve
 from advisor.cost.memory import memory
 from advisor.cost.results import Estimate, Memory, Verdict
 from advisor.cost.schedule import step_time
-from advisor.specs.plan import Plan
+from advisor.errors import SpecError
+from advisor.specs.plan import Checkpointing, Offload, Plan, Strategy, zero_settings
 from advisor.specs.question import Question
 from advisor.step.build import build
 
+Choice = TypeVar("Choice", bound=Enum)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from advisor.catalog.request import Words
+
 GIB = 2**30
+
+
+def estimate(
+    model: str,
+    *,
+    strategy: str,
+    offload: str = "none",
+    micro_batch: int = 1,
+    grad_accum: int | None = None,
+    checkpointing: str = "none",
+    bucket_size: int | None = None,
+    **words: Unpack[Words],
+) -> Estimate:
+    """One plan for *model*, priced. The other words are those of :func:`advisor.recommend`.
+
+    Without *grad_accum* the accumulation steps follow from the global batch. *bucket_size* is DeepSpeed's
+    ``reduce_bucket_size`` in elements. Raises SpecError for a plan that contradicts itself or the job.
+    """
+    question = resolve(model, **words)
+    kind = _member(Strategy, "--strategy", strategy)
+    plan = Plan(
+        strategy=kind,
+        gpus=question.cluster.gpus,
+        micro_batch=micro_batch,
+        accumulation_steps=grad_accum if grad_accum is not None else _accumulation(question, micro_batch),
+        checkpointing=_member(Checkpointing, "--checkpointing", checkpointing),
+        offload=_member(Offload, "--offload", offload),
+        zero=zero_settings(kind, bucket_size),
+    )
+    return price(question, plan)
+
+
+def _accumulation(question: Question, micro_batch: int) -> int:
+    """The accumulation steps that make up the global batch."""
+    at_once = question.cluster.gpus * micro_batch
+    if micro_batch < 1 or question.job.global_batch % at_once:
+        raise SpecError(
+            f"a global batch of {question.job.global_batch} is no multiple of {question.cluster.gpus} GPUs x "
+            f"micro-batch {micro_batch} = {at_once}; change --global-batch or --micro-batch, or give --grad-accum"
+        )
+    return question.job.global_batch // at_once
+
+
+def _member(kind: type[Choice], flag: str, value: str) -> Choice:
+    try:
+        return kind(value)
+    except ValueError:
+        raise SpecError(f"{flag} must be one of {', '.join(each.value for each in kind)}, got {value!r}") from None
 
 
 def price(question: Question, plan: Plan) -> Estimate:
     """All readings of a single plan."""
     program = build(question.model, question.job, plan)
     held = memory(program, plan, question.cluster, question.calibration)
-    timed = step_time(program.step, question.model, question.job, plan, question.cluster, question.calibration)
+    timed = step_time(program.step, question.job, plan, question.cluster, question.calibration)
     verdict, why = judge(held, question.margin_share)
     return Estimate(
         model=question.model,

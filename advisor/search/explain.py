@@ -13,9 +13,9 @@ from advisor.cost.memory import footprint, memory
 from advisor.cost.results import Estimate
 from advisor.search.results import Rejected
 from advisor.search.sheet import price_sheet, shortfall
-from advisor.search.space import VARIANTS, Barred, bar, zero_settings
+from advisor.search.space import VARIANTS, Barred, bar
 from advisor.specs.hardware import Cluster
-from advisor.specs.plan import Checkpointing, Count, Offload, Plan, Strategy
+from advisor.specs.plan import Checkpointing, Count, Offload, Plan, Strategy, zero_settings
 from advisor.specs.question import Question
 from advisor.step.build import build
 

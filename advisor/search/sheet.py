@@ -36,7 +36,7 @@ def price_sheet(question: Question, plan: Plan) -> Sheet:
     """Memory and time of every plan that *plan* stands for, in one pass over one program."""
     program = build(question.model, question.job, plan)
     found = footprint(program, plan, question.cluster, question.calibration)
-    timed = step_time(program.step, question.model, question.job, plan, question.cluster, question.calibration)
+    timed = step_time(program.step, question.job, plan, question.cluster, question.calibration)
     shape = np.broadcast_shapes(*(np.shape(each) for each in (plan.gpus, plan.micro_batch, plan.accumulation_steps)))
     short = np.broadcast_to(shortfall(found, question.cluster, question.margin_share), shape or (1,))
     return Sheet(plan, found, np.broadcast_to(timed.tokens_per_s, shape or (1,)), short)

@@ -9,7 +9,7 @@ import numpy as np
 
 from advisor.errors import SpecError
 from advisor.specs.job import Job
-from advisor.specs.plan import Checkpointing, Offload, Plan, Strategy, ZeroSettings
+from advisor.specs.plan import Checkpointing, Offload, Plan, Strategy, zero_settings
 from advisor.specs.question import Question
 
 VARIANTS: tuple[tuple[Strategy, Offload], ...] = (
@@ -66,11 +66,6 @@ def micro_batches(job: Job, gpus: int) -> tuple[np.ndarray, np.ndarray]:
         )
     sizes = np.array([size for size in range(1, share + 1) if share % size == 0], dtype=np.int64)
     return sizes, share // sizes
-
-
-def zero_settings(strategy: Strategy) -> ZeroSettings:
-    """DeepSpeed's defaults; it overlaps communication from stage 3 on (zero/config.py ``overlap_comm_valid``)."""
-    return ZeroSettings(overlap_communication=strategy is Strategy.ZERO3)
 
 
 def bar(question: Question, strategy: Strategy, offload: Offload) -> str | None:

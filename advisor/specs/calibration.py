@@ -27,14 +27,13 @@ class Calibration:
     low_time_share: float
     high_time_share: float
     """Where the measured step time may lie, as shares of the predicted one."""
-    matmul_efficiency: float
-    """Share of the dense peak that a large matrix product reaches."""
-    matmul_half_flop: float
-    """Work at which a matrix product reaches half of that share."""
-    attention_efficiency: float
-    """Share of the dense peak that fused attention reaches."""
+    matmul_efficiency: Mapping[str, float]
+    """Share of the dense peak that matrix products reach beside the time in which their operands move, by compute
+    capability, ``default`` for others."""
+    attention_efficiency: Mapping[str, float]
+    """The same share for the products inside a fused attention kernel, which skips masked blocks."""
     bandwidth_efficiency: float
-    """Share of memory bandwidth that element-wise kernels reach."""
+    """Share of memory bandwidth at which kernels move their bytes."""
     kernel_launch_s: float
     """Least time between two kernels in eager mode."""
     overlap_share: float
@@ -53,3 +52,11 @@ class Calibration:
         """cuBLAS workspace of one handle on a GPU of *compute_capability*, such as ``9.0``."""
         major = compute_capability.split(".")[0]
         return self.matmul_workspace_bytes.get(major, self.matmul_workspace_bytes["default"])
+
+    def linear_share(self, compute_capability: str) -> float:
+        """Share of the dense peak for matrix products on a GPU of *compute_capability*, such as ``9.0``."""
+        return self.matmul_efficiency.get(compute_capability, self.matmul_efficiency["default"])
+
+    def attention_share(self, compute_capability: str) -> float:
+        """The same for fused attention."""
+        return self.attention_efficiency.get(compute_capability, self.attention_efficiency["default"])

@@ -80,6 +80,8 @@ class Attention:
     latent: LatentAttention | None = None
     dropout: float = 0.0
     causal: bool = True
+    broadcast_heads: bool = False
+    """Keys and values of one head are broadcast, which no fused kernel takes: torch falls back to fp32 (Falcon-7B)."""
     eager_only: bool = False
     """transformers has no fused kernel for this block and computes the scores matrix (Gemma 2, gpt-oss, T5)."""
 
@@ -133,6 +135,10 @@ class Experts:
     shared_gate: bool = False
     """The shared expert's output is multiplied by a sigmoid gate (Qwen2-MoE)."""
     scoring: Literal["softmax", "sigmoid", "softmax-of-topk"] = "softmax"
+    router_in_fp32: bool = False
+    """Router and its input are cast to fp32 (DeepSeek)."""
+    every_token: bool = False
+    """Every expert computes every token, and the scores zero what was not chosen (Llama 4)."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.active <= self.count:

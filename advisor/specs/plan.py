@@ -91,6 +91,14 @@ class ZeroSettings:
                 raise SpecError(f"{name} must be at least 1 element, got {getattr(self, name)}")
 
 
+def zero_settings(strategy: Strategy, reduce_bucket: int | None = None) -> ZeroSettings:
+    """DeepSpeed's defaults; it overlaps communication from stage 3 on (zero/config.py ``overlap_comm_valid``)."""
+    overlaps = strategy is Strategy.ZERO3
+    if reduce_bucket is None:
+        return ZeroSettings(overlap_communication=overlaps)
+    return ZeroSettings(overlap_communication=overlaps, reduce_bucket=reduce_bucket)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """How one training step is split over GPUs. Counts only; no cost."""

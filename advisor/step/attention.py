@@ -18,6 +18,7 @@ from advisor.step.operators import (
     rms_norm,
     unary,
     view,
+    weight_gradient,
 )
 from advisor.step.program import Matmul
 from advisor.step.tape import Gradients, Product, Tape, Tensor, Weight
@@ -33,6 +34,7 @@ class Weights:
         """The first unclaimed parameter of *shape*, or of its transpose (GPT-2's Conv1D)."""
         for index, weight in enumerate(self.unclaimed):
             if weight.parameter.shape in (shape, shape[:-2] + shape[:-3:-1]):
+                weight.shape = shape
                 return self.unclaimed.pop(index)
         left = ", ".join(f"{weight.parameter.name} {weight.parameter.shape}" for weight in self.unclaimed)
         raise SpecError(f"no parameter of shape {shape} is left among: {left or 'none'}")
@@ -67,6 +69,9 @@ def attention(
                 rotate(tape, key, spec.rotary_fraction),
             )
     output = attend(tape, query, key, value, spec, weights, kernel)
+    if spec.fused_projection and spec.rotary_fraction:
+        # Their concatenated queries lie head by head, and so does the kernel's output; it is copied token by token.
+        output = copy(tape, output)
     projection = weights.take(hidden_size, spec.heads * spec.value_head_dim)
     return linear(tape, output, projection, weights.bias(hidden_size, spec.output_bias))
 
@@ -167,9 +172,28 @@ def attend(
 ) -> Tensor:
     """The attention itself, by a fused kernel or by the scores matrix."""
     query, key, value = (cast(tape, each, tape.compute_bytes) for each in (query, key, value))
-    if kernel == "eager" or spec.eager_only:
+    bias = _position_bias(tape, spec, weights) if spec.additive_bias and not spec.eager_only else None
+    if kernel == "eager" or spec.eager_only or spec.broadcast_heads:
         return _eager(tape, query, key, value, spec, weights)
-    return _fused(tape, query, key, value, spec)
+    return _fused(tape, query, key, value, spec, bias)
+
+
+def _position_bias(tape: Tape, spec: Attention, weights: Weights) -> Tensor:
+    """Learned relative positions as an additive mask of heads x length x length, shared by the micro-batch.
+
+    The first layer of a stack looks them up in its table; the others get them handed on, each making its own mask.
+    """
+    table = next((each for each in weights.unclaimed if each.parameter.shape[1:] == (spec.heads,)), None)
+    mask = tape.new(spec.heads * tape.sequence_length**2, tape.compute_bytes, scales=False)
+    tape.work(mask, kernels=2)
+    if table is None:
+        return mask
+    owner = weights.take(*table.parameter.shape)
+
+    def backward(tape: Tape, gradient: Tensor) -> Gradients:
+        return (weight_gradient(tape, owner.parameter, owner.element_bytes),)
+
+    return tape.attach(mask, [owner], backward, saves="nothing")
 
 
 def seen_share(tape: Tape, spec: Attention) -> float:
@@ -191,7 +215,7 @@ def _score_products(tape: Tape, spec: Attention, share: float) -> tuple[Product,
     )
 
 
-def _fused(tape: Tape, query: Tensor, key: Tensor, value: Tensor, spec: Attention) -> Tensor:
+def _fused(tape: Tape, query: Tensor, key: Tensor, value: Tensor, spec: Attention, bias: Tensor | None) -> Tensor:
     """Flash or memory-efficient kernel: saves inputs, output and an fp32 log-sum-exp per head and token.
 
     Backward recomputes the scores: five products for the forward's two.
@@ -204,16 +228,22 @@ def _fused(tape: Tape, query: Tensor, key: Tensor, value: Tensor, spec: Attentio
 
     def backward(tape: Tape, gradient: Tensor) -> Gradients:
         gradients = tape.like(query), tape.like(key), tape.like(value)
+        for_bias = tape.like(bias) if bias else None
         touched = (query, key, value, kept, log_sum_exp, gradient, *gradients)
         scores, outputs = _score_products(tape, spec, share)
         tape.work(*touched, matmuls=(scores, scores, scores, outputs, outputs), kernels=3)
-        return gradients
+        return *gradients, for_bias
 
-    return tape.attach(output, [query, key, value], backward)
+    return tape.attach(output, [query, key, value, bias], backward)
 
 
 def _eager(tape: Tape, query: Tensor, key: Tensor, value: Tensor, spec: Attention, weights: Weights) -> Tensor:
-    """The scores matrix, masked, softmaxed in fp32 and multiplied with the values."""
+    """The scores matrix, masked, softmaxed in fp32 and multiplied with the values.
+
+    torch's own fallback, for heads that are broadcast, first casts its inputs to fp32.
+    """
+    if spec.broadcast_heads:
+        return _in_fp32(tape, query, key, value, spec)
     if spec.key_value_heads < spec.heads:
         key, value = expand_heads(tape, key, spec), expand_heads(tape, value, spec)
     scores = matrix_product(tape, query, key, spec, scores=True)
@@ -226,13 +256,24 @@ def _eager(tape: Tape, query: Tensor, key: Tensor, value: Tensor, spec: Attentio
     if spec.sinks:
         weights.take(spec.heads)
         scores = add_constant(tape, scores)
-        probabilities = unary(tape, scores, saves="output")
+        # Without the sink's column the probabilities are a strided view, which the product copies.
+        probabilities = copy(tape, unary(tape, scores, saves="output"))
     else:
         probabilities = unary(tape, scores, saves="output", element_bytes=4)
     probabilities = cast(tape, probabilities, tape.compute_bytes)
     probabilities = dropout(tape, probabilities, spec.dropout)
     output = matrix_product(tape, probabilities, value, spec, scores=False)
     return copy(tape, output)
+
+
+def _in_fp32(tape: Tape, query: Tensor, key: Tensor, value: Tensor, spec: Attention) -> Tensor:
+    """torch's ``_scaled_dot_product_attention_math``: scaled queries and keys, scores and values in fp32."""
+    query = multiply_constant(tape, cast(tape, query, 4))
+    key = multiply_constant(tape, cast(tape, key, 4))
+    scores = add_constant(tape, matrix_product(tape, query, key, spec, scores=True))
+    probabilities = unary(tape, scores, saves="output")
+    del scores
+    return cast(tape, matrix_product(tape, probabilities, cast(tape, value, 4), spec, scores=False), tape.compute_bytes)
 
 
 def expand_heads(tape: Tape, x: Tensor, spec: Attention) -> Tensor:
@@ -261,7 +302,7 @@ def matrix_product(tape: Tape, left: Tensor, right: Tensor, spec: Attention, *, 
     """A batch of products per head that saves both sides: q·kᵀ where *scores*, else p·v."""
     length = tape.sequence_length
     product = _score_products(tape, spec, 1.0)[0 if scores else 1]
-    output = tape.new(spec.heads * length * (length if scores else spec.value_head_dim), tape.compute_bytes)
+    output = tape.new(spec.heads * length * (length if scores else spec.value_head_dim), left.element_bytes)
     tape.work(left, right, output, matmuls=(product,))
 
     def backward(tape: Tape, gradient: Tensor) -> Gradients:

@@ -54,6 +54,10 @@ def feed_forward(tape: Tape, hidden: Tensor, spec: FeedForward, weights: Weights
 
 def mixture(tape: Tape, hidden: Tensor, spec: Experts, weights: Weights, hidden_size: int) -> Tensor:
     """A router and its experts, as ``grouped_mm`` runs them (transformers' default), plus a shared expert."""
+    if spec.every_token:
+        output = _every_expert(tape, hidden, spec, weights, hidden_size)
+        assert spec.shared is not None
+        return add(tape, output, feed_forward(tape, hidden, spec.shared, weights, hidden_size))
     routing = _route(tape, hidden, spec, weights, hidden_size)
     output = _grouped_experts(tape, hidden, routing, spec, weights, hidden_size)
     if spec.shared is None:
@@ -67,13 +71,61 @@ def mixture(tape: Tape, hidden: Tensor, spec: Experts, weights: Weights, hidden_
 
 def _route(tape: Tape, hidden: Tensor, spec: Experts, weights: Weights, hidden_size: int) -> Tensor:
     """Scores of every expert, then the chosen ones' weights and their int64 indices."""
-    bias = spec.bias
-    logits = linear(tape, hidden, weights.take(spec.count, hidden_size), weights.bias(spec.count, bias))
+    matrix, bias = weights.take(spec.count, hidden_size), weights.bias(spec.count, spec.bias)
+    if spec.router_in_fp32:
+        hidden = cast(tape, hidden, 4)
+        logits = grouped_product(tape, hidden, Weight(matrix.parameter, 4), None, hidden_size, spec.count)
+    else:
+        logits = linear(tape, hidden, matrix, bias)
     tokens = logits.numel // spec.count
     if spec.scoring == "softmax-of-topk":
         return unary(tape, _top(tape, logits, tokens * spec.active), saves="output")
     scores = unary(tape, logits, saves="output", element_bytes=4)
     return cast(tape, _top(tape, scores, tokens * spec.active), tape.compute_bytes)
+
+
+def _every_expert(tape: Tape, hidden: Tensor, spec: Experts, weights: Weights, hidden_size: int) -> Tensor:
+    """Llama 4: the tokens repeated for every expert, scaled by their scores, through all experts, and summed."""
+    logits = linear(tape, hidden, weights.take(spec.count, hidden_size))
+    scores = cast(tape, unary(tape, cast(tape, logits, 4), saves="output"), tape.compute_bytes)
+    tokens = hidden.numel // hidden_size
+    rows = tokens * spec.count
+    repeated = _repeat(tape, hidden, spec.count)
+    routed = scale_rows(tape, repeated, scores)
+    del repeated
+    up = weights.take(spec.count, 2 * spec.width, hidden_size)
+    fused = grouped_product(tape, routed, up, None, hidden_size, 2 * spec.width)
+    del routed
+    half = rows * spec.width
+    inner = multiply(tape, view(tape, fused, half), activation(tape, view(tape, fused, half), spec.activation))
+    del fused
+    down = weights.take(spec.count, spec.width, hidden_size)
+    return _sum_rows(tape, grouped_product(tape, inner, down, None, spec.width, hidden_size), spec.count)
+
+
+def _repeat(tape: Tape, x: Tensor, times: int) -> Tensor:
+    output = tape.new(x.numel * times, x.element_bytes)
+    tape.work(x, output)
+
+    def backward(tape: Tape, gradient: Tensor) -> Gradients:
+        summed = tape.new(gradient.numel // times, gradient.element_bytes)
+        tape.work(gradient, summed)
+        return (summed,)
+
+    return tape.attach(output, [x], backward, saves="nothing")
+
+
+def _sum_rows(tape: Tape, x: Tensor, groups: int) -> Tensor:
+    """The sum over *groups*; its gradient is an expanded view that the product before it copies."""
+    output = tape.new(x.numel // groups, x.element_bytes)
+    tape.work(x, output)
+
+    def backward(tape: Tape, gradient: Tensor) -> Gradients:
+        spread = tape.new(gradient.numel * groups, gradient.element_bytes)
+        tape.work(gradient, spread)
+        return (spread,)
+
+    return tape.attach(output, [x], backward, saves="nothing")
 
 
 def _top(tape: Tape, scores: Tensor, chosen: int) -> Tensor:

@@ -7,7 +7,7 @@ from advisor.specs.model import Experts, Layer, ModelSpec, NormKind
 from advisor.step.attention import Weights, attention
 from advisor.step.feed_forward import activation, feed_forward, mixture
 from advisor.step.operators import add, cast, dropout, layer_norm, linear, multiply_constant, rms_norm, unary
-from advisor.step.tape import Gradients, Tape, Tensor
+from advisor.step.tape import Gradients, Tape, Tensor, Weight
 
 
 def normalise(tape: Tape, hidden: Tensor, kind: NormKind, weights: Weights, width: int) -> Tensor:
@@ -75,15 +75,19 @@ def decoder_layer(
         hidden = add(tape, residual, hidden)
         if layer.placement == "post-sum":
             hidden = norm(hidden)
+    if weights.unclaimed:
+        # The encoder's final norm is listed with its last layer, behind which it runs.
+        hidden = norm(hidden)
     return hidden
 
 
 def embed(tape: Tape, model: ModelSpec, weights: Weights) -> Tensor:
     """Token embeddings, with positions, norm and dropout where the model has them."""
     tape.scope = "embedding"
-    hidden = _lookup(tape, weights)
-    while weights.unclaimed and len(weights.unclaimed[0].parameter.shape) == 2:
-        hidden = add(tape, hidden, _lookup(tape, weights))
+    tables = [weight for weight in weights.unclaimed if len(weight.parameter.shape) == 2]
+    hidden = _lookup(tape, weights.take(*tables[0].parameter.shape))
+    for table in tables[1:]:
+        hidden = add(tape, hidden, _lookup(tape, weights.take(*table.parameter.shape)))
     if model.embedding_norm:
         hidden = normalise(tape, hidden, model.embedding_norm, weights, hidden.numel // tape.sequence_length)
         tape.scope = "embedding"
@@ -92,9 +96,8 @@ def embed(tape: Tape, model: ModelSpec, weights: Weights) -> Tensor:
     return dropout(tape, hidden, model.embedding_dropout)
 
 
-def _lookup(tape: Tape, weights: Weights) -> Tensor:
+def _lookup(tape: Tape, weight: Weight) -> Tensor:
     """Rows of an embedding matrix; its gradient is dense."""
-    weight = weights.unclaimed.pop(0)
     output = tape.new(tape.sequence_length * weight.parameter.shape[1], weight.element_bytes)
     tape.work(output, output)
 

@@ -226,19 +226,9 @@ def compute_copy(tape: Tape, weight: Weight) -> Tensor | Weight:
     return weight.cast
 
 
-def linear(
-    tape: Tape, x: Tensor, weight: Weight, bias: Weight | None = None, *, needs_input_gradient: bool = True
-) -> Tensor:
+def linear(tape: Tape, x: Tensor, weight: Weight, bias: Weight | None = None) -> Tensor:
     """A matrix product with a weight of two dimensions; saves its input."""
-    parameter = weight.parameter
-    rows, columns = parameter.shape
-    inside = columns if x.numel % columns == 0 else rows
-    return _product(tape, x, weight, bias, inside, parameter.numel // inside, needs_input_gradient)
-
-
-def _product(
-    tape: Tape, x: Tensor, weight: Weight, bias: Weight | None, inside: int, outside: int, needs_input_gradient: bool
-) -> Tensor:
+    outside, inside = weight.shape
     x = cast(tape, x, tape.compute_bytes)
     matrix = compute_copy(tape, weight)
     offset = compute_copy(tape, bias) if bias else None
@@ -252,10 +242,9 @@ def _product(
         for_offset = weight_gradient(tape, bias.parameter, compute_bytes) if bias else None
         if for_offset:
             tape.work(gradient, for_offset)
-        for_x = tape.new(tokens * inside, compute_bytes) if needs_input_gradient else None
-        if for_x:
-            backwards = (Product(Matmul(tokens, inside, outside), "m"),)
-            tape.work(gradient, for_x, matmuls=backwards, fixed_moved_bytes=_size_bytes(matrix))
+        for_x = tape.new(tokens * inside, compute_bytes)
+        backwards = (Product(Matmul(tokens, inside, outside), "m"),)
+        tape.work(gradient, for_x, matmuls=backwards, fixed_moved_bytes=_size_bytes(matrix))
         for_matrix = weight_gradient(tape, weight.parameter, compute_bytes)
         tape.work(gradient, x, for_matrix, matmuls=(Product(Matmul(outside, inside, tokens), "k"),))
         return for_x, for_matrix, for_offset

@@ -81,6 +81,8 @@ class Weight:
 
     parameter: Parameter
     element_bytes: int
+    shape: tuple[int, ...] = ()
+    """Its shape as (outputs, inputs), whichever way round it is stored."""
     cast: Tensor | None = None
     """Its autocast copy while a forward pass keeps one."""
 

@@ -1,8 +1,9 @@
 """Runs a real transformers model without its data and records what the step holds.
 
-The model is built under torch's FakeTensorMode, which runs the real modelling code, autograd and optimizer on
-tensors that have shapes but no memory. A dispatch mode counts every storage from its creation to its end. What a
-CPU cannot show is not in the count: kernel scratch, the allocator's rounding, NCCL, the CUDA context.
+The model is built under torch's FakeTensorMode, which runs the real modelling code, autograd, FSDP2 and optimizer on
+tensors that have shapes but no memory. With several ranks, torch's fake process group makes this process rank 0 of
+them. A dispatch mode counts every storage from its creation to its end. What a CPU cannot show is not in the count:
+kernel scratch, the allocator's rounding, NCCL, the CUDA context.
 
 Needs the extra ``run``; this module imports torch.
 """
@@ -23,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from advisor.errors import ConfigError
 from advisor.specs.job import Job
 from advisor.specs.model import Objective
-from advisor.specs.plan import Checkpointing
+from advisor.specs.plan import Checkpointing, Plan, Strategy
 
 AUTO_CLASSES: dict[Objective, str] = {
     "causal": "AutoModelForCausalLM",
@@ -69,17 +70,25 @@ class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         output = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
             if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
+                self._count(tensor)
         return output
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
+    def _count(self, tensor: torch.Tensor) -> None:
+        """Take note of *tensor*'s storage; a distributed tensor's is its local shard's."""
+        storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
+        key = storage._cdata
+        if key not in self.sizes:
+            self.sizes[key] = 0
+            weakref.finalize(storage, self._forget, key)
+        self.resized(storage)
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """Take note of a storage's size, which FSDP2 changes to free gathered weights."""
         key = storage._cdata
         if key in self.sizes:
-            return
-        self.sizes[key] = storage.nbytes()
-        self.live_bytes += storage.nbytes()
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        weakref.finalize(storage, self._forget, key)
+            self.live_bytes += storage.nbytes() - self.sizes[key]
+            self.sizes[key] = storage.nbytes()
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
     def _forget(self, key: int) -> None:
         self.live_bytes -= self.sizes.pop(key)
@@ -103,13 +112,11 @@ def _sums_two_gradients(func: Any, args: Any, kwargs: Any) -> bool:
     )
 
 
-def trace_step(
-    config: Mapping[str, Any], objective: Objective, job: Job, micro_batch: int, checkpointing: Checkpointing
-) -> Trace:
-    """Two optimizer steps of the model that *config* describes, on one rank, *micro_batch* sequences at a time.
+def trace_step(config: Mapping[str, Any], objective: Objective, job: Job, plan: Plan) -> Trace:
+    """Two optimizer steps of the model that *config* describes, on rank 0 of *plan*'s GPUs.
 
-    Weights are held in the job's parameter format; where that is wider than its precision, autocast runs. Dropout
-    is off: the CPU's fused attention has none.
+    One GPU alone, or FSDP2 set up as accelerate does. On one GPU, weights wider than the job's precision run under
+    autocast. Dropout is off: the CPU's fused attention has none. Raises ConfigError where transformers refuses.
     """
     import transformers
     from transformers import masking_utils
@@ -118,28 +125,80 @@ def trace_step(
     family = settings.pop("model_type")
     built = transformers.AutoConfig.for_model(family, **settings)
     built.use_cache = False
+    if objective == "seq2seq":
+        built.decoder_start_token_id = built.pad_token_id = 0
     for name in DROPOUT_SETTINGS:
         if hasattr(built, name):
             setattr(built, name, 0.0)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[job.parameter_format]
-    autocast = job.parameter_format == "fp32" and job.precision != "fp32"
+    mesh = _mesh(int(plan.gpus)) if plan.strategy.is_fsdp else None
     # A real run finds that plain batches are not packed and builds no mask; fake tensors cannot be asked.
     packed, masking_utils.find_packed_sequence_indices = masking_utils.find_packed_sequence_indices, _not_packed
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), StorageCounter() as counter:
+        with FakeTensorMode(allow_non_fake_inputs=True), StorageCounter() as counter, _resizes_counted(counter):
             factory = getattr(transformers, AUTO_CLASSES[objective])
             model = factory.from_config(built, dtype=dtype, attn_implementation=job.attention)
             model.train()
-            if checkpointing is Checkpointing.FULL:
+            if plan.checkpointing is Checkpointing.FULL:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            if mesh is not None:
+                _shard(model, mesh, plan.strategy is Strategy.FSDP)
             optimizer = torch.optim.AdamW(model.parameters(), **_adamw(job))
-            ids = torch.zeros(micro_batch, job.sequence_length, dtype=torch.long)
+            ids = torch.zeros(int(plan.micro_batch), job.sequence_length, dtype=torch.long)
+            autocast = job.parameter_format == "fp32" and job.precision != "fp32"
             _step(counter, model, optimizer, ids, autocast)
             return _step(counter, model, optimizer, ids, autocast)
     except ValueError as error:
         raise ConfigError(f"transformers cannot build or run {family}: {error}") from error
     finally:
         masking_utils.find_packed_sequence_indices = packed
+
+
+def _mesh(ranks: int) -> Any:
+    """A device mesh of which this process is rank 0; the others are not there."""
+    import torch.distributed as distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+    distributed.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    return init_device_mesh("cpu", (ranks,))
+
+
+def _shard(model: Any, mesh: Any, reshards: bool) -> None:
+    """FSDP2's groups as accelerate 1.15 makes them (utils/fsdp_utils.py ``fsdp2_prepare_model``)."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    half = torch.bfloat16
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half, output_dtype=half)
+    inner = model.base_model
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    for layer in inner.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshards)
+    tail = [inner.norm, output]
+    if embedding.weight is output.weight:
+        tail.insert(1, embedding)
+    else:
+        fully_shard(embedding, mesh=mesh, mp_policy=policy, reshard_after_forward=reshards)
+    fully_shard(tail, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+@contextmanager
+def _resizes_counted(counter: StorageCounter) -> Iterator[None]:
+    original = torch.UntypedStorage.resize_
+
+    def resize(storage: torch.UntypedStorage, size: int) -> Any:
+        result = original(storage, size)
+        counter.resized(storage)
+        return result
+
+    torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]
 
 
 def _step(counter: StorageCounter, model: Any, optimizer: Any, ids: torch.Tensor, autocast: bool) -> Trace:
