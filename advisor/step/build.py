@@ -80,10 +80,11 @@ class _Walk:
         self.checkpointed = scheme.plan.checkpointing is Checkpointing.FULL
         self.embedding = Part("embedding", self.model.embedding)
         self.head = Part("head", self.model.head)
-        self.forward = self._forward()
+        self.laid: dict[int, list[tuple[Sequence, Event | None]]] = {}
+        self.forward, self.loss = self._forward(), self._loss()
 
     def micro_step(self, micro: MicroStep) -> Sequence:
-        return then(self.forward, self._loss(), self._backward(micro))
+        return then(self.forward, self.loss, self._backward(micro))
 
     def _forward(self) -> Sequence:
         scheme = self.scheme
@@ -155,14 +156,12 @@ class _Walk:
     ) -> list[Node]:
         """Lay *events*, handing gradients to the scheme. A tied matrix's is handed over once both are summed."""
         nodes: list[Node] = []
-        start = 0
         tied = self.model.embedding[0] if self.model.tied_embeddings else None
-        for index, event in enumerate(events):
-            parameter = event.parameter
-            if parameter is None:
+        for stretch, event in self._stretches(events):
+            nodes.append(stretch)
+            if event is None or event.parameter is None:
                 continue
-            nodes += lay(events[start:index], self.batch)
-            start = index + 1
+            parameter = event.parameter
             if opens and parameter == tied:
                 nodes.append(hold("tied output gradient", "gradients", event.size_bytes))
                 continue
@@ -172,7 +171,20 @@ class _Walk:
             if closes and parameter == tied:
                 nodes.append(release("tied output gradient", "gradients", event.size_bytes))
             nodes += self.scheme.gradient(parameter, event.size_bytes, micro)
-        return nodes + lay(events[start:], self.batch)
+        return nodes
+
+    def _stretches(self, events: tuple[Event, ...]) -> list[tuple[Sequence, Event | None]]:
+        """*events* laid between one handed-over gradient and the next; the same for every micro-step."""
+        if id(events) not in self.laid:
+            found: list[tuple[Sequence, Event | None]] = []
+            start = 0
+            for index, event in enumerate(events):
+                if event.kind == "gradient":
+                    found.append((then(*lay(events[start:index], self.batch)), event))
+                    start = index + 1
+            found.append((then(*lay(events[start:], self.batch)), None))
+            self.laid[id(events)] = found
+        return self.laid[id(events)]
 
     def _inputs(self, act: Callable[[str, Category, Amount], Block]) -> list[Node]:
         """Token ids, labels and shifted labels (int64), and the rotary tables that every layer reads."""

@@ -7,6 +7,8 @@ upcasts to fp32), gathered and reduced in the half format.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 
 from advisor.specs.model import Parameter
@@ -27,19 +29,19 @@ class FullyShardedDataParallel(Scheme):
     def reshards(self) -> bool:
         return self.plan.strategy is Strategy.FSDP
 
-    @property
+    @cached_property
     def tail(self) -> tuple[Parameter, ...]:
         """The group that stays whole: final norm and head, with the embedding where it is tied."""
         return self.model.embedding + self.model.head if self.model.tied_embeddings else self.model.head
 
-    @property
+    @cached_property
     def shard(self) -> Amount:
         return row_shards(tuple(self.model.parameters()), self.plan.gpus)
 
     def _whole(self, parameters: tuple[Parameter, ...]) -> int:
         return sum(parameter.numel for parameter in parameters) * self.job.compute_bytes
 
-    @property
+    @cached_property
     def layer_bytes(self) -> int:
         """Gathered bytes of the largest layer."""
         return max(self._whole(layer.parameters) for run in self.model.runs for layer in run.layers)
@@ -94,7 +96,7 @@ class FullyShardedDataParallel(Scheme):
             return "gathered head" if part.kind == "head" else "gathered embedding and head"
         return f"gathered {part.kind}"
 
-    @property
+    @cached_property
     def _first_group_bytes(self) -> int:
         """Gathered bytes of the group that the embedding is in."""
         return self._whole(self.tail if self.model.tied_embeddings else self.model.embedding)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -94,7 +93,7 @@ class Block:
     excess_category: Category = "temporaries"
     matmuls: tuple[Matmul, ...] = ()
     moved_bytes: Amount = 0
-    """Bytes that its memory-bound kernels read and write in device memory."""
+    """Bytes that its kernels read and write in device memory, the operands of its products among them."""
     kernels: Amount = 0
     """How many kernels it launches."""
     transfers: tuple[Collective | Copy, ...] = ()
@@ -171,13 +170,29 @@ def join(first: Extent, second: Extent) -> Extent:
     )
 
 
-def fold(node: Node) -> Extent:
-    """Net and peak of *node* without unrolling its repeats."""
+Memo = dict[int, Extent]
+"""Extents already known, by the identity of a node that outlives the dictionary."""
+
+
+def fold(node: Node, known: Memo | None = None) -> Extent:
+    """Net and peak of *node* without unrolling its repeats. A part that stands at several places is read once."""
     if isinstance(node, Block):
         return Extent(node.net_bytes, node.peak_bytes)
-    if isinstance(node, Sequence):
-        return reduce(join, map(fold, node.steps), EMPTY)
-    once = fold(node.body)
+    known = {} if known is None else known
+    if id(node) not in known:
+        known[id(node)] = _fold_steps(node, known) if isinstance(node, Sequence) else _fold_repeat(node, known)
+    return known[id(node)]
+
+
+def _fold_steps(node: Sequence, known: Memo) -> Extent:
+    extent = EMPTY
+    for step in node.steps:
+        extent = join(extent, fold(step, known))
+    return extent
+
+
+def _fold_repeat(node: Repeat, known: Memo) -> Extent:
+    once = fold(node.body, known)
     last = (node.times - 1) * once.net_bytes + once.peak_bytes
     peak = _larger(once.peak_bytes, last)
     if isinstance(node.times, int):
@@ -273,24 +288,25 @@ def _add_nets(held: Ledger, node: Node, times: int) -> None:
 def phase_peaks(node: Node) -> dict[str, tuple[Amount, Amount]]:
     """For each phase in order: the most held while it runs, and what is held when it ends, from the program's start.
 
-    A phase inside a repeat counts its first and its last run, between which every other lies.
+    A phase inside a repeat counts its first and its last run, between which every other lies; phases do not nest.
     """
     found: dict[str, tuple[Amount, Amount]] = {}
+    known: Memo = {}
 
-    def visit(part: Node, before: Amount) -> Amount:
-        extent = fold(part)
-        if isinstance(part, Sequence):
-            if part.phase is not None:
-                peak, end = before + extent.peak_bytes, before + extent.net_bytes
-                earlier = found.get(part.phase)
-                found[part.phase] = (peak if earlier is None else _larger(earlier[0], peak), end)
-            at = before
+    def visit(part: Node, before: Amount) -> None:
+        if isinstance(part, Repeat):
+            if np.any(np.asarray(part.times) > 0):
+                visit(part.body, before)
+                visit(part.body, before + (np.maximum(part.times, 1) - 1) * fold(part.body, known).net_bytes)
+        elif isinstance(part, Sequence) and part.phase is not None:
+            extent = fold(part, known)
+            peak, end = before + extent.peak_bytes, before + extent.net_bytes
+            earlier = found.get(part.phase)
+            found[part.phase] = (peak if earlier is None else _larger(earlier[0], peak), end)
+        elif isinstance(part, Sequence):
             for step in part.steps:
-                at = visit(step, at)
-        elif isinstance(part, Repeat) and np.any(np.asarray(part.times) > 0):
-            visit(part.body, before)
-            visit(part.body, before + (np.maximum(part.times, 1) - 1) * fold(part.body).net_bytes)
-        return before + extent.net_bytes
+                visit(step, before)
+                before = before + fold(step, known).net_bytes
 
     visit(node, 0)
     return found

@@ -6,6 +6,8 @@ parameters in fp32 and no half format, there is no second copy of the weights.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 
 from advisor.specs.model import Parameter
@@ -67,7 +69,7 @@ class Zero(Scheme):
 class ZeroOneTwo(Zero):
     """Stages 1 and 2: one flat buffer of weights on every rank, its optimizer states cut over the ranks."""
 
-    @property
+    @cached_property
     def shard(self) -> Amount:
         return flat_shard(self.model.parameter_count, self.plan.gpus)
 
@@ -80,7 +82,7 @@ class ZeroOneTwo(Zero):
     def buckets(self) -> int:
         return 2 if self.plan.zero.overlap_communication else 1
 
-    @property
+    @cached_property
     def owned(self) -> tuple[Amount, Amount]:
         """Bytes of gradients that the worst rank keeps for its partition: once backward is done, and before the
         embedding's. An envelope over the ranks: each part is the largest that any rank holds at that time."""
@@ -173,17 +175,17 @@ class ZeroThree(Zero):
     ``zero3_init_flag`` cuts them while they load, a checkpoint file at a time.
     """
 
-    @property
+    @cached_property
     def shard(self) -> Amount:
         return tensor_shards(tuple(self.model.parameters()), self.plan.gpus)
 
-    @property
+    @cached_property
     def persistent(self) -> int:
         """Elements of the small tensors that every rank keeps whole."""
         threshold = self.plan.zero.persistence_threshold
         return sum(each.numel for each in self.model.parameters() if each.numel <= threshold)
 
-    @property
+    @cached_property
     def gathered(self) -> int:
         """Elements that are whole at once. Prefetch runs ahead until max_live; release spares what is reused soon.
 
@@ -194,7 +196,7 @@ class ZeroThree(Zero):
         turn = 6 if self.plan.checkpointing is Checkpointing.FULL else 2
         return min(count, max(window, zero.max_reuse_distance // turn))
 
-    @property
+    @cached_property
     def gathers(self) -> int:
         """Gathers of the whole model in a micro-step: one where it stays whole from forward to backward."""
         return 1 if self.gathered >= self.model.parameter_count - self.persistent else 2
