@@ -62,7 +62,7 @@ def resolve(model: str, **words: Unpack[Words]) -> Question:
         nodes=nodes,
         link=find_link(link or gpu.link),
         host_link=find_link(gpu.host_link),
-        network=find_link(network or DEFAULT_NETWORK),
+        network=find_link(network or DEFAULT_NETWORK, max(1, gpus // max(1, nodes))),
         host_memory_bytes=host_memory_bytes,
         cpu_memory_bandwidth_bytes_per_s=calibration.host_bandwidth_bytes_per_s,
     )

@@ -83,7 +83,7 @@ class Attention:
     broadcast_heads: bool = False
     """Keys and values of one head are broadcast, which no fused kernel takes: torch falls back to fp32 (Falcon-7B)."""
     eager_only: bool = False
-    """transformers has no fused kernel for this block and computes the scores matrix (Gemma 2, gpt-oss, T5)."""
+    """transformers has no fused kernel for this block and computes the scores matrix (BLOOM, Gemma 2, gpt-oss)."""
 
     def __post_init__(self) -> None:
         if min(self.heads, self.key_value_heads, self.head_dim) < 1:

@@ -69,7 +69,7 @@ class FullyShardedDataParallel(Scheme):
             return (
                 hold("gather buffer", "buffers", size - self.layer_bytes),
                 self._gather(size),
-                hold(self._label(part), "parameters", size),
+                Block(self._label(part), "parameters", size, size + self.layer_bytes, "buffers"),
             )
         return (
             self._gather(size),
@@ -142,8 +142,8 @@ class FullyShardedDataParallel(Scheme):
         reduce = Collective("gradients", "reduce-scatter", size, 1, waits=False)
         return (
             Block("reduce-scatter input", "buffers", kept, extra, "buffers", moved_bytes=3 * size, transfers=(reduce,)),
-            release("unsharded gradients", "gradients", size),
             _with_output("gradients, rank's share", share * self.job.parameter_bytes, share * self.job.compute_bytes),
+            release("unsharded gradients", "gradients", size),
         )
 
     @property

@@ -1,0 +1,144 @@
+"""Fits the rates of matrix products and attention to published measurements, and says how far off they are.
+
+    python benchmarks/fit_rates.py
+
+Reads profiles/rates/. One constant per GPU is fitted (least mean absolute relative error of the time), by the formula of
+``advisor.cost.compute``; the share of memory bandwidth is the calibration's. Prints the constant with its error on the
+shapes it was fitted to, on held-out shapes (fitted to every other row, tested on the rest), and with the GPU left out
+altogether, where it gets the mean of the other GPUs' constants.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advisor.catalog.calibrations import find_calibration
+from advisor.catalog.gpus import find_gpu
+from advisor.catalog.profiles import profiles_folder
+from advisor.cost.compute import Rates, Work, compute_seconds
+from advisor.specs.hardware import Gpu
+
+Numbers = NDArray[np.float64]
+HALF_FORMAT_BYTES = 2
+CANDIDATES = np.arange(0.10, 1.30, 0.01)
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """Measurements on one GPU: what each asked for, and the seconds it took."""
+
+    gpu: Gpu
+    work: Work
+    seconds: Numbers
+
+    def at(self, rows: slice) -> Measured:
+        return Measured(self.gpu, Work(*(np.asarray(part)[rows] for part in self.work)), self.seconds[rows])
+
+
+def main() -> None:
+    bandwidth_share = find_calibration().bandwidth_efficiency
+    rates_folder = profiles_folder() / "rates"
+    print(f"share of memory bandwidth: {bandwidth_share} (from the calibration)")
+    report("matrix products, shapes of training steps", list(products(rates_folder / "matmul.csv", "training shape")))
+    report("matrix products, powers of two up to 4096", list(products(rates_folder / "matmul.csv", "power of two")))
+    report("matrix products, best shape of each GPU", list(products(rates_folder / "matmul.csv", "best shape")))
+    report("fused causal attention", list(attention(rates_folder / "attention.csv")))
+
+
+def report(title: str, measured: list[Measured]) -> None:
+    bandwidth_share = find_calibration().bandwidth_efficiency
+    fitted = [fit(each, bandwidth_share) for each in measured]
+    print(
+        f"\n{title}\n{'GPU':18} {'rows':>4} {'share':>6}   {'fitted':>14}   {'held-out shapes':>15}   {'GPU left out':>14}"
+    )
+    for index, (each, share) in enumerate(zip(measured, fitted, strict=True)):
+        cells = [spread(errors(each, share, bandwidth_share))]
+        if each.seconds.size > 1:
+            half = fit(each.at(slice(0, None, 2)), bandwidth_share)
+            cells.append(spread(errors(each.at(slice(1, None, 2)), half, bandwidth_share)))
+        else:
+            cells.append("-")
+        others = [other for place, other in enumerate(fitted) if place != index]
+        cells.append(spread(errors(each, float(np.mean(others)), bandwidth_share)) if others else "-")
+        print(
+            f"{each.gpu.name:18} {each.seconds.size:4} {share:6.2f}   {cells[0]:>14}   {cells[1]:>15}   {cells[2]:>14}"
+        )
+    print(f"mean share {np.mean(fitted):.2f}; errors of the time: mean / max")
+
+
+def fit(measured: Measured, bandwidth_share: float) -> float:
+    """The share of the dense peak with the least mean error."""
+    return float(min(CANDIDATES, key=lambda share: float(errors(measured, share, bandwidth_share).mean())))
+
+
+def errors(measured: Measured, share: float, bandwidth_share: float) -> Numbers:
+    """Absolute relative errors of the predicted times."""
+    gpu = measured.gpu
+    at = Rates(
+        peak_flop_per_s=gpu.peak_flop_per_s["bf16"],
+        linear_flop_per_s=gpu.peak_flop_per_s["bf16"] * share,
+        attention_flop_per_s=gpu.peak_flop_per_s["bf16"] * share,
+        moved_bytes_per_s=gpu.memory_bandwidth_bytes_per_s * bandwidth_share,
+        kernel_launch_s=0.0,
+    )
+    found: Numbers = np.abs(compute_seconds(measured.work, at) / measured.seconds - 1)
+    return found
+
+
+def spread(found: Numbers) -> str:
+    return f"{100 * found.mean():.1f} / {100 * found.max():.0f} %"
+
+
+def products(path: Path, kind: str) -> Iterator[Measured]:
+    """Matrix products of one *kind*, GPU by GPU."""
+
+    def work(row: dict[str, str]) -> tuple[float, float, float]:
+        m, n, k = (float(row[name]) for name in "mnk")
+        written = float(row["output_bytes"]) * m * n
+        moved = HALF_FORMAT_BYTES * (m * k + k * n) + written * (2 if row["accumulates"] == "yes" else 1)
+        return 2 * m * n * k, 0.0, moved
+
+    return measurements([row for row in read(path) if row["kind"] == kind], work, whole_scores=1.0)
+
+
+def attention(path: Path) -> Iterator[Measured]:
+    """Forward and backward of causal attention. The published rates count the whole score matrix, and for backward 2.5
+    times the work of forward (five products for two)."""
+
+    def work(row: dict[str, str]) -> tuple[float, float, float]:
+        tokens, length, heads = float(row["batch"]) * float(row["length"]), float(row["length"]), float(row["heads"])
+        wide, value = float(row["query_key_head_dim"]), float(row["value_head_dim"])
+        passes = 1.0 if row["direction"] == "forward" else 2.5
+        flop = passes * 2 * tokens * length * heads * (wide + value) / 2
+        touched = tokens * (heads + float(row["key_value_heads"])) * (wide + value) * HALF_FORMAT_BYTES
+        return 0.0, flop, touched * (1 if row["direction"] == "forward" else 2)
+
+    return measurements(read(path), work, whole_scores=2.0)
+
+
+def measurements(
+    rows: list[dict[str, str]], work: Callable[[dict[str, str]], tuple[float, float, float]], whole_scores: float
+) -> Iterator[Measured]:
+    """Rows of one GPU together. *whole_scores*: the published FLOPs over those done."""
+    for name in dict.fromkeys(row["gpu"] for row in rows):
+        own = [row for row in rows if row["gpu"] == name]
+        linear, attended, moved = np.array([work(row) for row in own]).T
+        published = (linear + attended) * whole_scores
+        seconds = published / (np.array([float(row["tflops"]) for row in own]) * 1e12)
+        zero = np.zeros_like(linear)
+        yield Measured(find_gpu(name), Work(linear, attended, published, moved, zero), seconds)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+if __name__ == "__main__":
+    main()
