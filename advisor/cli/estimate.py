@@ -1,0 +1,113 @@
+"""``advisor estimate``: price one plan and print where its bytes and seconds go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from advisor.cli.answer import NOTHING_FITS, form_of, notes, print_answer
+from advisor.cli.options import SectionCommand, elements, form_options, given, option, options, question_options
+from advisor.specs.plan import Checkpointing, Offload, Strategy
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from advisor.cost.results import Estimate
+
+
+plan_options = options(
+    option(
+        "The plan",
+        "--strategy",
+        required=True,
+        type=click.Choice([strategy.value for strategy in Strategy]),
+        help="Who keeps which share of weights, gradients and optimizer.",
+    ),
+    option(
+        "The plan",
+        "--offload",
+        type=click.Choice([offload.value for offload in Offload]),
+        default="none",
+        show_default=True,
+        help="What lives in host memory between its uses.",
+    ),
+    option(
+        "The plan",
+        "--micro-batch",
+        type=int,
+        default=1,
+        show_default=True,
+        help="Sequences a GPU takes at once.",
+    ),
+    option(
+        "The plan",
+        "--grad-accum",
+        type=int,
+        help="Micro-batches per optimizer step.  [default: from the global batch]",
+    ),
+    option(
+        "The plan",
+        "--checkpointing",
+        type=click.Choice([checkpointing.value for checkpointing in Checkpointing]),
+        default="none",
+        show_default=True,
+        help="Which activations are computed again in backward.",
+    ),
+    option(
+        "The plan",
+        "--bucket-size",
+        type=elements,
+        metavar="ELEMENTS",
+        help="DeepSpeed's reduce bucket, such as 5e8.  [default: DeepSpeed's own]",
+    ),
+)
+
+
+@click.command(cls=SectionCommand)
+@question_options
+@plan_options
+@form_options
+@click.pass_context
+def estimate(context: click.Context, /, *, as_json: bool, as_csv: bool, **question: Any) -> None:
+    """Price one plan: memory, traffic and time of a training step.
+
+    Exits with 3 where it does not fit.
+
+    \b
+    Examples:
+      advisor estimate --model Qwen2.5-1.5B --gpus 4 --strategy zero2
+      advisor estimate --model Llama-3.1-8B --gpus 8 --gpu H100 --strategy fsdp
+    """
+    from advisor.cost.estimate import estimate as price
+
+    form = form_of(as_json, as_csv)
+    answer = price(**given(context, question))
+    notes(answer.warnings)
+    print_answer(
+        form,
+        whole=lambda: _whole(answer),
+        rows=lambda: _rows(answer),
+        page=lambda width: _page(answer, width),
+    )
+    if answer.verdict == "no":
+        context.exit(NOTHING_FITS)
+
+
+def _whole(answer: Estimate) -> Mapping[str, object]:
+    from advisor.report.machine import estimate_object
+
+    return estimate_object(answer)
+
+
+def _rows(answer: Estimate) -> Sequence[Mapping[str, object]]:
+    from advisor.search.results import row
+
+    return [row(answer)]
+
+
+def _page(answer: Estimate, width: int) -> Iterable[RenderableType]:
+    from advisor.report.estimate import estimate_report
+
+    return estimate_report(answer, width=width)

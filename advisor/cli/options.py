@@ -1,0 +1,192 @@
+"""Flags that several commands share, grouped in the help by the question they answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, get_args
+
+import click
+from click.shell_completion import CompletionItem
+
+from advisor.specs.job import AttentionKernel, LossKernel, Optimizer, ParameterFormat, Precision
+
+_DEFAULT = click.core.ParameterSource.DEFAULT
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+
+class SectionOption(click.Option):
+    """An option that stands under *section* in the help."""
+
+    def __init__(self, *arguments: Any, section: str, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.section = section
+
+
+class SectionCommand(click.Command):
+    """A command whose help lists its options under their sections, in the order in which they were declared."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record:
+                sections.setdefault(getattr(parameter, "section", "Other"), []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def margin(text: str) -> str | float:
+    """``auto``, or a share of memory written as 0.1 or 10%."""
+    if text == "auto":
+        return text
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is neither 'auto' nor a share such as 0.1 or 10%") from None
+    if not 0 <= share < 1:
+        raise click.BadParameter(f"{text} is not a share of the memory; give 0 to below 1, such as 0.1 or 10%")
+    return share
+
+
+def elements(text: str) -> int:
+    """A whole number, also as 5e8."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.5
+    if not number.is_integer():
+        raise click.BadParameter(f"{text!r} is not a whole number of elements; give one such as 500000000 or 5e8")
+    return int(number)
+
+
+def options(*declared: Callable[[Decorated], Decorated]) -> Callable[[Decorated], Decorated]:
+    """Several option decorators as one; the help keeps their order."""
+
+    def decorate(function: Decorated) -> Decorated:
+        for declare in reversed(declared):
+            function = declare(function)
+        return function
+
+    return decorate
+
+
+def option(section: str, *names: str, **settings: Any) -> Callable[[Decorated], Decorated]:
+    """``click.option`` under a section of the help."""
+    return click.option(*names, cls=SectionOption, section=section, **settings)
+
+
+def given(context: click.Context, words: dict[str, Any]) -> dict[str, Any]:
+    """Those of *words* that were typed: a default is not given but assumed, and every answer says so."""
+    return {name: value for name, value in words.items() if context.get_parameter_source(name) is not _DEFAULT}
+
+
+def complete_model(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of models that start with *incomplete*, with their organisations once a slash is typed."""
+    from advisor.catalog.models import model_names
+
+    names = model_names()
+    return _starting(names if "/" in incomplete else [name.rpartition("/")[2] for name in names], incomplete)
+
+
+def complete_gpu(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of GPUs that start with *incomplete*, other than those a shell would take for several words."""
+    from advisor.catalog.gpus import all_gpus
+
+    names = (name for gpu in all_gpus() for name in (gpu.name, *gpu.aliases))
+    return _starting([name for name in names if " " not in name], incomplete)
+
+
+def _starting(names: Iterable[str], incomplete: str) -> list[CompletionItem]:
+    return [CompletionItem(name) for name in names if name.casefold().startswith(incomplete.casefold())]
+
+
+_TRAIN, _WHERE, _HOW, _ANSWER = "What to train", "Where", "How", "The answer"
+
+question_options = options(
+    option(
+        _TRAIN,
+        "--model",
+        required=True,
+        metavar="NAME",
+        shell_complete=complete_model,
+        help="A name from `advisor models`, a Hugging Face Hub id, a folder, or a config.json.",
+    ),
+    option(_TRAIN, "--seq-len", type=int, default=2048, show_default=True, help="Tokens in a sequence."),
+    option(
+        _TRAIN,
+        "--global-batch",
+        type=int,
+        default=64,
+        show_default=True,
+        help="Sequences per optimizer step, all GPUs.",
+    ),
+    option(_WHERE, "--gpus", type=int, help="GPUs in all.  [default: those found, else 1]"),
+    option(_WHERE, "--nodes", type=int, default=1, show_default=True, help="Machines they are in."),
+    option(
+        _WHERE,
+        "--gpu",
+        metavar="NAME",
+        shell_complete=complete_gpu,
+        help="A name from `advisor gpus`.  [default: the one found, else A100-80GB]",
+    ),
+    option(_WHERE, "--link", metavar="NAME", help="Between GPUs of a machine.  [default: the GPU's usual one]"),
+    option(_WHERE, "--network", metavar="NAME", help="Between machines.  [default: the GPU's usual one]"),
+    option(_WHERE, "--host-memory", type=float, metavar="GIB", help="Memory of one machine in GiB.  [default: found]"),
+    option(
+        _HOW,
+        "--precision",
+        type=click.Choice(get_args(Precision)),
+        help="Number format of the matrix products.  [default: bf16, or fp16 where the GPU has no bf16]",
+    ),
+    option(
+        _HOW,
+        "--param-dtype",
+        type=click.Choice(get_args(ParameterFormat)),
+        default="fp32",
+        show_default=True,
+        help="What the trained weights are held in.",
+    ),
+    option(
+        _HOW,
+        "--optimizer",
+        type=click.Choice(get_args(Optimizer)),
+        default="adamw-fused",
+        show_default=True,
+        help="AdamW as torch computes it.",
+    ),
+    option(
+        _HOW,
+        "--attention",
+        type=click.Choice(get_args(AttentionKernel)),
+        default="sdpa",
+        show_default=True,
+        help="Attention kernel, in transformers' words.",
+    ),
+    option(
+        _HOW,
+        "--loss",
+        type=click.Choice(get_args(LossKernel)),
+        default="full",
+        show_default=True,
+        help="How the cross entropy over the vocabulary is computed.",
+    ),
+    option(
+        _HOW,
+        "--margin",
+        type=margin,
+        metavar="auto|SHARE",
+        default="auto",
+        show_default=True,
+        help="Share of GPU memory to keep free, such as 10%.",
+    ),
+)
+"""The job and the machine, as `recommend` and `estimate` both ask for them."""
+
+
+form_options = options(
+    option(_ANSWER, "--json", "as_json", is_flag=True, help="Print one JSON object, in base units."),
+    option(_ANSWER, "--csv", "as_csv", is_flag=True, help="Print comma-separated rows, in base units."),
+)
+"""The machine forms; without them, tables to read."""

@@ -1,0 +1,96 @@
+"""``advisor recommend``: search, print the answer, write the launch files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from advisor.cli.answer import NOTHING_FITS, form_of, note, notes, print_answer
+from advisor.cli.options import SectionCommand, form_options, given, option, question_options
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from advisor.launch.files import Launch
+    from advisor.search.results import Recommendation
+
+
+@click.command(cls=SectionCommand)
+@question_options
+@option(
+    "The answer",
+    "--out",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="Write the launch files of the best plan there.",
+)
+@option("The answer", "--force", is_flag=True, help="Let --out overwrite files.")
+@form_options
+@click.pass_context
+def recommend(
+    context: click.Context, /, *, out: Path | None, force: bool, as_json: bool, as_csv: bool, **question: Any
+) -> None:
+    """Find the fastest plan that fits, and say why not the others.
+
+    Exits with 3 where nothing fits.
+
+    \b
+    Examples:
+      advisor recommend --model Qwen2.5-1.5B --gpus 4
+      advisor recommend --model Llama-3.1-8B --gpus 8 --gpu H100 --out run
+    """
+    from advisor.launch.files import write
+    from advisor.search.recommend import recommend as search
+
+    form = form_of(as_json, as_csv)
+    answer = search(**given(context, question))
+    launch = _launch(answer)
+    written = write(launch, out, force) if launch and out else ()
+    notes(answer.warnings)
+    print_answer(
+        form,
+        whole=lambda: _whole(answer, launch),
+        rows=lambda: _rows(answer),
+        page=lambda width: _page(answer, launch, width, written),
+    )
+    if form == "table":
+        note(f"Compared {answer.considered:,} plans in {answer.seconds:.2f} s.")
+    if not answer.best:
+        if form != "table":
+            note(answer.headline)
+        if out:
+            note(f"Nothing is written to {out}, since nothing fits.")
+        context.exit(NOTHING_FITS)
+
+
+def _launch(answer: Recommendation) -> Launch | None:
+    from advisor.launch.files import launch_files
+
+    best = answer.best
+    if not best:
+        return None
+    weights_from = next((str(each.value) for each in best.inputs if each.name == "model"), None)
+    return launch_files(best.model, best.job, best.plan, best.cluster, weights_from=weights_from, inputs=best.inputs)
+
+
+def _whole(answer: Recommendation, launch: Launch | None) -> Mapping[str, object]:
+    from advisor.report.machine import recommendation_object
+
+    return recommendation_object(answer, launch)
+
+
+def _rows(answer: Recommendation) -> Sequence[Mapping[str, object]]:
+    from advisor.search.results import row
+
+    return [row(plan) for plan in answer.plans]
+
+
+def _page(
+    answer: Recommendation, launch: Launch | None, width: int, written: Sequence[Path]
+) -> Iterable[RenderableType]:
+    from advisor.report.recommendation import recommendation_report
+
+    return recommendation_report(answer, launch, width=width, written=written)

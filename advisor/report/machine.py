@@ -1,0 +1,197 @@
+"""Answers for programs: JSON objects and CSV, in base units."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from advisor.cost.results import Estimate, Memory, StepTime, TrafficLine
+from advisor.search.results import Recommendation
+from advisor.specs.hardware import Gpu
+from advisor.specs.model import ModelSpec
+from advisor.specs.plan import Plan
+from advisor.specs.question import Input
+
+if TYPE_CHECKING:
+    from advisor.launch.files import Launch
+
+SCHEMA = "advisor/1"
+
+Json = dict[str, object]
+
+
+def json_text(answer: Mapping[str, object]) -> str:
+    """*answer* as one JSON object, readable by any strict parser: ASCII, and no NaN."""
+    return json.dumps(answer, indent=2, allow_nan=False)
+
+
+def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
+    """*rows* under a header taken from the first; empty without rows."""
+    if not rows:
+        return ""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def estimate_object(estimate: Estimate) -> Json:
+    """One priced plan."""
+    return {
+        "schema": SCHEMA,
+        "inputs": _inputs(estimate.inputs),
+        "model": _model(estimate.model),
+        "plan": _plan(estimate.plan),
+        "memory": _memory(estimate.memory),
+        "traffic": [_traffic(line) for line in estimate.traffic],
+        "time": _time(estimate.time),
+        "verdict": estimate.verdict,
+        "why": estimate.why,
+        "warnings": list(estimate.warnings),
+    }
+
+
+def recommendation_object(recommendation: Recommendation, launch: Launch | None) -> Json:
+    """The whole answer of a search; ``best`` and ``launch`` are null where nothing fits."""
+    plans = [estimate_object(estimate) for estimate in recommendation.plans]
+    return {
+        "schema": SCHEMA,
+        "headline": recommendation.headline,
+        "inputs": _inputs(recommendation.inputs),
+        "model": _model(recommendation.model),
+        "best": plans[0] if plans else None,
+        "plans": plans,
+        "rejected": [
+            {
+                "plan": _plan(rejected.plan),
+                "why": rejected.why,
+                "short_by_bytes": rejected.short_by_bytes,
+                "remedy": rejected.remedy,
+            }
+            for rejected in recommendation.rejected
+        ],
+        "fewest_gpus": recommendation.fewest_gpus,
+        "launch": _launch(launch) if launch else None,
+        "considered": recommendation.considered,
+        "seconds": recommendation.seconds,
+        "warnings": list(recommendation.warnings),
+    }
+
+
+def gpu_row(gpu: Gpu) -> Json:
+    """One GPU as flat columns; rates the GPU does not have are null."""
+    return {
+        "name": gpu.name,
+        "aliases": " ".join(gpu.aliases),
+        "architecture": gpu.architecture,
+        "compute_capability": gpu.compute_capability,
+        "memory_bytes": gpu.memory_bytes,
+        "memory_bandwidth_bytes_per_s": gpu.memory_bandwidth_bytes_per_s,
+        **{f"{number}_flop_per_s": gpu.peak_flop_per_s.get(number) for number in NUMBER_FORMATS},
+        "link": gpu.link,
+        "host_link": gpu.host_link,
+        "power_w": gpu.power_w,
+        "assumed_fields": " ".join(gpu.assumed_fields),
+        "source": gpu.source,
+    }
+
+
+NUMBER_FORMATS = ("fp32", "tf32", "fp16", "bf16", "fp8")
+"""Number formats whose dense peak a GPU may have."""
+
+
+def _inputs(inputs: Iterable[Input]) -> Json:
+    return {given.name: {"value": given.value, "origin": given.origin} for given in inputs}
+
+
+def _model(model: ModelSpec) -> Json:
+    return {
+        "name": model.name,
+        "family": model.family,
+        "parameters": model.parameter_count,
+        "trainable_parameters": model.parameter_count,
+    }
+
+
+def _plan(plan: Plan) -> Json:
+    return {
+        "strategy": plan.strategy.value,
+        "gpus": int(plan.gpus),
+        "dp": int(plan.gpus),
+        "tp": 1,
+        "pp": 1,
+        "cp": 1,
+        "ep": 1,
+        "micro_batch": int(plan.micro_batch),
+        "grad_accum": int(plan.accumulation_steps),
+        "global_batch": int(plan.global_batch),
+        "checkpointing": plan.checkpointing.value,
+        "offload": plan.offload.value,
+        "zero": asdict(plan.zero) if plan.strategy.zero_stage is not None else None,
+    }
+
+
+def _memory(memory: Memory) -> Json:
+    return {
+        "capacity_bytes": memory.capacity_bytes,
+        "states_bytes": memory.states_bytes,
+        "peak_allocated_bytes": memory.peak_allocated_bytes,
+        "peak_reserved_bytes": memory.peak_reserved_bytes,
+        "device_used_bytes": memory.device_used_bytes,
+        "low_bytes": memory.low_bytes,
+        "high_bytes": memory.high_bytes,
+        "peak_phase": memory.peak_phase,
+        "peak_label": memory.peak_label,
+        "worst_rank": memory.worst_rank,
+        "ledger": [_line(*line) for line in memory.ledger],
+        "timeline": [
+            {"phase": phase.phase, "bytes": phase.peak_bytes, "end_bytes": phase.end_bytes} for phase in memory.timeline
+        ],
+        "host_bytes": memory.host_bytes,
+        "host_capacity_bytes": memory.host_capacity_bytes,
+        "host_ledger": [_line(*line) for line in memory.host_ledger],
+        "nvme_bytes": memory.nvme_bytes,
+    }
+
+
+def _line(category: str, label: str, size_bytes: int) -> Json:
+    return {"category": category, "label": label, "bytes": size_bytes}
+
+
+def _traffic(line: TrafficLine) -> Json:
+    return {
+        "what": line.what,
+        "collective": line.collective,
+        "link": line.link,
+        "bytes_per_step": line.bytes_per_step,
+        "seconds": line.seconds,
+        "exposed_seconds": line.exposed_seconds,
+    }
+
+
+def _time(time: StepTime) -> Json:
+    return {
+        "step_s": time.step_s,
+        "low_s": time.low_s,
+        "high_s": time.high_s,
+        "compute_s": time.compute_s,
+        "exposed_comm_s": time.exposed_communication_s,
+        "optimizer_s": time.optimizer_s,
+        "tokens_per_s": time.tokens_per_s,
+        "tokens_per_s_per_gpu": time.tokens_per_s_per_gpu,
+        "mfu": time.mfu,
+        "tflops_per_gpu": time.flop_per_s_per_gpu / 1e12,
+    }
+
+
+def _launch(launch: Launch) -> Json:
+    return {
+        "command": launch.command,
+        "env": dict(launch.environment),
+        "files": [{"name": file.name, "text": file.text} for file in launch.files],
+    }

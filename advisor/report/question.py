@@ -1,0 +1,42 @@
+"""What was asked, as every answer repeats it: the training job, the machine, and what was assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.text import Text
+
+from advisor.report.numbers import parameter_count
+from advisor.specs.hardware import Cluster
+from advisor.specs.job import Job
+from advisor.specs.model import ModelSpec
+from advisor.specs.question import Input
+
+
+def question_line(model: ModelSpec, job: Job, cluster: Cluster) -> str:
+    """Model, GPUs and batch in one sentence."""
+    machines = f" in {cluster.nodes} machines" if cluster.nodes > 1 else ""
+    return (
+        f"{model.name} ({parameter_count(model.parameter_count)} parameters) on {cluster.gpus} × {cluster.gpu.name}"
+        f"{machines}: {job.global_batch} sequences of {job.sequence_length:,} tokens per step, {job.precision}, "
+        f"{job.optimizer}."
+    )
+
+
+def assumed_line(inputs: Iterable[Input]) -> list[Text]:
+    """One line with every assumed input, by the name of the flag that replaces it; none where all was given."""
+    assumed = [_named(each) for each in inputs if each.origin == "assumed"]
+    if not assumed:
+        return []
+    return [Text(f"Assumed (flags of these names change it): {', '.join(assumed)}.", style="yellow")]
+
+
+def _named(each: Input) -> str:
+    if each.name.endswith("_gib"):
+        return f"{each.name.removesuffix('_gib').replace('_', '-')} {each.value} GiB"
+    return f"{each.name.replace('_', '-')} {each.value}"
+
+
+def sentence(text: str) -> str:
+    """*text* with a full stop at its end."""
+    return text if text.endswith((".", "!", "?")) else f"{text}."

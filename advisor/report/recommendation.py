@@ -1,0 +1,151 @@
+"""A recommendation to read: the answer, the plans side by side, why the others lost, and what to type."""
+
+from __future__ import annotations
+
+import shlex
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.cells import cell_len
+from rich.console import RenderableType
+from rich.text import Text
+
+from advisor.cost.results import Estimate
+from advisor.report.numbers import GB, GIB, aligned, gib, percent, rate
+from advisor.report.question import assumed_line, question_line, sentence
+from advisor.report.tables import INDENT, Column, faint, fitting, list_of, natural_width, section, table_of
+from advisor.search.explain import sent, title
+from advisor.search.results import Recommendation, Rejected
+from advisor.specs.plan import Plan
+
+if TYPE_CHECKING:
+    from advisor.launch.files import Launch
+
+LEGEND = (
+    "Batch: sequences a GPU takes at once × accumulation steps. Peak, range: memory of the fullest GPU, and where a "
+    "real run may end up. Sent: by one GPU in a step."
+)
+
+FOLDED_WIDTH = 18
+"""Characters of a line of a strategy's name where the page is narrow; ``ZeRO-2 + optimizer`` just fits."""
+
+WIDE = 120
+"""Columns of a page on which a strategy's whole name leaves enough room for the reason beside it."""
+
+
+def recommendation_report(
+    recommendation: Recommendation, launch: Launch | None, *, width: int, written: Sequence[Path] = ()
+) -> list[RenderableType]:
+    """The whole answer for a page of *width* columns; *written* are the launch files on disk, if any."""
+    best, others = recommendation.best, recommendation.plans[1:]
+    parts: list[RenderableType] = [Text(recommendation.headline, style="bold green" if best else "bold red")]
+    if best:
+        parts.append(Text(f"Why: {sentence(best.why)}"))
+    parts += [
+        Text(),
+        Text(question_line(recommendation.model, recommendation.job, recommendation.cluster)),
+        *assumed_line(recommendation.inputs),
+    ]
+    if best:
+        parts += [Text(), *_plans(recommendation.plans, width)]
+    if others:
+        parts += section("Why not the others", list_of(_losses(others, width)))
+    if recommendation.rejected:
+        parts += section("What is ruled out", list_of(_rejections(recommendation.rejected, width)))
+    if launch:
+        parts += _launch(launch, recommendation.cluster.nodes, width, written)
+    return parts
+
+
+def _plans(plans: Sequence[Estimate], width: int) -> list[RenderableType]:
+    columns = _columns(plans, [title(each.plan) for each in plans])
+    if natural_width(columns) > width:
+        columns = _columns(plans, [_folded(title(each.plan)) for each in plans])
+    kept, dropped = fitting(columns, width)
+    parts: list[RenderableType] = [table_of(kept, strong_rows=[0]), faint(LEGEND)]
+    if dropped:
+        names = ", ".join(column.title for column in reversed(dropped))
+        parts.append(faint(f"No room here for: {names}. Widen to {natural_width(columns)} columns, or give --csv."))
+    return parts
+
+
+def _columns(plans: Sequence[Estimate], titles: Sequence[str]) -> list[Column]:
+    memory = [plan.memory for plan in plans]
+    ends = aligned([end / GIB for each in memory for end in (each.low_bytes, each.high_bytes)], significant=2)
+    ranges = [f"{low}–{high}" for low, high in zip(ends[::2], ends[1::2], strict=True)]
+    columns = [
+        Column(header="Strategy", cells=titles, justify="left"),
+        Column(header="Batch", cells=_batches(plans)),
+        Column(header="Check-\npoints", cells=[each.plan.checkpointing.value for each in plans], rank=1),
+        Column(header="Peak\nGiB", cells=aligned([each.device_used_bytes / GIB for each in memory], most_decimals=1)),
+        Column(header="Range\nGiB", cells=ranges, rank=2),
+        Column(header="Host\nGiB", cells=aligned([each.host_bytes / GIB for each in memory], most_decimals=0), rank=4),
+        Column(
+            header="Sent\nGB",
+            cells=aligned([sent(each) / GB for each in plans], most_decimals=1),
+            rank=3,
+        ),
+        Column(header="Step\ns", cells=aligned([each.time.step_s for each in plans])),
+        Column(header="Tokens\nper s", cells=[rate(each.time.tokens_per_s) for each in plans]),
+        Column(header="MFU", cells=[percent(each.time.mfu) for each in plans], rank=5),
+    ]
+    if any(each.verdict == "tight" for each in plans):
+        columns.insert(4, Column(header="Fits", cells=["tight" if each.verdict == "tight" else "" for each in plans]))
+    return columns
+
+
+def _batches(plans: Sequence[Estimate]) -> list[str]:
+    """Micro-batch × accumulation steps, the signs under each other."""
+    width = max(len(str(each.plan.accumulation_steps)) for each in plans)
+    return [f"{each.plan.micro_batch} × {each.plan.accumulation_steps!s:<{width}}" for each in plans]
+
+
+def _losses(others: Sequence[Estimate], width: int) -> list[tuple[str, str]]:
+    return [(_title_in_list(each.plan, width), sentence(each.why)) for each in others]
+
+
+def _rejections(rejections: Sequence[Rejected], width: int) -> list[tuple[str, str, str]]:
+    return [
+        (
+            _title_in_list(each.plan, width),
+            f"short by {gib(each.short_by_bytes)}" if each.short_by_bytes else "",
+            sentence(each.why) + (f" What would do: {sentence(each.remedy)}" if each.remedy else ""),
+        )
+        for each in rejections
+    ]
+
+
+def _title_in_list(plan: Plan, width: int) -> str:
+    return title(plan) if width >= WIDE else _folded(title(plan))
+
+
+def _folded(name: str) -> str:
+    return "\n".join(textwrap.wrap(name, FOLDED_WIDTH, subsequent_indent=" "))
+
+
+def _launch(launch: Launch, nodes: int, width: int, written: Sequence[Path]) -> list[RenderableType]:
+    names = ", ".join(file.name for file in launch.files)
+    if written:
+        script = next(path for path in written if path.name == "run.sh")
+        where = f" on each of the {nodes} machines" if nodes > 1 else ""
+        explanation = f"{names} are in {script.parent}. Type{where}:"
+        command = f"bash {shlex.quote(str(script))}"
+    else:
+        explanation = f"Give --out FOLDER to write {names}. In that folder:"
+        command = shell_lines(launch, width - INDENT)
+    return section("To start it", Text(explanation), Text(), Text(command, no_wrap=True, overflow="ignore"))
+
+
+def shell_lines(launch: Launch, width: int) -> str:
+    """The launch command as it can be pasted, continued over lines of at most *width* where its words allow."""
+    settings = [f"{name}={shlex.quote(value)}" for name, value in launch.environment.items()]
+    words = [*settings, *map(shlex.quote, launch.command)]
+    lines = [words[0]]
+    for word in words[1:]:
+        if cell_len(f"{lines[-1]} {word} \\") > width:
+            lines.append(f"  {word}")
+        else:
+            lines[-1] += f" {word}"
+    return " \\\n".join(lines)

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import replace
+
+import pytest
+from rich.cells import cell_len
+
+from advisor.cost.results import Verdict
+from cli.conftest import Api, Run
+
+ONE_PLAN = ("estimate", "--model", "Qwen2.5-1.5B", "--gpus", "4", "--strategy", "zero1")
+
+
+@pytest.mark.parametrize("columns", [80, 140])
+def test_the_estimate_is_on_stdout_and_fits_the_page(api: Api, run: Run, columns: int) -> None:
+    result = run(*ONE_PLAN, columns=columns)
+
+    assert result.exit_code == 0
+    assert result.stdout.startswith("Fits: ")
+    assert max(map(cell_len, result.stdout.splitlines())) <= columns
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize(("verdict", "code"), [("fits", 0), ("tight", 0), ("no", 3)])
+@pytest.mark.parametrize("form", ["", "--json", "--csv"])
+def test_the_exit_code_is_the_verdict(api: Api, run: Run, verdict: Verdict, code: int, form: str) -> None:
+    api.estimate = replace(api.estimate, verdict=verdict)
+
+    assert run(*ONE_PLAN, *filter(None, [form])).exit_code == code
+
+
+def test_every_word_of_a_plan_reaches_the_estimate(api: Api, run: Run) -> None:
+    words = "--offload optimizer --micro-batch 2 --grad-accum 8 --checkpointing full --bucket-size 5e8"
+
+    run(*ONE_PLAN[:-1], "zero2", *words.split())
+
+    assert api.asked == [
+        {
+            "model": "Qwen2.5-1.5B",
+            "gpus": 4,
+            "strategy": "zero2",
+            "offload": "optimizer",
+            "micro_batch": 2,
+            "grad_accum": 8,
+            "checkpointing": "full",
+            "bucket_size": 500_000_000,
+        }
+    ]
+
+
+def test_json_is_one_object_and_nothing_else(api: Api, run: Run) -> None:
+    result = run(*ONE_PLAN, "--json")
+
+    assert json.loads(result.stdout)["plan"]["strategy"] == "zero1"
+    assert result.stderr == ""
+
+
+def test_csv_has_one_row(api: Api, run: Run) -> None:
+    (row,) = csv.DictReader(io.StringIO(run(*ONE_PLAN, "--csv").stdout))
+
+    assert int(row["device_used_bytes"]) == api.estimate.memory.device_used_bytes
+
+
+@pytest.mark.parametrize("size", ["1.5", "many"])
+def test_a_bucket_of_no_whole_size_is_refused(api: Api, run: Run, size: str) -> None:
+    result = run(*ONE_PLAN, "--bucket-size", size)
+
+    assert result.exit_code == 2
+    assert "500000000 or 5e8" in result.stderr
+
+
+def test_a_strategy_is_required_and_its_choices_are_named(api: Api, run: Run) -> None:
+    result = run(*ONE_PLAN[:-2])
+
+    assert result.exit_code == 2
+    assert "zero3" in result.stderr
