@@ -15,7 +15,7 @@ from advisor.specs.calibration import Calibration
 
 _OWN_FIELDS = ("name", "source")
 ORIGINS = ("measured", "published", "inferred", "assumed")
-"""How a constant came about: measured by this project; published by others; computed from published figures; a guess."""
+"""How a constant came about: measured here; published by others; computed from what others published; guessed."""
 
 
 def find_calibration(name: str = "default") -> Calibration:
@@ -30,7 +30,7 @@ def find_calibration(name: str = "default") -> Calibration:
 
 @lru_cache(maxsize=8)
 def read_calibration(path: Path) -> Calibration:
-    """The calibration in the JSON file at *path*: its name and source, and each constant with value, origin and source."""
+    """The calibration in the JSON file at *path*, which says of each constant its value, origin and source."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         constants = content["constants"]

@@ -26,7 +26,9 @@ class FoundModel:
     """A model, and what the user should know about how it was found."""
 
     model: ModelSpec
-    note: str | None
+    weights_from: str
+    """What transformers loads its weights from: a Hub id, a folder, or a file that holds only the configuration."""
+    note: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +54,19 @@ def find_model(name_or_path: str) -> FoundModel:
     # os.path answers no where pathlib raises, as for names too long for a file.
     path = Path(os.path.expanduser(wanted))
     if os.path.isfile(path / "config.json"):
-        return _from_file(path / "config.json", path.resolve().name)
+        return _from_file(path / "config.json", path.resolve().name, str(path.resolve()))
     if os.path.isfile(path):
-        return _from_file(path, path.resolve().parent.name if path.name == "config.json" else path.stem)
+        name = path.resolve().parent.name if path.name == "config.json" else path.stem
+        return _from_file(path, name, str(path.resolve()))
     if _looks_like_a_path(wanted):
         missing = f"{wanted} holds no config.json" if os.path.isdir(path) else f"there is no file {wanted}"
         raise UnknownNameError(f"{missing}; give a folder with a config.json, such a file, or a model's name")
     if profile := _profiles().get(wanted.casefold()):
-        return FoundModel(_from_profile(profile), None)
+        return FoundModel(_from_profile(profile), _name(profile))
     if profile := _variant(wanted):
         model = _from_profile(profile)
-        return FoundModel(model, f"{wanted} has the shape of {model.name}, whose configuration was taken")
+        note = f"{wanted} has the shape of {model.name}, whose configuration was taken"
+        return FoundModel(model, f"{_name(profile).partition('/')[0]}/{wanted.rpartition('/')[2]}", note)
     return _from_hub(wanted)
 
 
@@ -114,8 +118,8 @@ def _from_profile(path: Path) -> ModelSpec:
     return model_from_config(config, _name(path).partition("/")[2], source)
 
 
-def _from_file(path: Path, name: str) -> FoundModel:
-    return FoundModel(model_from_config(read_json(path), name, str(path)), None)
+def _from_file(path: Path, name: str, weights_from: str) -> FoundModel:
+    return FoundModel(model_from_config(read_json(path), name, str(path)), weights_from)
 
 
 def _looks_like_a_path(wanted: str) -> bool:
@@ -148,7 +152,7 @@ def _from_hub(wanted: str) -> FoundModel:
 
     path = config_file(wanted, _near(wanted))
     model = model_from_config(read_json(path), wanted.rpartition("/")[2], f"config.json of {wanted} on the Hub")
-    return FoundModel(model, None)
+    return FoundModel(model, wanted)
 
 
 def _near(wanted: str) -> str:

@@ -67,10 +67,9 @@ def resolve(model: str, **words: Unpack[Words]) -> Question:
         cpu_memory_bandwidth_bytes_per_s=calibration.host_bandwidth_bytes_per_s,
     )
     inputs = [
-        Input("model", found_model.model.name, "given"),
+        Input("model", found_model.weights_from, "given"),
         Input("gpu", gpu.name, gpu_origin),
         Input("gpus", gpus, gpus_origin),
-        Input("nodes", nodes, _origin(words, "nodes")),
         Input("link", cluster.link.name, "given" if link else "assumed"),
         Input("host_memory_gib", round(host_memory_bytes / GIB), host_origin),
         Input("seq_len", job.sequence_length, _origin(words, "seq_len")),
@@ -79,10 +78,11 @@ def resolve(model: str, **words: Unpack[Words]) -> Question:
         Input("param_dtype", job.parameter_format, _origin(words, "param_dtype")),
         Input("optimizer", job.optimizer, _origin(words, "optimizer")),
         Input("attention", job.attention, _origin(words, "attention")),
-        Input("calibration", calibration.name, "assumed"),
+        Input("calibration", calibration.name, "found"),
     ]
     if nodes > 1:
-        inputs.insert(5, Input("network", cluster.network.name, "given" if network else "assumed"))
+        network_origin: Origin = "given" if network else "assumed"
+        inputs[3:3] = [Input("nodes", nodes, "given"), Input("network", cluster.network.name, network_origin)]
     return Question(
         model=found_model.model,
         job=job,

@@ -7,7 +7,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, TypeVar
 
 from advisor.catalog.request import resolve
-from advisor.cost.memory import memory
+from advisor.cost.memory import memory, short_by
 from advisor.cost.results import Estimate, Memory, Verdict
 from advisor.cost.schedule import step_time
 from advisor.errors import SpecError
@@ -94,23 +94,33 @@ def price(question: Question, plan: Plan) -> Estimate:
     )
 
 
+def shortages(held: Memory, margin_share: float) -> tuple[int, int]:
+    """Bytes that the device lacks beside its margin, and that the host lacks; at most 0 where there is enough."""
+    device = short_by(held.device_used_bytes, held.capacity_bytes, margin_share)
+    return int(device), held.host_bytes - held.host_capacity_bytes
+
+
 def judge(held: Memory, margin_share: float) -> tuple[Verdict, str]:
-    """Whether *held* fits its device with the margin free and its host, and the arithmetic that says so."""
+    """Whether *held* fits its device with the margin free, and its host, with the arithmetic that says so."""
     used, capacity = held.device_used_bytes, held.capacity_bytes
-    admitted = capacity * (1 - margin_share)
-    if held.host_bytes > held.host_capacity_bytes:
-        short = (held.host_bytes - held.host_capacity_bytes) / GIB
-        return "no", (
-            f"host memory: {held.host_bytes / GIB:.1f} GiB needed per machine, "
-            f"{held.host_capacity_bytes / GIB:.1f} GiB there, {short:.1f} GiB short"
+    device, host = shortages(held, margin_share)
+    there = f"{capacity / GIB:.1f} GiB there less {100 * margin_share:.0f} % kept free"
+    lacking = []
+    if device > 0:
+        lacking.append(f"{used / GIB:.1f} GiB needed per GPU, {there}: {device / GIB:.1f} GiB short")
+    if host > 0:
+        lacking.append(
+            f"{held.host_bytes / GIB:.1f} GiB of host memory needed per machine, "
+            f"{held.host_capacity_bytes / GIB:.1f} GiB there: {host / GIB:.1f} GiB short"
         )
-    if used > capacity:
-        return "no", (
-            f"{used / GIB:.1f} GiB needed per GPU, {capacity / GIB:.1f} GiB there, "
-            f"{(used - capacity) / GIB:.1f} GiB short"
-        )
-    free = f"{used / GIB:.1f} of {capacity / GIB:.1f} GiB used per GPU, {100 * (1 - used / capacity):.0f} % free"
-    return ("fits", free) if used <= admitted else ("tight", f"{free}, below the margin of {100 * margin_share:.0f} %")
+    if host > 0 or used > capacity:
+        return "no", "; ".join(lacking)
+    if lacking:
+        return "tight", lacking[0]
+    return (
+        "fits",
+        f"{used / GIB:.1f} of {capacity / GIB:.1f} GiB used per GPU, {100 * (1 - used / capacity):.0f} % free",
+    )
 
 
 def explained(estimate: Estimate, why: str) -> Estimate:

@@ -52,6 +52,11 @@ def footprint(program: StepProgram, plan: Plan, cluster: Cluster, calibration: C
     return Footprint(states, allocated, reserved, used, _host_bytes(program, plan, cluster, calibration))
 
 
+def short_by(used_bytes: Amount, capacity_bytes: int, margin_share: float) -> Amount:
+    """Bytes that a device lacks for *used_bytes* if *margin_share* is to stay free; at most 0 if it has enough."""
+    return used_bytes - capacity_bytes * (1 - margin_share)
+
+
 def _host_bytes(program: StepProgram, plan: Plan, cluster: Cluster, calibration: Calibration) -> Amount:
     """One machine's: what each of its ranks holds, plus what one of them holds while it loads for all."""
     ranks = np.minimum(plan.gpus, cluster.gpus_per_node)

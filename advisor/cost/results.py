@@ -48,6 +48,7 @@ class Memory:
     """Peak host memory of one machine, all its ranks together."""
     host_capacity_bytes: int
     host_ledger: tuple[Line, ...]
+    """What one process holds in host memory at its peak."""
     nvme_bytes: int = 0
 
 
@@ -99,3 +100,8 @@ class Estimate:
     why: str
     """One sentence: what makes it fit or not; in a recommendation, what made it win or lose."""
     warnings: tuple[str, ...] = ()
+
+    @property
+    def sent_bytes(self) -> int:
+        """What one rank sends to other ranks and copies to and from its host in a step."""
+        return sum(line.bytes_per_step for line in self.traffic)

@@ -11,7 +11,6 @@ from advisor.cost.results import Estimate, Memory, StepTime, TrafficLine
 from advisor.report.numbers import GB, GIB, aligned, bar, gib, percent, rate, seconds
 from advisor.report.question import assumed_line, question_line, sentence
 from advisor.report.tables import INDENT, Column, faint, fitting, list_of, section, table_of
-from advisor.search.explain import title
 from advisor.step.program import Line
 
 VERDICTS = {"fits": ("Fits", "bold green"), "tight": ("Tight", "bold yellow"), "no": ("Does not fit", "bold red")}
@@ -30,7 +29,7 @@ def estimate_report(estimate: Estimate, *, width: int) -> list[RenderableType]:
         Text(),
         Text(question_line(estimate.model, estimate.job, estimate.cluster)),
         Text(
-            f"{title(plan)}: micro-batch {plan.micro_batch} × {plan.accumulation_steps} accumulation steps, "
+            f"{plan.title}: micro-batch {plan.micro_batch} × {plan.accumulation_steps} accumulation steps, "
             f"{checkpointing}."
         ),
         *assumed_line(estimate.inputs),

@@ -16,7 +16,6 @@ from advisor.cost.results import Estimate
 from advisor.report.numbers import GB, GIB, aligned, gib, percent, rate
 from advisor.report.question import assumed_line, question_line, sentence
 from advisor.report.tables import INDENT, Column, faint, fitting, list_of, natural_width, section, table_of
-from advisor.search.explain import sent, title
 from advisor.search.results import Recommendation, Rejected
 from advisor.specs.plan import Plan
 
@@ -60,9 +59,9 @@ def recommendation_report(
 
 
 def _plans(plans: Sequence[Estimate], width: int) -> list[RenderableType]:
-    columns = _columns(plans, [title(each.plan) for each in plans])
+    columns = _columns(plans, [each.plan.title for each in plans])
     if natural_width(columns) > width:
-        columns = _columns(plans, [_folded(title(each.plan)) for each in plans])
+        columns = _columns(plans, [_folded(each.plan.title) for each in plans])
     kept, dropped = fitting(columns, width)
     parts: list[RenderableType] = [table_of(kept, strong_rows=[0]), faint(LEGEND)]
     if dropped:
@@ -84,7 +83,7 @@ def _columns(plans: Sequence[Estimate], titles: Sequence[str]) -> list[Column]:
         Column(header="Host\nGiB", cells=aligned([each.host_bytes / GIB for each in memory], most_decimals=0), rank=4),
         Column(
             header="Sent\nGB",
-            cells=aligned([sent(each) / GB for each in plans], most_decimals=1),
+            cells=aligned([each.sent_bytes / GB for each in plans], most_decimals=1),
             rank=3,
         ),
         Column(header="Step\ns", cells=aligned([each.time.step_s for each in plans])),
@@ -118,7 +117,7 @@ def _rejections(rejections: Sequence[Rejected], width: int) -> list[tuple[str, s
 
 
 def _title_in_list(plan: Plan, width: int) -> str:
-    return title(plan) if width >= WIDE else _folded(title(plan))
+    return plan.title if width >= WIDE else _folded(plan.title)
 
 
 def _folded(name: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from advisor.cost.estimate import judge
+from advisor.cost.estimate import judge, shortages
 from advisor.cost.memory import footprint, memory
 from advisor.cost.results import Estimate
 from advisor.search.results import Rejected
@@ -36,17 +36,21 @@ def won(ranked: Sequence[Estimate]) -> str:
         return f"the only strategy that fits: {room}"
     second = max(ranked[1:], key=lambda estimate: estimate.time.tokens_per_s)
     gain = best.time.tokens_per_s / second.time.tokens_per_s - 1
+    if gain < -0.005:
+        return f"within {-100 * gain:.0f} % of {second.plan.title} and simpler to run; {room}"
     if gain < 0.005:
-        return f"as fast as {title(second.plan)} and simpler to run; {room}"
-    return f"{100 * gain:.0f} % faster than {title(second.plan)}, the next; {room}"
+        return f"as fast as {second.plan.title} and simpler to run; {room}"
+    return f"{100 * gain:.0f} % faster than {second.plan.title}, the next; {room}"
 
 
 def lost(best: Estimate, other: Estimate) -> str:
     """One reason and its numbers for a plan that fits and lost."""
     slower = 1 - other.time.tokens_per_s / best.time.tokens_per_s
-    more_traffic = sent(other) - sent(best)
+    more_traffic = other.sent_bytes - best.sent_bytes
     saved = best.memory.device_used_bytes - other.memory.device_used_bytes
     pace = f"{100 * slower:.0f} % slower" if slower >= 0.005 else "as fast"
+    if slower <= -0.005:
+        pace = f"{-100 * slower:.0f} % faster by a model that is no finer than that, and more involved to run"
     parts = [pace]
     if other.plan.offload.optimizer and not best.plan.offload.optimizer:
         parts.append(f"its optimizer runs on the CPU for {other.time.optimizer_s:.1f} s a step")
@@ -54,27 +58,13 @@ def lost(best: Estimate, other: Estimate) -> str:
         parts.append(f"{more_traffic / GB:.1f} GB more traffic per step")
     if other.plan.checkpointing is Checkpointing.FULL and best.plan.checkpointing is Checkpointing.NONE:
         parts.append("it has to recompute activations")
-    if saved > 0:
+    if saved > 0.05 * GIB:
         parts.append(f"saves {saved / GIB:.1f} GiB that you do not need")
-    elif slower < 0.005:
+    elif saved < -0.05 * GIB:
+        parts.append(f"needs {-saved / GIB:.1f} GiB more")
+    if len(parts) == 1 and slower < 0.005:
         parts.append("more involved to run")
     return ", ".join(parts)
-
-
-def sent(estimate: Estimate) -> int:
-    """Bytes that one rank sends and copies in a step."""
-    return sum(line.bytes_per_step for line in estimate.traffic)
-
-
-def title(plan: Plan) -> str:
-    """A strategy as people call it, with what it offloads."""
-    extra = {
-        Offload.NONE: "",
-        Offload.OPTIMIZER: " + optimizer offload",
-        Offload.OPTIMIZER_AND_PARAMETERS: " + optimizer and parameter offload",
-    }[plan.offload]
-    name = "one GPU" if plan.strategy is Strategy.DDP and np.all(plan.gpus == 1) else plan.strategy.title
-    return f"{name}{extra}"
 
 
 def barred(question: Question, found: Barred) -> Rejected:
@@ -86,11 +76,8 @@ def barred(question: Question, found: Barred) -> Rejected:
 def refused(question: Question, nearest: Plan) -> Rejected:
     """A strategy of which nothing fits, with its nearest miss and the cheapest way out."""
     held = memory(build(question.model, question.job, nearest), nearest, question.cluster, question.calibration)
-    verdict, why = judge(held, question.margin_share)
-    device = held.device_used_bytes - int(held.capacity_bytes * (1 - question.margin_share))
-    host = held.host_bytes - held.host_capacity_bytes
-    if verdict == "tight":
-        why = f"{why}; {device / GIB:.1f} GiB short of it"
+    device, host = shortages(held, question.margin_share)
+    _, why = judge(held, question.margin_share)
     remedy = next(remedies(question, nearest, host > 0), None)
     return Rejected(plan=nearest, why=why, short_by_bytes=max(device, host), remedy=remedy)
 
@@ -173,7 +160,7 @@ def headline(question: Question, plans: Sequence[Estimate], rejected: Sequence[R
     if plans:
         best = plans[0]
         return (
-            f"Fits: train {name} on {where} with {title(best.plan)}, "
+            f"Fits: train {name} on {where} with {best.plan.title}, "
             f"{best.time.tokens_per_s:,.0f} tokens/s, {best.memory.device_used_bytes / GIB:.1f} GiB per GPU"
         ), None
     missing = [each for each in rejected if each.short_by_bytes > 0]
@@ -182,6 +169,6 @@ def headline(question: Question, plans: Sequence[Estimate], rejected: Sequence[R
     fewest = min((count for count in counts if count is not None), default=None)
     way_out = f"; the fewest that would do: {fewest} GPUs" if fewest else ""
     return (
-        f"Does not fit: {name} on {where}. Nearest is {title(nearest.plan)}, "
+        f"Does not fit: {name} on {where}. Nearest is {nearest.plan.title}, "
         f"{nearest.short_by_bytes / GIB:.1f} GiB short{way_out}"
     ), fewest

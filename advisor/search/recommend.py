@@ -21,8 +21,12 @@ if TYPE_CHECKING:
 
     from advisor.catalog.request import Words
 
-TIE_SHARE = 0.01
-"""Plans whose throughput differs by less than this count as equally fast; the simpler strategy goes first."""
+TIE_SHARE = 0.03
+"""Plans whose throughput differs by less than this count as equally fast, which is finer than the time model can
+tell apart without a measurement; the simpler strategy goes first."""
+
+OFFLOAD_LEAD = 0.1
+"""By how much an offloading plan has to be faster to come first: it rests on the host's speed, which is assumed."""
 
 
 def recommend(model: str, **words: Unpack[Words]) -> Recommendation:
@@ -71,15 +75,20 @@ def search(question: Question) -> Recommendation:
 
 def _ranked(estimates: Sequence[Estimate]) -> list[Estimate]:
     """Fastest first; among those within the tie share of the fastest left, the simplest first."""
-    left = sorted(estimates, key=lambda estimate: -estimate.time.tokens_per_s)
+    left = sorted(estimates, key=_standing, reverse=True)
     ranked: list[Estimate] = []
     while left:
-        floor = left[0].time.tokens_per_s * (1 - TIE_SHARE)
-        tied = [estimate for estimate in left if estimate.time.tokens_per_s >= floor]
+        floor = _standing(left[0]) * (1 - TIE_SHARE)
+        tied = [estimate for estimate in left if _standing(estimate) >= floor]
         simplest = min(tied, key=_simplicity)
         ranked.append(simplest)
         left.remove(simplest)
     return ranked
+
+
+def _standing(estimate: Estimate) -> float:
+    """Tokens per second, less the lead that offloading has to have."""
+    return estimate.time.tokens_per_s * (1 - OFFLOAD_LEAD * estimate.plan.offload.optimizer)
 
 
 def _simplicity(estimate: Estimate) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from advisor.cost.memory import Footprint, footprint
+from advisor.cost.memory import Footprint, footprint, short_by
 from advisor.cost.schedule import step_time
 from advisor.specs.hardware import Cluster
 from advisor.specs.plan import Plan
@@ -44,7 +44,7 @@ def price_sheet(question: Question, plan: Plan) -> Sheet:
 
 def shortfall(found: Footprint, cluster: Cluster, margin_share: float) -> NDArray[Any]:
     """Bytes that the device lacks beside its margin, or the host, whichever is more."""
-    device = found.device_used_bytes - cluster.gpu.memory_bytes * (1 - margin_share)
+    device = short_by(found.device_used_bytes, cluster.gpu.memory_bytes, margin_share)
     host = np.asarray(found.host_bytes) - cluster.host_memory_bytes
     short: NDArray[Any] = np.maximum(device, host)
     return short

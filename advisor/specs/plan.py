@@ -125,6 +125,17 @@ class Plan:
         """Sequences per optimizer step over all GPUs."""
         return self.gpus * self.micro_batch * self.accumulation_steps
 
+    @property
+    def title(self) -> str:
+        """The strategy as people call it, with what it offloads."""
+        extra = {
+            Offload.NONE: "",
+            Offload.OPTIMIZER: " + optimizer offload",
+            Offload.OPTIMIZER_AND_PARAMETERS: " + optimizer and parameter offload",
+        }[self.offload]
+        alone = self.strategy is Strategy.DDP and bool(np.all(np.asarray(self.gpus) == 1))
+        return f"{'one GPU' if alone else self.strategy.title}{extra}"
+
     def at(self, index: int) -> Plan:
         """The plan at *index* of a plan whose counts are arrays."""
 

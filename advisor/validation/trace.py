@@ -194,11 +194,11 @@ def _resizes_counted(counter: StorageCounter) -> Iterator[None]:
         counter.resized(storage)
         return result
 
-    torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+    setattr(torch.UntypedStorage, "resize_", resize)  # noqa: B010 - mypy refuses the plain assignment
     try:
         yield
     finally:
-        torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]
+        setattr(torch.UntypedStorage, "resize_", original)  # noqa: B010
 
 
 def _step(counter: StorageCounter, model: Any, optimizer: Any, ids: torch.Tensor, autocast: bool) -> Trace:

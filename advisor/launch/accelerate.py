@@ -1,0 +1,121 @@
+"""A plan as accelerate's YAML: how many processes, and which strategy wraps the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from advisor.specs.hardware import Cluster
+from advisor.specs.job import Job
+from advisor.specs.model import ModelSpec
+from advisor.specs.plan import Plan, Strategy
+
+LAYER_CLASSES = {
+    "bloom": "BloomBlock",
+    "deepseek_v2": "DeepseekV2DecoderLayer",
+    "deepseek_v3": "DeepseekV3DecoderLayer",
+    "falcon": "FalconDecoderLayer",
+    "gemma": "GemmaDecoderLayer",
+    "gemma2": "Gemma2DecoderLayer",
+    "gemma3": "Gemma3DecoderLayer",
+    "gemma3_text": "Gemma3DecoderLayer",
+    "gpt2": "GPT2Block",
+    "gpt_neox": "GPTNeoXLayer",
+    "gpt_oss": "GptOssDecoderLayer",
+    "llama": "LlamaDecoderLayer",
+    "llama4": "Llama4TextDecoderLayer",
+    "llama4_text": "Llama4TextDecoderLayer",
+    "mistral": "MistralDecoderLayer",
+    "mixtral": "MixtralDecoderLayer",
+    "olmo2": "Olmo2DecoderLayer",
+    "opt": "OPTDecoderLayer",
+    "phi3": "Phi3DecoderLayer",
+    "qwen2": "Qwen2DecoderLayer",
+    "qwen2_moe": "Qwen2MoeDecoderLayer",
+    "qwen3": "Qwen3DecoderLayer",
+    "qwen3_moe": "Qwen3MoeDecoderLayer",
+    "smollm3": "SmolLM3DecoderLayer",
+    "starcoder2": "Starcoder2DecoderLayer",
+}
+"""The class of one transformer layer in transformers 5.23, by ``model_type``: each layer becomes one FSDP unit.
+
+The same names stand in the models' ``_no_split_modules``, some of which list vision layers besides.
+"""
+
+FSDP_REFUSES = frozenset({"bert", "roberta", "t5"})
+"""Families that accelerate 1.15 cannot shard: it gives the embeddings a group of their own, and torch 2.13 refuses a
+parameter that another group shares (BERT's output bias, T5's embedding of both stacks)."""
+
+WHOLE_IN_EVERY_PROCESS = frozenset({"deepseek_v3"})
+"""Families whose weights accelerate 1.15 cannot send out from the first process, because their state holds a buffer
+that FSDP does not shard (the routers' score correction)."""
+
+
+def accelerate_yaml(model: ModelSpec, job: Job, plan: Plan, cluster: Cluster, comments: Sequence[str]) -> str:
+    """The text of ``accelerate.yaml``. Keys: accelerate 1.15, commands/config/config_args.py and commands/launch.py."""
+    import yaml
+
+    settings: dict[str, Any] = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": _distributed_type(plan),
+        "num_machines": cluster.nodes,
+        "num_processes": int(plan.gpus),
+        "machine_rank": 0,
+        "gpu_ids": "all",
+        "use_cpu": False,
+    }
+    if cluster.nodes > 1:
+        settings |= {"main_process_port": 29500, "rdzv_backend": "static", "same_network": True}
+        comments = [*comments, "run.sh passes machine_rank and the address of machine 0 on each machine."]
+    if plan.strategy.zero_stage:
+        # mixed_precision must not stand beside a DeepSpeed JSON: accelerate refuses the pair.
+        settings["deepspeed_config"] = _deepspeed(plan, cluster)
+    else:
+        settings["mixed_precision"] = _mixed_precision(job)
+    if plan.strategy.is_fsdp:
+        settings["fsdp_config"] = _fsdp(model, plan)
+    header = "".join(f"# {line}\n" for line in comments)
+    return header + yaml.safe_dump(settings, sort_keys=False)
+
+
+def _distributed_type(plan: Plan) -> str:
+    if plan.strategy.zero_stage:
+        return "DEEPSPEED"
+    if plan.strategy.is_fsdp:
+        return "FSDP"
+    return "MULTI_GPU" if int(plan.gpus) > 1 else "NO"
+
+
+def _mixed_precision(job: Job) -> str:
+    """Autocast over fp32 weights; nothing to mix where weights and matrix products share a format."""
+    return "no" if job.precision == job.parameter_format else job.precision
+
+
+def _deepspeed(plan: Plan, cluster: Cluster) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "deepspeed_config_file": "ds_config.json",
+        # Split the weights while the model is built, so that no process ever holds all of them.
+        "zero3_init_flag": plan.strategy is Strategy.ZERO3,
+    }
+    if cluster.nodes > 1:
+        # run.sh starts the processes of its own machine; the default launcher would reach the others by pdsh and ssh.
+        settings["deepspeed_multinode_launcher"] = "standard"
+    return settings
+
+
+def _fsdp(model: ModelSpec, plan: Plan) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "fsdp_version": 2,
+        "fsdp_reshard_after_forward": plan.strategy is Strategy.FSDP,
+        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "fsdp_offload_params": False,
+        # Only the first process reads the checkpoint; the others receive their shards from it.
+        "fsdp_cpu_ram_efficient_loading": model.family not in WHOLE_IN_EVERY_PROCESS,
+        "fsdp_state_dict_type": "SHARDED_STATE_DICT",
+        # train.py checkpoints activations itself, alike for every strategy.
+        "fsdp_activation_checkpointing": False,
+    }
+    # For a family that is not in the table accelerate reads the model's own _no_split_modules.
+    if model.family in LAYER_CLASSES:
+        settings["fsdp_transformer_layer_cls_to_wrap"] = LAYER_CLASSES[model.family]
+    return settings

@@ -1,0 +1,91 @@
+"""A plan as DeepSpeed's JSON. Every value is resolved: ``auto`` would leave it to whichever program reads the file."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from advisor.specs.job import Job
+from advisor.specs.plan import Offload, Plan, ZeroSettings
+
+GRADIENT_CLIPPING = 1.0
+"""Largest gradient norm, as in train.py."""
+
+# DeepSpeed builds its CPU optimizer from the JSON alone. train.py sets the learning rate of every step anew; the rest
+# are the defaults that train.py and torch.optim.AdamW share.
+_CPU_ADAMW = {"type": "AdamW", "params": {"lr": 2e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}}
+
+# Dynamic loss scaling with the values of deepspeed 0.19.8, runtime/precision_config.py.
+_LOSS_SCALING = {
+    "loss_scale": 0,
+    "initial_scale_power": 16,
+    "loss_scale_window": 1000,
+    "hysteresis": 2,
+    "min_loss_scale": 1,
+}
+
+
+def deepspeed_json(job: Job, plan: Plan) -> str:
+    """The text of ``ds_config.json`` for a ZeRO plan.
+
+    Keys: deepspeed 0.19.8, runtime/config.py, runtime/precision_config.py and runtime/zero/config.py.
+    """
+    settings: dict[str, Any] = {
+        "train_batch_size": int(plan.global_batch),
+        "train_micro_batch_size_per_gpu": int(plan.micro_batch),
+        "gradient_accumulation_steps": int(plan.accumulation_steps),
+        "gradient_clipping": GRADIENT_CLIPPING,
+        "bf16": _bf16(job),
+        "fp16": {"enabled": True, **_LOSS_SCALING} if job.precision == "fp16" else {"enabled": False},
+        # Gradients stay in the format that the weights compute in. Said here because fp32 would select another
+        # optimizer class with 4 bytes more per parameter.
+        "data_types": {"grad_accum_dtype": job.precision},
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": _zero_optimization(plan),
+    }
+    if plan.offload.optimizer:
+        settings["optimizer"] = _CPU_ADAMW
+    return json.dumps(settings, indent=2) + "\n"
+
+
+def _bf16(job: Job) -> dict[str, bool]:
+    enabled = {"enabled": job.precision == "bf16"}
+    if job.parameter_format == "bf16":
+        return enabled | {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    return enabled
+
+
+def _zero_optimization(plan: Plan) -> dict[str, Any]:
+    zero, stage = plan.zero, plan.strategy.zero_stage
+    settings: dict[str, Any] = {
+        "stage": stage,
+        "contiguous_gradients": True,
+        "reduce_scatter": True,
+        "reduce_bucket_size": zero.reduce_bucket,
+        "overlap_comm": zero.overlap_communication,
+    }
+    if stage == 3:
+        settings |= _stage3(zero)
+    return settings | _offload(plan.offload)
+
+
+def _stage3(zero: ZeroSettings) -> dict[str, Any]:
+    return {
+        "sub_group_size": zero.sub_group,
+        "stage3_prefetch_bucket_size": zero.prefetch_bucket,
+        "stage3_param_persistence_threshold": zero.persistence_threshold,
+        "stage3_max_live_parameters": zero.max_live_parameters,
+        "stage3_max_reuse_distance": zero.max_reuse_distance,
+        # Without it, saving the trained model fails.
+        "stage3_gather_16bit_weights_on_model_save": True,
+    }
+
+
+def _offload(offload: Offload) -> dict[str, Any]:
+    host = {"device": "cpu", "pin_memory": True}
+    settings: dict[str, Any] = {}
+    if offload.optimizer:
+        settings["offload_optimizer"] = host
+    if offload.parameters:
+        settings["offload_param"] = host
+    return settings

@@ -1,0 +1,104 @@
+"""A plan as the arguments of train.py, and as the shell script that starts it from any folder."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from advisor.specs.hardware import Cluster
+from advisor.specs.job import Job
+from advisor.specs.model import ModelSpec
+from advisor.specs.plan import Plan
+
+ALLOCATOR_SETTING = ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+"""By the name that every torch from 2.6 to 2.13 obeys: 2.9 ignores it under its newer name, PYTORCH_ALLOC_CONF, without
+a word (pytorch issue 183387)."""
+
+
+def train_arguments(model: ModelSpec, job: Job, plan: Plan, weights_from: str) -> tuple[str, ...]:
+    """What train.py is given, each argument as one word, so that no value can be taken for a flag."""
+    built_in = job.precision if plan.strategy.zero_stage else job.parameter_format
+    flags = {
+        "model": weights_from,
+        "objective": model.objective,
+        # DeepSpeed keeps fp32 masters beside weights in the format that it computes in; DDP and FSDP hold the trained
+        # weights themselves.
+        "weights": built_in,
+        "attention": attention_kernel(model, job),
+        "checkpointing": plan.checkpointing.value,
+        "sequence-length": job.sequence_length,
+        "micro-batch": int(plan.micro_batch),
+        "accumulation-steps": int(plan.accumulation_steps),
+        "optimizer": job.optimizer,
+    }
+    arguments = tuple(f"--{name}={value}" for name, value in flags.items())
+    return (*arguments, "--random-weights") if holds_no_weights(weights_from) else arguments
+
+
+def attention_kernel(model: ModelSpec, job: Job) -> str:
+    """The job's kernel, or eager for a model whose attention transformers computes no other way."""
+    return "eager" if any(layer.attention.eager_only for layer in model.layers) else job.attention
+
+
+def holds_no_weights(weights_from: str) -> bool:
+    """Whether the model is given as a bare config.json."""
+    return weights_from.endswith(".json")
+
+
+def run_script(plan: Plan, cluster: Cluster, arguments: Sequence[str], comments: Sequence[str]) -> str:
+    """The text of ``run.sh``. Paths that its user adds stay relative to the user's folder: it never changes folder."""
+    launcher = ['--config_file "$here/accelerate.yaml"']
+    if plan.strategy.zero_stage:
+        launcher.append('--deepspeed_config_file "$here/ds_config.json"')
+    usage = ["Usage: bash run.sh [more arguments of train.py, such as --dataset=FILE --steps=1000 --output=FOLDER]"]
+    if cluster.nodes > 1:
+        usage.append("On each machine, set NODE_RANK to its number, from 0, and MAIN_ADDRESS to the host of machine 0.")
+        launcher += [
+            '--machine_rank "$NODE_RANK"',
+            '--main_process_ip "$MAIN_ADDRESS"',
+            '--main_process_port "$MAIN_PORT"',
+        ]
+    words = [*launcher, '"$here/train.py"', *map(shlex.quote, arguments), '"$@"']
+    parts = [
+        "#!/usr/bin/env bash\n" + "".join(f"# {line}\n" for line in (*comments, *usage)),
+        _PREAMBLE,
+        _several_machines(cluster.nodes) if cluster.nodes > 1 else "",
+        _ALLOCATOR,
+        _cpu_threads(cluster.gpus_per_node) if plan.offload.optimizer else "",
+        "exec accelerate launch \\\n  " + " \\\n  ".join(words) + "\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+_PREAMBLE = """\
+set -euo pipefail
+here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+command -v accelerate > /dev/null || {
+  echo "run.sh: accelerate is not installed; pip install torch transformers accelerate deepspeed" >&2
+  exit 1
+}
+"""
+
+_ALLOCATOR = f"""\
+# Let torch's allocator grow its segments in place. Fixed ones leave gaps between tensors of different sizes, and memory
+# that is reserved but unusable counts against the GPU all the same.
+export {ALLOCATOR_SETTING[0]}="${{{ALLOCATOR_SETTING[0]}:-${{PYTORCH_ALLOC_CONF:-{ALLOCATOR_SETTING[1]}}}}}"
+"""
+
+
+def _several_machines(nodes: int) -> str:
+    return f"""\
+: "${{NODE_RANK:?set it to the number of this machine, 0 to {nodes - 1}}}"
+: "${{MAIN_ADDRESS:?set it to the host name or address of machine 0}}"
+MAIN_PORT="${{MAIN_PORT:-29500}}"
+"""
+
+
+def _cpu_threads(processes: int) -> str:
+    return f"""\
+# The CPU runs the optimizer, and accelerate would give each process a single thread: share the cores instead.
+if [[ -z "${{OMP_NUM_THREADS:-}}" ]]; then
+  threads=$(( $(nproc) / {processes} ))
+  export OMP_NUM_THREADS=$(( threads > 0 ? threads : 1 ))
+fi
+"""

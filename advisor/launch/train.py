@@ -1,0 +1,351 @@
+"""Train a language model with transformers and accelerate, as the files beside this one describe.
+
+    accelerate launch --config_file accelerate.yaml train.py --model Qwen/Qwen2.5-1.5B --dataset text.jsonl
+
+DDP, FSDP or DeepSpeed is the choice of the accelerate configuration; this program is the same for all of them.
+Without --dataset it trains on random tokens, which cost the same memory and time as real ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, DummyOptim, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+)
+
+MODEL_CLASSES: dict[str, Any] = {
+    "causal": AutoModelForCausalLM,
+    "masked": AutoModelForMaskedLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
+}
+FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# None leaves the choice to transformers: sdpa, or eager for the few models without it.
+ATTENTION = {"sdpa": None, "flash": "flash_attention_2", "eager": "eager"}
+ADAMW: dict[str, dict[str, Any]] = {
+    "adamw-fused": {"fused": True},
+    "adamw-foreach": {"foreach": True},
+    "adamw-loop": {"foreach": False, "fused": False},
+}
+
+# Where a model with vision or audio stores its text part, and where a model that is all text has the same weights.
+TEXT_PART = {
+    r"^language_model\.model\.": "model.",
+    r"^model\.language_model\.": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+}
+
+MASKED_SHARE = 0.15  # of the tokens that a masked or sequence-to-sequence model has to restore; Devlin et al., 2019
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a language model.", allow_abbrev=False)
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", required=True, help="Hub id, folder, or config.json (with --random-weights)")
+    model.add_argument("--random-weights", action="store_true", help="start from random weights, load none")
+    model.add_argument("--objective", choices=MODEL_CLASSES, default="causal")
+    model.add_argument("--weights", choices=FORMATS, default="fp32", help="number format the weights are built in")
+    model.add_argument("--attention", choices=ATTENTION, default="sdpa")
+    model.add_argument("--checkpointing", choices=["none", "full"], default="none", help="of activations")
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", help="text file, JSONL file with a field 'text', or Hub dataset; else random tokens")
+    data.add_argument("--sequence-length", type=int, default=2048)
+    data.add_argument("--micro-batch", type=int, default=1, help="sequences per GPU and forward pass")
+    data.add_argument("--accumulation-steps", type=int, default=1, help="micro-batches per optimizer step")
+    training = parser.add_argument_group("training")
+    training.add_argument("--steps", type=int, default=100, help="optimizer steps")
+    training.add_argument("--optimizer", choices=ADAMW, default="adamw-fused")
+    training.add_argument("--learning-rate", type=float, default=2e-5)
+    training.add_argument("--warmup-steps", type=int, default=10)
+    training.add_argument("--weight-decay", type=float, default=0.0)
+    training.add_argument("--gradient-clipping", type=float, default=1.0, help="largest norm; DeepSpeed reads its JSON")
+    training.add_argument("--seed", type=int, default=0)
+    training.add_argument("--output", type=Path, help="folder to save the trained model in")
+    training.add_argument("--log", type=Path, help="file for one JSON object about the run and one per step")
+    arguments = parser.parse_args()
+    if arguments.model.endswith(".json") and not arguments.random_weights:
+        parser.error(f"{arguments.model} holds no weights: add --random-weights, or give a Hub id or a folder")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    accelerator = Accelerator(gradient_accumulation_steps=arguments.accumulation_steps)
+    set_seed(arguments.seed)
+    refuse_other_batch_than_deepspeeds(accelerator, arguments)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model) if arguments.dataset else None
+    model = build_model(accelerator, arguments)
+    batches = make_batches(accelerator, arguments, tokenizer, model.config.vocab_size)
+    optimizer = build_optimizer(accelerator, arguments, model)
+    set_seed(arguments.seed, device_specific=True)  # dropout differs between processes, first weights do not
+    model, optimizer = accelerator.prepare(model, optimizer)
+    model.train()
+    train(accelerator, arguments, model, optimizer, batches)
+    if arguments.output:
+        save(accelerator, arguments, model, tokenizer)
+    accelerator.wait_for_everyone()  # the first process may still be writing
+    accelerator.end_training()
+
+
+def refuse_other_batch_than_deepspeeds(accelerator: Accelerator, arguments: argparse.Namespace) -> None:
+    """DeepSpeed takes its batch from its JSON, which the arguments must therefore repeat."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return
+    config = accelerator.deepspeed_plugin.deepspeed_config
+    asked = {
+        "train_micro_batch_size_per_gpu": arguments.micro_batch,
+        "gradient_accumulation_steps": arguments.accumulation_steps,
+    }
+    for key, value in asked.items():
+        if config[key] != value:
+            raise SystemExit(f"ds_config.json has {key} {config[key]}, the arguments say {value}: change one of them")
+
+
+def build_model(accelerator: Accelerator, arguments: argparse.Namespace) -> Any:
+    config = AutoConfig.from_pretrained(arguments.model)
+    if has_other_parts(arguments):
+        config = config.get_text_config()
+    config.use_cache = False
+    model_class = MODEL_CLASSES[arguments.objective]
+    options: dict[str, Any] = {
+        "dtype": FORMATS[arguments.weights],
+        "attn_implementation": ATTENTION[arguments.attention],
+    }
+
+    # ZeRO-3 splits the weights while it builds the model, and FSDP sends out those of the first process; otherwise
+    # every process keeps all of them, and builds them where they stay rather than in host memory.
+    zero3 = accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3
+    elsewhere = zero3 or accelerator.distributed_type == DistributedType.FSDP
+    if arguments.random_weights:
+        with contextlib.nullcontext() if elsewhere else accelerator.device:
+            model = model_class.from_config(config, **options)
+    else:
+        if not elsewhere:
+            options["device_map"] = {"": accelerator.device}
+        if has_other_parts(arguments):
+            options["key_mapping"] = TEXT_PART
+        model, loaded = model_class.from_pretrained(arguments.model, config=config, output_loading_info=True, **options)
+        if loaded["missing_keys"]:
+            names = sorted(loaded["missing_keys"])
+            raise SystemExit(
+                f"{arguments.model} lacks {len(names)} weights of {type(model).__name__}, first {names[0]}"
+            )
+    if arguments.checkpointing == "full":
+        # transformers is renaming gradient checkpointing to activation checkpointing.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return model
+
+
+def has_other_parts(arguments: argparse.Namespace) -> bool:
+    """Whether the model sees or hears besides; only its text part is trained."""
+    config = AutoConfig.from_pretrained(arguments.model)
+    return arguments.objective == "causal" and config.get_text_config() is not config
+
+
+def build_optimizer(accelerator: Accelerator, arguments: argparse.Namespace, model: Any) -> Any:
+    """AdamW over all parameters in one group."""
+    if (
+        accelerator.distributed_type == DistributedType.DEEPSPEED
+        and "optimizer" in accelerator.deepspeed_plugin.deepspeed_config
+    ):
+        # An optimizer on the CPU is DeepSpeed's own: it builds DeepSpeedCPUAdam from the entry in its JSON.
+        return DummyOptim(model.parameters(), lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=arguments.learning_rate,
+        weight_decay=arguments.weight_decay,
+        **ADAMW[arguments.optimizer],
+    )
+
+
+def make_batches(
+    accelerator: Accelerator, arguments: argparse.Namespace, tokenizer: Any, vocabulary_size: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Endless micro-batches of this process, on its device, without padding and so without an attention mask."""
+    if tokenizer is None:
+        sequences = random_sequences(accelerator, arguments, vocabulary_size)
+        mask_token = 0
+    else:
+        sequences = text_sequences(accelerator, arguments, tokenizer)
+        known = (tokenizer.mask_token_id, tokenizer.unk_token_id, 0)
+        mask_token = next(token for token in known if token is not None)
+    for tokens in sequences:
+        inputs = labels = tokens
+        if arguments.objective != "causal":
+            hidden = torch.rand(tokens.shape) < MASKED_SHARE
+            hidden[:, 0] = True  # at least one token to restore in each sequence
+            inputs = tokens.masked_fill(hidden, mask_token)
+        if arguments.objective == "masked":
+            labels = tokens.masked_fill(~hidden, -100)  # the index that the loss ignores
+        yield {"input_ids": inputs.to(accelerator.device), "labels": labels.to(accelerator.device)}
+
+
+def random_sequences(
+    accelerator: Accelerator, arguments: argparse.Namespace, vocabulary_size: int
+) -> Iterator[torch.Tensor]:
+    generator = torch.Generator().manual_seed(arguments.seed + accelerator.process_index)
+    while True:
+        yield torch.randint(vocabulary_size, (arguments.micro_batch, arguments.sequence_length), generator=generator)
+
+
+def text_sequences(accelerator: Accelerator, arguments: argparse.Namespace, tokenizer: Any) -> Iterator[torch.Tensor]:
+    """The dataset's tokens, joined and cut into sequences of equal length, in a new order on every pass."""
+    separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    tokens: list[int] = []
+    for text in read_texts(arguments.dataset):
+        tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens += [separator] if separator is not None else []
+    count = len(tokens) // arguments.sequence_length
+    together = arguments.micro_batch * accelerator.num_processes
+    if count < together:
+        raise SystemExit(
+            f"{arguments.dataset} gives {count} sequences of {arguments.sequence_length} tokens; one forward pass of "
+            f"{accelerator.num_processes} processes x {arguments.micro_batch} needs {together}"
+        )
+    sequences = torch.tensor(tokens[: count * arguments.sequence_length]).view(count, arguments.sequence_length)
+    generator = torch.Generator().manual_seed(arguments.seed)  # the same order in every process
+    while True:
+        order = torch.randperm(count, generator=generator)
+        for start in range(0, count - together + 1, together):
+            first = start + accelerator.process_index * arguments.micro_batch
+            yield sequences[order[first : first + arguments.micro_batch]]
+
+
+def read_texts(dataset: str) -> Iterator[str]:
+    path = Path(dataset)
+    if path.suffix == ".jsonl":
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                yield json.loads(line)["text"]
+    elif path.is_file():
+        yield path.read_text(encoding="utf-8")
+    else:
+        from datasets import load_dataset  # type: ignore[import-not-found, unused-ignore]
+
+        for row in load_dataset(dataset, split="train"):
+            yield row["text"]
+
+
+def train(
+    accelerator: Accelerator,
+    arguments: argparse.Namespace,
+    model: Any,
+    optimizer: Any,
+    batches: Iterator[dict[str, torch.Tensor]],
+) -> None:
+    device = accelerator.device
+    tokens_per_step = (
+        accelerator.num_processes * arguments.accumulation_steps * arguments.micro_batch * arguments.sequence_length
+    )
+    report(accelerator, arguments.log, describe(accelerator, model, optimizer))
+    for step in range(1, arguments.steps + 1):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = arguments.learning_rate * min(1.0, step / max(1, arguments.warmup_steps))
+        loss_sum = torch.zeros((), device=device)
+        for _ in range(arguments.accumulation_steps):
+            batch = next(batches)
+            # Gradients stay unreduced until the last micro-batch, where the strategy allows that.
+            with accelerator.accumulate(model):
+                # Only the loss is kept of the outputs: the logits would live on through the backward pass.
+                loss = model(**batch).loss
+                accelerator.backward(loss)
+                loss_sum += loss.detach()
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), arguments.gradient_clipping)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        loss_mean = loss_sum.item() / arguments.accumulation_steps  # waits for the device, so the clock below is right
+        seconds = time.perf_counter() - start
+        report(accelerator, arguments.log, measure(accelerator, step, loss_mean, seconds, tokens_per_step))
+
+
+def describe(accelerator: Accelerator, model: Any, optimizer: Any) -> dict[str, Any]:
+    """What runs, by the classes that really do."""
+    inner = optimizer.optimizer  # accelerate's wrapper holds torch's or DeepSpeed's optimizer
+    return {
+        "processes": accelerator.num_processes,
+        "distributed_type": accelerator.distributed_type.value,
+        "engine": type(model).__name__,
+        "model": type(accelerator.unwrap_model(model)).__name__,
+        "attention": accelerator.unwrap_model(model).config._attn_implementation,
+        "optimizer": type(inner).__name__,
+        "base_optimizer": type(getattr(inner, "optimizer", inner)).__name__,
+    }
+
+
+def measure(
+    accelerator: Accelerator, step: int, loss: float, seconds: float, tokens_per_step: int
+) -> dict[str, int | float]:
+    """The step over all processes: mean loss, slowest time, largest memory."""
+    on_gpu = accelerator.device.type == "cuda"
+    own = [
+        loss,
+        seconds,
+        torch.cuda.max_memory_allocated() if on_gpu else 0,
+        torch.cuda.max_memory_reserved() if on_gpu else 0,
+    ]
+    # fp64 holds byte counts exactly up to 2^53.
+    losses, times, allocated, reserved = accelerator.gather(
+        torch.tensor([own], dtype=torch.float64, device=accelerator.device)
+    ).T.tolist()
+    return {
+        "step": step,
+        "loss": sum(losses) / len(losses),
+        "seconds": max(times),
+        "tokens_per_s": tokens_per_step / max(times),
+        "peak_allocated_bytes": int(max(allocated)),
+        "peak_reserved_bytes": int(max(reserved)),
+    }
+
+
+def report(accelerator: Accelerator, log: Path | None, record: dict[str, Any]) -> None:
+    if not accelerator.is_main_process:
+        return
+    if log:
+        with log.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(record) + "\n")
+    if "step" not in record:
+        print(", ".join(f"{name} {value}" for name, value in record.items()), flush=True)
+        return
+    line = f"step {record['step']}  loss {record['loss']:.4f}  {record['tokens_per_s']:,.0f} tokens/s"
+    if record["peak_allocated_bytes"]:
+        gib = 2**30
+        line += f"  peak allocated {record['peak_allocated_bytes'] / gib:.2f} GiB"
+        line += f"  reserved {record['peak_reserved_bytes'] / gib:.2f} GiB"
+    print(line, flush=True)
+    if not math.isfinite(record["loss"]):
+        print("the loss is not finite: lower --learning-rate or raise --warmup-steps", flush=True)
+
+
+def save(accelerator: Accelerator, arguments: argparse.Namespace, model: Any, tokenizer: Any) -> None:
+    weights = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        # A text part taken out of a larger model keeps its new names: its old ones lead nowhere any more.
+        original_names = not has_other_parts(arguments)
+        accelerator.unwrap_model(model).save_pretrained(
+            arguments.output, state_dict=weights, save_original_format=original_names
+        )
+        if tokenizer is not None:
+            tokenizer.save_pretrained(arguments.output)
+
+
+if __name__ == "__main__":
+    main()
