@@ -2,16 +2,16 @@
 
     python benchmarks/fit_rates.py
 
-Reads profiles/rates/. One constant per GPU is fitted (least mean absolute relative error of the time), by the formula of
-``advisor.cost.compute``; the share of memory bandwidth is the calibration's. Prints the constant with its error on the
-shapes it was fitted to, on held-out shapes (fitted to every other row, tested on the rest), and with the GPU left out
-altogether, where it gets the mean of the other GPUs' constants.
+Reads profiles/rates/. One constant per GPU is fitted (least mean absolute relative error of the time), by the formula
+of ``advisor.cost.compute``; the share of memory bandwidth is the calibration's. Prints the constant with its error on
+the shapes it was fitted to, on held-out shapes (fitted to every other row, tested on the rest), and with the GPU left
+out altogether, where it gets the mean of the other GPUs' constants.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,34 +42,35 @@ class Measured:
 
 
 def main() -> None:
-    bandwidth_share = find_calibration().bandwidth_efficiency
     rates_folder = profiles_folder() / "rates"
-    print(f"share of memory bandwidth: {bandwidth_share} (from the calibration)")
-    report("matrix products, shapes of training steps", list(products(rates_folder / "matmul.csv", "training shape")))
-    report("matrix products, powers of two up to 4096", list(products(rates_folder / "matmul.csv", "power of two")))
-    report("matrix products, best shape of each GPU", list(products(rates_folder / "matmul.csv", "best shape")))
-    report("fused causal attention", list(attention(rates_folder / "attention.csv")))
+    print(f"share of memory bandwidth: {find_calibration().bandwidth_efficiency} (from the calibration)")
+    usual = report("matrix products, shapes of training steps", products(rates_folder / "matmul.csv", "training shape"))
+    report("matrix products, powers of two up to 4096", products(rates_folder / "matmul.csv", "power of two"))
+    best = report("matrix products, best shape of each GPU", products(rates_folder / "matmul.csv", "best shape"))
+    kept = {name: share / best[name] for name, share in usual.items()}
+    listed = ", ".join(f"{name} {share:.2f}" for name, share in kept.items())
+    print(f"shapes of training steps over the best shape: {listed}; mean {np.mean(list(kept.values())):.2f}")
+    report("fused causal attention", attention(rates_folder / "attention.csv"))
 
 
-def report(title: str, measured: list[Measured]) -> None:
-    bandwidth_share = find_calibration().bandwidth_efficiency
+def report(title: str, rows: Iterable[Measured]) -> dict[str, float]:
+    """Prints a table of constants and errors; returns the constants by GPU."""
+    bandwidth_share, measured = find_calibration().bandwidth_efficiency, list(rows)
     fitted = [fit(each, bandwidth_share) for each in measured]
-    print(
-        f"\n{title}\n{'GPU':18} {'rows':>4} {'share':>6}   {'fitted':>14}   {'held-out shapes':>15}   {'GPU left out':>14}"
-    )
+    print(f"\n{title}\n{'GPU':18} rows  share   {'fitted':>14}   {'held-out shapes':>15}   {'GPU left out':>14}")
     for index, (each, share) in enumerate(zip(measured, fitted, strict=True)):
-        cells = [spread(errors(each, share, bandwidth_share))]
+        cells = [spread(errors(each, share, bandwidth_share)), "-", "-"]
         if each.seconds.size > 1:
             half = fit(each.at(slice(0, None, 2)), bandwidth_share)
-            cells.append(spread(errors(each.at(slice(1, None, 2)), half, bandwidth_share)))
-        else:
-            cells.append("-")
+            cells[1] = spread(errors(each.at(slice(1, None, 2)), half, bandwidth_share))
         others = [other for place, other in enumerate(fitted) if place != index]
-        cells.append(spread(errors(each, float(np.mean(others)), bandwidth_share)) if others else "-")
+        if others:
+            cells[2] = spread(errors(each, float(np.mean(others)), bandwidth_share))
         print(
             f"{each.gpu.name:18} {each.seconds.size:4} {share:6.2f}   {cells[0]:>14}   {cells[1]:>15}   {cells[2]:>14}"
         )
     print(f"mean share {np.mean(fitted):.2f}; errors of the time: mean / max")
+    return {each.gpu.name: share for each, share in zip(measured, fitted, strict=True)}
 
 
 def fit(measured: Measured, bandwidth_share: float) -> float:

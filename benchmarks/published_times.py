@@ -3,9 +3,10 @@
     python benchmarks/published_times.py
 
 Reads profiles/measured/step_times.csv. Nothing is fitted here: rates of products and attention come from measured
-kernels (benchmarks/fit_rates.py), links from profiles/links.csv. Only the host bandwidth was inferred from two of the
-Llama-3.1-8B runs with CPU offload, and the time range of the calibration from the spread that this prints. What a run
-did that the calibration's sdpa kernel does not is the attention kernel of its time: its share of the peak is set here.
+kernels (benchmarks/fit_rates.py), links from profiles/links.csv. Two things do come from these runs: the host
+bandwidth, from two of the Llama-3.1-8B runs with CPU offload, and the time range of the calibration, from the spread
+printed last. Some runs used another FlashAttention than the one that the calibration describes; its share of the peak
+is set here.
 
 MPT's blocks are written out below, as the catalog has no such family; its norms have no biases, which is left out.
 """
@@ -40,8 +41,8 @@ ATTENTION_SHARES: dict[str, dict[str, float]] = {
     # FlashAttention-3 is 1.5 to 2 times as fast as FlashAttention-2 in forward and 1.5 to 1.75 times in backward on
     # Hopper (arXiv:2407.08608, abstract and section 4.1); FlashAttention-2 reaches 35 % there.
     "flash-attention-3": {"default": 0.35 * 1.7},
-    "flash-attention-2": {},
 }
+"""Shares of the dense peak by compute capability; FlashAttention-2 is what the calibration describes."""
 MPT_VOCABULARY = 50368
 HOST_MEMORY_BYTES = 2**41
 """Plays no part in time."""
@@ -98,13 +99,8 @@ def predict(row: Row) -> StepTime:
     """The time of a run by the calibration's constants and the attention kernel of its day."""
     gpu, gpus = find_gpu(row["gpu"]), int(row["gpus"])
     calibration = find_calibration()
-    kernel = {**calibration.attention_efficiency, **ATTENTION_SHARES[row["attention_kernel"]]}
-    if (
-        ATTENTION_SHARES[row["attention_kernel"]]
-        and gpu.compute_capability not in ATTENTION_SHARES[row["attention_kernel"]]
-    ):
-        kernel[gpu.compute_capability] = kernel["default"]
-    calibration = replace(calibration, attention_efficiency=kernel)
+    shares = ATTENTION_SHARES.get(row["attention_kernel"], calibration.attention_efficiency)
+    calibration = replace(calibration, attention_efficiency=shares)
     cluster = Cluster(
         gpu=gpu,
         gpus=gpus,

@@ -20,7 +20,7 @@ from advisor.errors import SpecError
 from advisor.specs.calibration import Calibration
 from advisor.specs.hardware import Gpu
 from advisor.specs.job import Precision
-from advisor.step.program import Amount, Node, blocks
+from advisor.step.program import Amount, Block, Node, Repeat, total
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,26 +65,48 @@ class Work(NamedTuple):
     kernels: Amount
 
 
-def work(node: Node) -> Work:
-    """The work of *node* outside of its init phase."""
-    linear: Amount = 0.0
-    attention: Amount = 0.0
-    whole: Amount = 0.0
-    moved: Amount = 0.0
-    kernels: Amount = 0.0
-    for phase, block, runs in blocks(node):
-        if phase == "init":
-            continue
-        for product in block.matmuls:
-            flop = runs * product.flop
-            if product.kind == "linear":
-                linear = linear + flop
-            else:
-                attention = attention + flop
-                whole = whole + flop / product.flop_share
-        moved = moved + runs * block.moved_bytes
-        kernels = kernels + runs * block.kernels
-    return Work(linear, attention, whole + linear, moved, kernels)
+NO_WORK = Work(0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def work(node: Node, known: dict[int, Work] | None = None) -> Work:
+    """The work of *node* outside of its init phase. A part that stands at several places is read once.
+
+    *known* keeps what has been read, by the identity of nodes that outlive it.
+    """
+    known = {} if known is None else known
+    if id(node) not in known:
+        known[id(node)] = _read(node, known)
+    return known[id(node)]
+
+
+def _read(node: Node, known: dict[int, Work]) -> Work:
+    if isinstance(node, Block):
+        return _block_work(node)
+    if isinstance(node, Repeat):
+        return Work(*(node.times * amount for amount in work(node.body, known)))
+    if node.phase == "init":
+        return NO_WORK
+    done = NO_WORK
+    for step in node.steps:
+        more = work(step, known)
+        if more is not NO_WORK:
+            done = Work(*(before + amount for before, amount in zip(done, more, strict=True)))
+    return done
+
+
+def _block_work(block: Block) -> Work:
+    if not block.matmuls and _is_zero(block.moved_bytes) and _is_zero(block.kernels):
+        return NO_WORK
+    linear = total(product.flop for product in block.matmuls if product.kind == "linear")
+    scores = [product for product in block.matmuls if product.kind == "attention"]
+    attention = total(product.flop for product in scores)
+    whole = linear + total(product.flop / product.flop_share for product in scores)
+    return Work(linear, attention, whole, block.moved_bytes, block.kernels)
+
+
+def _is_zero(amount: Amount) -> bool:
+    """Whether *amount* is a plain zero, as most blocks' are; arrays are not looked into."""
+    return isinstance(amount, int) and amount == 0
 
 
 def compute_seconds(done: Work, at: Rates) -> Amount:

@@ -17,7 +17,7 @@ import numpy as np
 from advisor.cost.collectives import Ring, ring
 from advisor.cost.compute import Work, compute_seconds, rates, work
 from advisor.cost.results import StepTime, TrafficLine
-from advisor.cost.traffic import Flow, flows
+from advisor.cost.traffic import Counted, Flow, flows
 from advisor.specs.calibration import Calibration
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
@@ -110,11 +110,11 @@ def step_time(step: Node, job: Job, plan: Plan, cluster: Cluster, calibration: C
     optimizer: Amount = 0.0
     model_flop: Amount = 0.0
     timed: dict[tuple[str, str], TimedFlow] = {}
-    readings: dict[int, tuple[Work, tuple[Flow, ...]]] = {}
+    known_work: dict[int, Work] = {}
+    known_transfers: dict[int, Counted] = {}
     for phase, times in _phases(step, 1):
-        if id(phase) not in readings:
-            readings[id(phase)] = work(phase), flows(phase, over, cluster.host_link)
-        done, sent = readings[id(phase)]
+        done = work(phase, known_work)
+        sent = flows(phase, over, cluster.host_link, known_transfers)
         seconds = compute_seconds(done, at)
         if phase.phase == "step":
             optimizer = optimizer + times * (seconds + _host_update_seconds(phase, over, cluster, calibration))
@@ -122,7 +122,7 @@ def step_time(step: Node, job: Job, plan: Plan, cluster: Cluster, calibration: C
             compute = compute + times * seconds
         if phase.phase == "forward":
             model_flop = model_flop + times * MODEL_FLOP_PER_FORWARD * done.whole_flop
-        stands_out = exposed_share(sent, seconds, calibration.overlap_share)
+        stands_out = _exposed_share(sent, seconds, calibration.overlap_share)
         for flow in sent:
             lost = flow.seconds if flow.waits else flow.seconds * stands_out
             exposed = exposed + times * lost
@@ -141,7 +141,7 @@ def step_time(step: Node, job: Job, plan: Plan, cluster: Cluster, calibration: C
     )
 
 
-def exposed_share(sent: tuple[Flow, ...], compute_s: Amount, overlap_share: float) -> Amount:
+def _exposed_share(sent: tuple[Flow, ...], compute_s: Amount, overlap_share: float) -> Amount:
     """Which share of the transfers that nothing waits for compute of *compute_s* does not hide."""
     hideable = sum((flow.seconds for flow in sent if not flow.waits), 0.0)
     hidden = overlap_share * np.minimum(hideable, compute_s)

@@ -87,7 +87,8 @@ def main() -> None:
     accelerator = Accelerator(gradient_accumulation_steps=arguments.accumulation_steps)
     set_seed(arguments.seed)
     refuse_other_batch_than_deepspeeds(accelerator, arguments)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model) if arguments.dataset else None
+    beside = Path(arguments.model).parent if arguments.model.endswith(".json") else arguments.model
+    tokenizer = AutoTokenizer.from_pretrained(beside) if arguments.dataset else None
     model = build_model(accelerator, arguments)
     batches = make_batches(accelerator, arguments, tokenizer, model.config.vocab_size)
     optimizer = build_optimizer(accelerator, arguments, model)
@@ -235,8 +236,10 @@ def read_texts(dataset: str) -> Iterator[str]:
     elif path.is_file():
         yield path.read_text(encoding="utf-8")
     else:
-        from datasets import load_dataset  # type: ignore[import-not-found, unused-ignore]
-
+        try:
+            from datasets import load_dataset  # type: ignore[import-not-found, unused-ignore]
+        except ImportError:
+            raise SystemExit(f"there is no file {dataset}; to look for it on the Hub: pip install datasets") from None
         for row in load_dataset(dataset, split="train"):
             yield row["text"]
 

@@ -55,7 +55,9 @@ def test_ranges_contain_the_prediction() -> None:
 
 
 # PyTorch, aten/src/ATen/cuda/CublasHandlePool.cpp.
-@pytest.mark.parametrize(("capability", "mib"), [("9.0", 32), ("10.0", 32), ("12.0", 32), ("8.0", 8.125), ("7.5", 8.125)])
+@pytest.mark.parametrize(
+    ("capability", "mib"), [("9.0", 32), ("10.0", 32), ("12.0", 32), ("8.0", 8.125), ("7.5", 8.125)]
+)
 def test_the_workspace_is_larger_from_hopper_on(capability: str, mib: float) -> None:
     assert find_calibration().workspace_bytes(capability) == mib * 2**20
 
