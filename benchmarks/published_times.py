@@ -109,7 +109,7 @@ def predict(row: Row) -> StepTime:
         host_link=find_link(gpu.host_link),
         network=find_link(row["network"] or "ib-hdr"),
         host_memory_bytes=HOST_MEMORY_BYTES,
-        cpu_memory_bandwidth_bytes_per_s=calibration.host_bandwidth_bytes_per_s,
+        cpu_memory_bandwidth_bytes_per_s=calibration.host_bandwidth_bytes_per_s_per_gpu * (gpus // int(row["nodes"])),
     )
     strategy = Strategy(row["strategy"])
     plan = Plan(

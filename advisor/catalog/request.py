@@ -53,8 +53,9 @@ def resolve(model: str, **words: Unpack[Words]) -> Question:
     nodes = words.get("nodes", 1)
     job = _job(words, gpu)
     link, network = words.get("link"), words.get("network")
+    gpus_per_node = max(1, gpus // max(1, nodes))
     host_memory_bytes, host_origin = _host_memory(
-        words.get("host_memory"), machine, calibration.host_memory_bytes_per_gpu * max(1, gpus // max(1, nodes))
+        words.get("host_memory"), machine, calibration.host_memory_bytes_per_gpu * gpus_per_node
     )
     cluster = Cluster(
         gpu=gpu,
@@ -62,9 +63,9 @@ def resolve(model: str, **words: Unpack[Words]) -> Question:
         nodes=nodes,
         link=find_link(link or gpu.link),
         host_link=find_link(gpu.host_link),
-        network=find_link(network or DEFAULT_NETWORK, max(1, gpus // max(1, nodes))),
+        network=find_link(network or DEFAULT_NETWORK, gpus_per_node),
         host_memory_bytes=host_memory_bytes,
-        cpu_memory_bandwidth_bytes_per_s=calibration.host_bandwidth_bytes_per_s,
+        cpu_memory_bandwidth_bytes_per_s=calibration.host_bandwidth_bytes_per_s_per_gpu * gpus_per_node,
     )
     inputs = [
         Input("model", found_model.weights_from, "given"),

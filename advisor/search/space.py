@@ -70,9 +70,9 @@ def micro_batches(job: Job, gpus: int) -> tuple[np.ndarray, np.ndarray]:
 
 def bar(question: Question, strategy: Strategy, offload: Offload) -> str | None:
     """Why *strategy* cannot run the job, or None."""
-    job, gpus = question.job, question.cluster.gpus
+    gpus = question.cluster.gpus
     if gpus == 1 and strategy is not Strategy.DDP and not offload.optimizer:
         return "one GPU has nobody to share with"
-    if job.parameter_format == "bf16" and strategy.zero_stage:
-        return "DeepSpeed keeps fp32 master weights, which --param-dtype bf16 rules out"
+    if strategy.is_fsdp and question.model.objective != "causal":
+        return "accelerate 1.15 cannot shard the parameters that encoder models tie across groups"
     return None

@@ -44,8 +44,8 @@ class Calibration:
     """Host memory of one training process beside its tensors."""
     host_memory_bytes_per_gpu: int
     """Host memory that a machine is assumed to have for each of its GPUs where nobody said."""
-    host_bandwidth_bytes_per_s: float
-    """Streaming bandwidth of one machine's host memory."""
+    host_bandwidth_bytes_per_s_per_gpu: float
+    """Streaming bandwidth of a machine's host memory for each of its GPUs."""
     source: str
 
     def workspace_bytes(self, compute_capability: str) -> int:

@@ -172,9 +172,6 @@ class FullyShardedDataParallel(Scheme):
             release("gradients, rank's share", "gradients", shard * element_bytes),
         )
 
-    def host(self) -> Nodes:
-        return ()
-
     def host_once(self) -> Nodes:
         """``cpu_ram_efficient_loading``: rank 0 alone reads the weights and sends them to the others."""
         size = self.model.parameter_count * self.job.parameter_bytes

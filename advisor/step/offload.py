@@ -10,7 +10,7 @@ import numpy as np
 from advisor.specs.model import Parameter
 from advisor.step.program import Amount, Block, Copy, hold, release, scratch
 from advisor.step.scheme import MicroStep, Nodes, Part
-from advisor.step.states import FP32_BYTES, MOMENTS
+from advisor.step.states import MOMENTS
 from advisor.step.zero import ZeroOneTwo, ZeroThree
 
 
@@ -19,13 +19,14 @@ def pinned(size_bytes: Amount) -> Amount:
     return 2 ** np.ceil(np.log2(np.maximum(size_bytes, 1))).astype(np.int64)
 
 
-def _optimizer_in_host(shard: Amount, half_bytes: int, master_bytes: int) -> Nodes:
-    """One rank's optimizer states and gradients on the host: 18 bytes per parameter of its share in bf16."""
+def _optimizer_in_host(scheme: ZeroOneTwo | ZeroThree) -> Nodes:
+    """One rank's optimizer states and gradients on the host: 18 bytes per parameter of its share in mixed precision."""
+    shard, master, state = scheme.shard, scheme.master_bytes, scheme.state_bytes
     return (
-        hold("fp32 weights (pinned)", "optimizer", pinned(shard * master_bytes) if master_bytes else 0 * shard),
-        hold("fp32 gradients (pinned)", "gradients", pinned(shard * FP32_BYTES)),
-        hold("Adam moments", "optimizer", MOMENTS * shard * FP32_BYTES),
-        hold("half-format staging (pinned)", "buffers", pinned(shard * half_bytes)),
+        hold("master weights (pinned)", "optimizer", pinned(shard * master) if master else 0 * shard),
+        hold("optimizer's gradients (pinned)", "gradients", pinned(shard * state)),
+        hold("Adam moments", "optimizer", MOMENTS * shard * state),
+        hold("half-format staging (pinned)", "buffers", pinned(shard * scheme.job.compute_bytes)),
     )
 
 
@@ -51,15 +52,16 @@ class OffloadedZeroOneTwo(ZeroOneTwo):
         return (scratch("flat copy of a bucket", self.filled_bucket_bytes),)
 
     def gradient(self, parameter: Parameter, size_bytes: int, micro: MicroStep) -> Nodes:
-        # Cast to fp32 on the GPU, one tensor at a time, before it leaves for the host.
-        return (scratch("fp32 gradient on its way to the host", parameter.numel * FP32_BYTES, "gradients"),)
+        # Cast to the optimizer's format on the GPU, one tensor at a time, before it leaves for the host.
+        size = parameter.numel * self.state_bytes
+        return (scratch("optimizer's gradient on its way to the host", size, "gradients"),)
 
     def end_backward(self, micro: MicroStep) -> Nodes:
         half = self.job.compute_bytes
         again = 1 - micro.first
         steps: list[Copy] = []
         if micro.last:
-            steps.append(Copy("gradients", "device-to-host", self.shard * FP32_BYTES, waits=True))
+            steps.append(Copy("gradients", "device-to-host", self.shard * self.state_bytes, waits=True))
         else:
             steps.append(Copy("accumulated gradients", "device-to-host", self.shard * half, waits=False))
         steps.append(Copy("accumulated gradients", "host-to-device", self.shard * half * again, waits=False))
@@ -74,12 +76,10 @@ class OffloadedZeroOneTwo(ZeroOneTwo):
         return (*_cpu_adam(self.shard, self.job.compute_bytes), self.gather_updated())
 
     def host(self) -> Nodes:
-        half = self.job.compute_bytes
-        accumulated = self.owned[0] * (np.asarray(self.plan.accumulation_steps) > 1)
+        accumulated = self.owned_bytes * (np.asarray(self.plan.accumulation_steps) > 1)
         return (
-            *super().host(),
-            *_optimizer_in_host(self.shard, half, self.master_bytes),
-            hold("buffer of the largest tensor", "buffers", self.model.largest_parameter.numel * FP32_BYTES),
+            *_optimizer_in_host(self),
+            hold("buffer of the largest tensor", "buffers", self.model.largest_parameter.numel * self.state_bytes),
             hold("accumulated gradients", "gradients", accumulated),
         )
 
@@ -113,7 +113,7 @@ class OffloadedZeroThree(ZeroThree):
     def end_backward(self, micro: MicroStep) -> Nodes:
         half, again = self.job.compute_bytes, 1 - micro.first
         copies = (
-            Copy("gradients", "device-to-host", self.shard * (FP32_BYTES if micro.last else half), waits=False),
+            Copy("gradients", "device-to-host", self.shard * (self.state_bytes if micro.last else half), waits=False),
             Copy("accumulated gradients", "host-to-device", self.shard * half * again, waits=False),
         )
         return (*super().end_backward(micro), Block("gradients to the host", "temporaries", transfers=copies))
@@ -125,7 +125,6 @@ class OffloadedZeroThree(ZeroThree):
         half = self.job.compute_bytes
         weights = pinned(self.shard * half) if self.plan.offload.parameters else 0 * self.shard
         return (
-            *super().host(),
-            *_optimizer_in_host(self.shard, half, self.master_bytes),
+            *_optimizer_in_host(self),
             hold("weights (pinned)", "parameters", weights),
         )

@@ -12,7 +12,7 @@ from typing import Literal
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec, Parameter
 from advisor.specs.plan import Plan
-from advisor.step.program import Amount, Node, scratch
+from advisor.step.program import Amount, Node
 
 Nodes = Sequence[Node]
 
@@ -99,8 +99,8 @@ class Scheme:
         return ()
 
     def host(self) -> Nodes:
-        """What one rank holds in host memory, starting with the weights it loads before they go to the device."""
-        return (scratch("weights while loading", self.model.parameter_count * self.parameter_bytes, "parameters"),)
+        """What one rank holds in host memory. Weights are loaded straight onto the device, so none of them stay."""
+        return ()
 
     def host_once(self) -> Nodes:
         """What only one rank of a machine holds in host memory."""

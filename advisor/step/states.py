@@ -8,6 +8,7 @@ DeepSpeed's stages 1 and 2 cut one flat buffer, stage 3 each tensor, FSDP the fi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -20,6 +21,8 @@ from advisor.step.program import Amount
 FP32_BYTES = 4
 MOMENTS = 2
 """Adam keeps two numbers per parameter: momentum and variance."""
+NORM_COPIES = 4
+"""An fp64 copy weighs as much as four of a half-format gradient."""
 ADAM_MOVES = 7
 """Tensors that a fused Adam update reads (weights, gradient, both moments) and writes (weights, moments)."""
 
@@ -54,25 +57,34 @@ def _summed_ceilings(pieces: list[tuple[int, int]], ranks: Count) -> Amount:
     return total
 
 
-def touching(model: ModelSpec, ranks: Count) -> tuple[Amount, Amount]:
-    """Elements of all tensors that touch a rank's flat partition: for the worst rank, and for the last.
+@dataclass(frozen=True, slots=True)
+class Owned:
+    """Elements of the gradients that ranks keep for their flat partitions.
 
-    A rank that owns any slice of a tensor keeps that tensor's whole gradient (deepspeed 0.19.8,
-    stage_1_and_2.py ``grads_in_partition``), so a large embedding weighs on its rank however many ranks there are.
+    A rank that owns any slice of a tensor keeps that tensor's whole gradient (deepspeed 0.19.8, stage_1_and_2.py
+    ``grads_in_partition``), so a large embedding weighs on its rank however many ranks there are.
     """
+
+    worst: Amount
+    """Of the rank that keeps most."""
+    last: Amount
+    """Of the last rank, whose tensors backward reaches first."""
+    worst_with_norm: Amount
+    """The most of any rank, four times its largest owned slice counted in: the norm's fp64 copy beside bf16."""
+
+
+def owned_gradients(model: ModelSpec, ranks: Count) -> Owned:
+    """What the ranks of a flat partitioning keep, for each entry of *ranks*."""
     sizes = tuple(parameter.numel for parameter in model.parameters())
     if isinstance(ranks, int):
-        return _touching(sizes, ranks)
-    found = [_touching(sizes, int(each)) for each in np.asarray(ranks).reshape(-1)]
+        return Owned(*_owned(sizes, ranks))
     shape = np.shape(ranks)
-    return (
-        np.array([worst for worst, _ in found], dtype=np.int64).reshape(shape),
-        np.array([last for _, last in found], dtype=np.int64).reshape(shape),
-    )
+    found = np.array([_owned(sizes, int(each)) for each in np.asarray(ranks).reshape(-1)], dtype=np.int64)
+    return Owned(*(found[:, column].reshape(shape) for column in range(3)))
 
 
 @lru_cache(maxsize=512)
-def _touching(sizes: tuple[int, ...], ranks: int) -> tuple[int, int]:
+def _owned(sizes: tuple[int, ...], ranks: int) -> tuple[int, int, int]:
     ends = np.cumsum(np.array(sizes, dtype=np.int64))
     starts = ends - np.array(sizes, dtype=np.int64)
     shard = int(flat_shard(int(ends[-1]), ranks))
@@ -80,8 +92,11 @@ def _touching(sizes: tuple[int, ...], ranks: int) -> tuple[int, int]:
     high = np.minimum(low + shard, ends[-1])
     first = np.searchsorted(ends, low, side="right")
     last = np.searchsorted(starts, high, side="left") - 1
-    held = ends[last] - starts[first]
-    return int(held.max()), int(held[-1])
+    whole = ends[last] - starts[first]
+    slices = np.maximum(np.minimum(ends[first], high) - low, high - np.maximum(starts[last], low))
+    inner = [max(sizes[one + 1 : other], default=0) for one, other in zip(first, last, strict=True)]
+    largest = np.maximum(slices, np.array(inner, dtype=np.int64))
+    return int(whole.max()), int(whole[-1]), int((whole + NORM_COPIES * largest).max())
 
 
 def adam_temporaries(job: Job, elements: Amount, largest: Amount, element_bytes: int) -> Amount:

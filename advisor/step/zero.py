@@ -18,18 +18,16 @@ from advisor.step.states import (
     ADAM_MOVES,
     FP32_BYTES,
     MOMENTS,
+    NORM_COPIES,
+    Owned,
     adam_temporaries,
     flat_shard,
+    owned_gradients,
     tensor_shards,
-    touching,
 )
 
 NORM_BYTES = 8
 """The gradient norm is taken in fp64, a tensor at a time (zero/utils.py ``get_norm_dtype``)."""
-
-
-CHECKPOINT_FILE_BYTES = 5 * 10**9
-"""transformers writes checkpoints in files of at most this size (``max_shard_size``)."""
 
 
 class Zero(Scheme):
@@ -40,9 +38,14 @@ class Zero(Scheme):
         return self.job.compute_bytes
 
     @property
+    def state_bytes(self) -> int:
+        """Bytes per element of moments and of the gradients that the optimizer reads: fp32, or all in pure bf16."""
+        return self.job.parameter_bytes
+
+    @property
     def master_bytes(self) -> int:
-        """Bytes per element of the fp32 copy; none where the weights are fp32 themselves."""
-        return 0 if self.job.compute_bytes == FP32_BYTES else FP32_BYTES
+        """Bytes per element of the optimizer's own copy of the weights; none where the weights are fp32 themselves."""
+        return 0 if self.job.compute_bytes == FP32_BYTES else self.state_bytes
 
     @property
     def bucket_bytes(self) -> int:
@@ -63,7 +66,7 @@ class Zero(Scheme):
         return Block("all-gather of weights", "temporaries", transfers=(gather,))
 
     def adam(self, elements: Amount, label: str = "Adam update") -> Block:
-        return Block(label, "optimizer", moved_bytes=ADAM_MOVES * FP32_BYTES * elements, kernels=1)
+        return Block(label, "optimizer", moved_bytes=ADAM_MOVES * self.state_bytes * elements, kernels=1)
 
 
 class ZeroOneTwo(Zero):
@@ -83,19 +86,27 @@ class ZeroOneTwo(Zero):
         return 2 if self.plan.zero.overlap_communication else 1
 
     @cached_property
-    def owned(self) -> tuple[Amount, Amount]:
-        """Bytes of gradients that the worst rank keeps for its partition: once backward is done, and before the
-        embedding's. An envelope over the ranks: each part is the largest that any rank holds at that time."""
-        worst, last = touching(self.model, self.plan.gpus)
-        return worst * self.job.compute_bytes, np.minimum(worst, last) * self.job.compute_bytes
+    def owned(self) -> Owned:
+        return owned_gradients(self.model, self.plan.gpus)
+
+    @property
+    def owned_bytes(self) -> Amount:
+        """Gradients that the worst rank keeps for its partition once backward is done."""
+        return self.owned.worst * self.job.compute_bytes
+
+    @property
+    def early_owned_bytes(self) -> Amount:
+        """Those kept before the embedding's gradient comes: an envelope over the ranks, the last being first."""
+        return np.minimum(self.owned.worst, self.owned.last) * self.job.compute_bytes
 
     def states(self) -> Nodes:
         shard, whole = self.shard, self.shard * self.plan.gpus
         return (
-            hold("weights", "parameters", whole * self.job.compute_bytes),
-            hold("fp32 weights, rank's share", "optimizer", shard * self.master_bytes),
-            scratch("first zero gradient", shard * FP32_BYTES),
-            hold("Adam moments, rank's share", "optimizer", MOMENTS * shard * FP32_BYTES),
+            # Flattened into one buffer while the model's own tensors are still there.
+            Block("weights", "parameters", whole * self.job.compute_bytes, 2 * whole * self.job.compute_bytes),
+            hold("master weights, rank's share", "optimizer", shard * self.master_bytes),
+            scratch("first zero gradient", shard * self.state_bytes),
+            hold("Adam moments, rank's share", "optimizer", MOMENTS * shard * self.state_bytes),
         )
 
     def first_gradient(self, micro: MicroStep) -> Nodes:
@@ -103,15 +114,23 @@ class ZeroOneTwo(Zero):
         return (hold("gradient buckets", "buffers", self.buckets * self.bucket_bytes * opens),)
 
     def gradient(self, parameter: Parameter, size_bytes: int, micro: MicroStep) -> Nodes:
-        kept = micro.first if self.keeps_gradients else 0
-        return (Block("gradients", "gradients", size_bytes * kept, size_bytes, "gradients"),)
+        if self.keeps_gradients:
+            return (Block("gradients", "gradients", size_bytes * micro.first, size_bytes, "gradients"),)
+        if parameter != self.model.embedding[0] or not self._bypasses(parameter):
+            return (scratch("gradients", size_bytes, "gradients"),)
+        # Too large for the bucket, it stays beside it while that is reduced and the rank's own are copied out.
+        rest = self.owned_bytes - self.early_owned_bytes
+        return (scratch("gradients", size_bytes + self.filled_bucket_bytes + rest, "gradients"),)
+
+    def _bypasses(self, parameter: Parameter) -> bool:
+        return parameter.numel > self.plan.zero.reduce_bucket
 
     def turn(self, micro: MicroStep) -> Nodes:
         if self.keeps_gradients:
             return ()
         return (
             scratch("flat copy of a bucket", self.filled_bucket_bytes),
-            hold("gradients of the rank's partition", "gradients", self.owned[1]),
+            hold("gradients of the rank's partition", "gradients", self.early_owned_bytes),
         )
 
     def _turned(self) -> bool:
@@ -120,8 +139,8 @@ class ZeroOneTwo(Zero):
     def end_backward(self, micro: MicroStep) -> Nodes:
         if self.keeps_gradients:
             return self._reduce_kept() if micro.last else ()
-        owned, early = self.owned
-        rest = owned - early if self._turned() else owned
+        owned = self.owned_bytes
+        rest = owned - self.early_owned_bytes if self._turned() else owned
         again = 1 - micro.first
         return (
             scratch("flat copy of a bucket", self.filled_bucket_bytes),
@@ -143,37 +162,35 @@ class ZeroOneTwo(Zero):
     def _reduce_kept(self) -> Nodes:
         """Stage 1 moves each gradient into the bucket, which frees it, and copies its own out again."""
         whole = self.model.parameter_count * self.job.compute_bytes
-        moved = min(self.bucket_bytes, whole)
+        # Reduction starts with the first tensor registered, the embedding.
+        moved = 0 if self._bypasses(self.model.embedding[0]) else min(self.bucket_bytes, whole)
         return (
             release("gradients", "gradients", moved),
             scratch("flat copy of a bucket", self.filled_bucket_bytes),
-            hold("gradients of the rank's partition", "gradients", self.owned[0]),
+            hold("gradients of the rank's partition", "gradients", self.owned_bytes),
             self._reduce(),
             release("gradients", "gradients", whole - moved),
             release("gradient buckets", "buffers", self.buckets * self.bucket_bytes),
         )
 
     def update(self) -> Nodes:
-        shard, owned, half = self.shard, self.owned[0], self.job.compute_bytes
-        largest_slice = np.minimum(self.model.largest_parameter.numel, shard)
+        shard, owned, half = self.shard, self.owned_bytes, self.job.compute_bytes
+        beside = (self.owned.worst_with_norm - self.owned.worst) * NORM_BYTES // NORM_COPIES
         return (
-            scratch("gradient norm in fp64", NORM_BYTES * largest_slice),
+            scratch("gradient norm in fp64", beside),
             hold("flat gradient, rank's share", "temporaries", half * shard),
-            hold("fp32 gradient, rank's share", "gradients", FP32_BYTES * shard),
+            hold("optimizer's gradient, rank's share", "gradients", self.state_bytes * shard),
             release("flat gradient, rank's share", "temporaries", half * shard),
             release("gradients of the rank's partition", "gradients", owned),
-            scratch("Adam temporaries", adam_temporaries(self.job, shard, shard, FP32_BYTES)),
+            scratch("Adam temporaries", adam_temporaries(self.job, shard, shard, self.state_bytes)),
             self.adam(shard),
-            release("fp32 gradient, rank's share", "gradients", FP32_BYTES * shard),
+            release("optimizer's gradient, rank's share", "gradients", self.state_bytes * shard),
             self.gather_updated(),
         )
 
 
 class ZeroThree(Zero):
-    """Stage 3: weights too are cut, tensor by tensor, and gathered for use.
-
-    ``zero3_init_flag`` cuts them while they load, a checkpoint file at a time.
-    """
+    """Stage 3: weights too are cut, tensor by tensor, and gathered for use."""
 
     @cached_property
     def shard(self) -> Amount:
@@ -208,13 +225,24 @@ class ZeroThree(Zero):
             hold("small weights kept whole", "parameters", self.persistent * half),
             hold("gradients, rank's share", "gradients", shard * half),
             hold("gradient bucket", "buffers", self.bucket_bytes),
-            hold("fp32 weights, rank's share", "optimizer", shard * self.master_bytes),
-            scratch("first zero gradient", shard * FP32_BYTES),
-            hold("Adam moments, rank's share", "optimizer", MOMENTS * shard * FP32_BYTES),
+            hold("master weights, rank's share", "optimizer", shard * self.master_bytes),
+            scratch("first zero gradient", shard * self.state_bytes),
+            hold("Adam moments, rank's share", "optimizer", MOMENTS * shard * self.state_bytes),
         )
 
     def begin_forward(self) -> Nodes:
-        return (hold("gathered weights", "parameters", self.gathered * self.job.compute_bytes),)
+        gathered = self.gathered * self.job.compute_bytes
+        whole = self.gathers == 1
+        return (
+            Block("gathered weights", "parameters", gathered, gathered + self.coalesced_bytes, "buffers"),
+            hold("coalesced gather", "buffers", 0 if whole else self.coalesced_bytes),
+        )
+
+    @property
+    def coalesced_bytes(self) -> int:
+        """Several tensors fetched together arrive in one flat buffer, from which each is copied."""
+        count = self.model.parameter_count - self.persistent
+        return min(self.plan.zero.prefetch_bucket, count) * self.job.compute_bytes
 
     def before_forward(self, part: Part) -> Nodes:
         return (self._gather(part),)
@@ -243,6 +271,7 @@ class ZeroThree(Zero):
         return (
             scratch("flat copy of a bucket", self.filled_bucket_bytes),
             release("gathered weights", "parameters", self.gathered * self.job.compute_bytes),
+            release("coalesced gather", "buffers", 0 if self.gathers == 1 else self.coalesced_bytes),
         )
 
     def update(self) -> Nodes:
@@ -253,14 +282,15 @@ class ZeroThree(Zero):
         gather = Collective("small weights", "all-gather", payload, 1, waits=True)
         return (
             scratch("gradient norm in fp64", NORM_BYTES * largest),
-            hold("fp32 gradient of a sub-group", "gradients", FP32_BYTES * piece),
+            hold("optimizer's gradient of a sub-group", "gradients", self.state_bytes * piece),
             scratch("flat gradient of a sub-group", half * piece),
-            scratch("Adam temporaries", adam_temporaries(self.job, piece, piece, FP32_BYTES)),
+            scratch("Adam temporaries", adam_temporaries(self.job, piece, piece, self.state_bytes)),
             self.adam(shard),
-            release("fp32 gradient of a sub-group", "gradients", FP32_BYTES * piece),
+            release("optimizer's gradient of a sub-group", "gradients", self.state_bytes * piece),
             Block("all-gather of small weights", "temporaries", transfers=(gather,)),
         )
 
-    def host(self) -> Nodes:
+    def host_once(self) -> Nodes:
+        """transformers' ZeRO-3 loading: rank 0 reads the whole checkpoint and sends it to the others."""
         whole = self.model.parameter_count * self.job.compute_bytes
-        return (scratch("checkpoint file while loading", min(whole, CHECKPOINT_FILE_BYTES), "parameters"),)
+        return (scratch("weights while loading", whole, "parameters"),)
