@@ -45,6 +45,8 @@ class Words(TypedDict, total=False):
 
 def resolve(model: str, **words: Unpack[Words]) -> Question:
     """The question that *words* ask of *model*: a profile name, Hub id, folder or ``config.json``."""
+    if unknown := words.keys() - Words.__annotations__.keys():
+        raise TypeError(f"unknown words {', '.join(sorted(unknown))}; known: {', '.join(Words.__annotations__)}")
     found_model = find_model(model)
     calibration = find_calibration()
     machine = None if words.get("gpu") and words.get("gpus") else detect()
@@ -86,6 +88,7 @@ def resolve(model: str, **words: Unpack[Words]) -> Question:
         inputs[3:3] = [Input("nodes", nodes, "given"), Input("network", cluster.network.name, network_origin)]
     return Question(
         model=found_model.model,
+        weights_from=found_model.weights_from,
         job=job,
         cluster=cluster,
         calibration=calibration,

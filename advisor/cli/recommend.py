@@ -67,13 +67,13 @@ def recommend(
 
 
 def _launch(answer: Recommendation) -> Launch | None:
-    from advisor.launch.files import launch_files
+    from advisor.launch.files import render
 
     best = answer.best
     if not best:
         return None
     weights_from = next((str(each.value) for each in best.inputs if each.name == "model"), None)
-    return launch_files(best.model, best.job, best.plan, best.cluster, weights_from=weights_from, inputs=best.inputs)
+    return render(best.model, best.job, best.plan, best.cluster, weights_from=weights_from, inputs=best.inputs)
 
 
 def _whole(answer: Recommendation, launch: Launch | None) -> Mapping[str, object]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from enum import Enum
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
-from advisor.catalog.request import resolve
+from advisor.catalog.request import Words, resolve
 from advisor.cost.memory import memory, short_by
 from advisor.cost.results import Estimate, Memory, Verdict
 from advisor.cost.schedule import step_time
@@ -20,39 +20,45 @@ Choice = TypeVar("Choice", bound=Enum)
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from advisor.catalog.request import Words
-
 GIB = 2**30
 
 
-def estimate(
-    model: str,
-    *,
-    strategy: str,
-    offload: str = "none",
-    micro_batch: int = 1,
-    grad_accum: int | None = None,
-    checkpointing: str = "none",
-    bucket_size: int | None = None,
-    **words: Unpack[Words],
-) -> Estimate:
-    """One plan for *model*, priced. The other words are those of :func:`advisor.recommend`.
+class PlanWords(Words, total=False):
+    """What may be said of one plan beside its strategy."""
 
-    Without *grad_accum* the accumulation steps follow from the global batch. *bucket_size* is DeepSpeed's
-    ``reduce_bucket_size`` in elements. Raises SpecError for a plan that contradicts itself or the job.
+    offload: str
+    micro_batch: int
+    grad_accum: int | None
+    """Absent or None: the accumulation steps that make up the global batch."""
+    checkpointing: str
+    bucket_size: int | None
+    """DeepSpeed's ``reduce_bucket_size`` in elements."""
+
+
+def estimate(model: str, *, strategy: str, **words: Unpack[PlanWords]) -> Estimate:
+    """One plan for *model*, priced.
+
+    Words: those of :func:`advisor.recommend`, and ``offload``, ``micro_batch``, ``grad_accum``, ``checkpointing``,
+    ``bucket_size``. Raises SpecError for a plan that contradicts itself or the job.
     """
-    question = resolve(model, **words)
+    return price(*plan_of(model, strategy=strategy, **words))
+
+
+def plan_of(model: str, *, strategy: str, **words: Unpack[PlanWords]) -> tuple[Question, Plan]:
+    """The question and the one plan that *words* describe."""
+    own = PlanWords.__annotations__.keys() - Words.__annotations__.keys()
+    question = resolve(model, **cast(Words, {name: value for name, value in words.items() if name not in own}))
+    micro_batch, steps = words.get("micro_batch", 1), words.get("grad_accum")
     kind = _member(Strategy, "--strategy", strategy)
-    plan = Plan(
+    return question, Plan(
         strategy=kind,
         gpus=question.cluster.gpus,
         micro_batch=micro_batch,
-        accumulation_steps=grad_accum if grad_accum is not None else _accumulation(question, micro_batch),
-        checkpointing=_member(Checkpointing, "--checkpointing", checkpointing),
-        offload=_member(Offload, "--offload", offload),
-        zero=zero_settings(kind, bucket_size),
+        accumulation_steps=steps if steps is not None else _accumulation(question, micro_batch),
+        checkpointing=_member(Checkpointing, "--checkpointing", words.get("checkpointing", "none")),
+        offload=_member(Offload, "--offload", words.get("offload", "none")),
+        zero=zero_settings(kind, words.get("bucket_size")),
     )
-    return price(question, plan)
 
 
 def _accumulation(question: Question, micro_batch: int) -> int:

@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from advisor.cost.estimate import plan_of
 from advisor.errors import SpecError, WriteError
 from advisor.launch.accelerate import FSDP_REFUSES, accelerate_yaml
 from advisor.launch.deepspeed import deepspeed_json
@@ -25,6 +27,11 @@ from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
 from advisor.specs.plan import Plan
 from advisor.specs.question import Input
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from advisor.cost.estimate import PlanWords
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +56,20 @@ class Launch:
         return " ".join([*settings, shlex.join(self.command)])
 
 
-def launch_files(
+def launch_files(model: str, *, strategy: str, **words: Unpack[PlanWords]) -> Launch:
+    """The files and the command that train *model* by the plan that the words of :func:`advisor.estimate` describe."""
+    question, plan = plan_of(model, strategy=strategy, **words)
+    return render(
+        question.model,
+        question.job,
+        plan,
+        question.cluster,
+        weights_from=question.weights_from,
+        inputs=question.inputs,
+    )
+
+
+def render(
     model: ModelSpec,
     job: Job,
     plan: Plan,

@@ -27,6 +27,8 @@ class Question:
     """What is asked, in full."""
 
     model: ModelSpec
+    weights_from: str
+    """What transformers loads the model from: a Hub id, a folder, or a file that holds only its configuration."""
     job: Job
     cluster: Cluster
     calibration: Calibration

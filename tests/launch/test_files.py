@@ -13,7 +13,7 @@ from hypothesis import given, settings
 
 from advisor.errors import SpecError, WriteError
 from advisor.launch import files
-from advisor.launch.files import Launch, LaunchFile, launch_files, write
+from advisor.launch.files import Launch, LaunchFile, render, write
 from advisor.specs.job import Job
 from advisor.specs.plan import Offload, Strategy
 from advisor.specs.question import Input
@@ -24,7 +24,7 @@ ALL_FILES = ["accelerate.yaml", "ds_config.json", "train.py", "run.sh"]
 
 @pytest.fixture
 def launch() -> Launch:
-    return launch_files(model(), Job(), plan(Strategy.ZERO2), cluster())
+    return render(model(), Job(), plan(Strategy.ZERO2), cluster())
 
 
 def text_of(launch: Launch, name: str) -> str:
@@ -35,7 +35,7 @@ def text_of(launch: Launch, name: str) -> str:
 def test_the_same_inputs_give_the_same_bytes(kind: str) -> None:
     chosen = PLANS_OF_EVERY_KIND[kind]
 
-    first, second = (launch_files(model(), Job(), chosen, cluster(int(chosen.gpus))) for _ in range(2))
+    first, second = (render(model(), Job(), chosen, cluster(int(chosen.gpus))) for _ in range(2))
 
     assert first == second
     assert hash(first) == hash(second)
@@ -51,8 +51,8 @@ def test_one_machine_is_started_by_accelerate_in_the_folder(launch: Launch) -> N
 @pytest.mark.parametrize(
     "needs_the_machine",
     [
-        launch_files(model(), Job(), plan(gpus=4), cluster(4, nodes=2)),
-        launch_files(model(), Job(), plan(Strategy.ZERO2, offload=Offload.OPTIMIZER), cluster()),
+        render(model(), Job(), plan(gpus=4), cluster(4, nodes=2)),
+        render(model(), Job(), plan(Strategy.ZERO2, offload=Offload.OPTIMIZER), cluster()),
     ],
     ids=["rank", "cores"],
 )
@@ -63,7 +63,7 @@ def test_what_only_the_machine_knows_is_left_to_the_script(needs_the_machine: La
 def test_headers_name_plan_and_assumptions() -> None:
     inputs = (Input("gpu", "Test-80GB", "assumed"), Input("gpus", 2, "given"), Input("link", "test-link", "assumed"))
 
-    launch = launch_files(model(), Job(), plan(), cluster(), weights_from="a/config.json", inputs=inputs)
+    launch = render(model(), Job(), plan(), cluster(), weights_from="a/config.json", inputs=inputs)
 
     for name in ("accelerate.yaml", "run.sh"):
         header = text_of(launch, name)
@@ -78,9 +78,9 @@ def test_headers_name_plan_and_assumptions() -> None:
 @settings(deadline=None)
 def test_no_name_ends_a_comment(name: str, value: str) -> None:
     inputs = (Input("gpu", value, "assumed"),)
-    plain = launch_files(model(), Job(), plan(Strategy.ZERO2), cluster())
+    plain = render(model(), Job(), plan(Strategy.ZERO2), cluster())
 
-    hostile = launch_files(model(name), Job(), plan(Strategy.ZERO2), cluster(), weights_from="tiny", inputs=inputs)
+    hostile = render(model(name), Job(), plan(Strategy.ZERO2), cluster(), weights_from="tiny", inputs=inputs)
 
     assert yaml.safe_load(text_of(hostile, "accelerate.yaml")) == yaml.safe_load(text_of(plain, "accelerate.yaml"))
     assert json.loads(text_of(hostile, "ds_config.json")) == json.loads(text_of(plain, "ds_config.json"))
@@ -93,23 +93,23 @@ def test_no_name_ends_a_comment(name: str, value: str) -> None:
     ("attempt", "message"),
     [
         (
-            lambda: launch_files(model(), Job(), plan(gpus=4), cluster(2)),
+            lambda: render(model(), Job(), plan(gpus=4), cluster(2)),
             "the plan uses 4 GPUs, but the cluster has 2: plan for all of them",
         ),
         (
-            lambda: launch_files(model(), Job(), plan(), cluster(bf16=False)),
+            lambda: render(model(), Job(), plan(), cluster(bf16=False)),
             "Test-80GB has no bf16, so this job would not start on it; give --precision fp16",
         ),
         (
-            lambda: launch_files(model(family="t5"), Job(), plan(Strategy.FSDP), cluster()),
+            lambda: render(model(family="t5"), Job(), plan(Strategy.FSDP), cluster()),
             "accelerate's FSDP cannot shard t5 models with their tied parameters; use ddp or zero2",
         ),
         (
-            lambda: launch_files(model(), Job(), plan(), cluster(), weights_from="nul\0"),
+            lambda: render(model(), Job(), plan(), cluster(), weights_from="nul\0"),
             r"the model 'nul\x00' cannot be written on a command line; rename its folder",
         ),
         (
-            lambda: launch_files(model(), Job(), plan(), cluster(), weights_from="\udc80"),
+            lambda: render(model(), Job(), plan(), cluster(), weights_from="\udc80"),
             r"the model '\udc80' cannot be written on a command line; rename its folder",
         ),
     ],

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from advisor.launch.files import Launch, launch_files, write
+from advisor.launch.files import Launch, render, write
 from advisor.launch.run_script import train_arguments
 from advisor.specs.job import Job
 from advisor.specs.plan import Checkpointing, Offload, Plan, Strategy
@@ -56,7 +56,7 @@ class Started:
 
 
 def launch_of(chosen: Plan, *, nodes: int = 1, weights_from: str = "tiny") -> Launch:
-    return launch_files(model(), Job(), chosen, cluster(int(chosen.gpus), nodes), weights_from=weights_from)
+    return render(model(), Job(), chosen, cluster(int(chosen.gpus), nodes), weights_from=weights_from)
 
 
 def script(launch: Launch) -> str:
@@ -149,7 +149,7 @@ def test_a_machine_without_accelerate_is_told_what_to_install(tmp_path: Path) ->
 @given(name=hostile_text, weights_from=hostile_text)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_hostile_name_arrives_as_it_is_and_nothing_else_runs(tmp_path: Path, name: str, weights_from: str) -> None:
-    launch = launch_files(model(name), Job(), plan(), cluster(), weights_from=weights_from)
+    launch = render(model(name), Job(), plan(), cluster(), weights_from=weights_from)
 
     started = Started(tmp_path, launch)
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from advisor.launch.deepspeed import GRADIENT_CLIPPING
-from advisor.launch.files import launch_files, write
+from advisor.launch.files import render, write
 from advisor.specs.job import Job
 from advisor.specs.plan import Checkpointing, Strategy
 from launch.examples import cluster, model, plan, write_tiny_qwen2
@@ -107,7 +107,7 @@ def test_two_ranks_of_the_planned_kind_train_as_one_would(
     if expected.strategy.zero_stage:
         pytest.importorskip("deepspeed")
     chosen = plan(expected.strategy, checkpointing=Checkpointing.FULL)
-    launch = launch_files(model(), Job(sequence_length=32), chosen, cluster(), weights_from=str(checkpoint))
+    launch = render(model(), Job(sequence_length=32), chosen, cluster(), weights_from=str(checkpoint))
     write(launch, tmp_path / "run")
 
     description, *steps = finish(tmp_path / "here", [start(tmp_path, "here")])
@@ -129,9 +129,7 @@ def test_two_ranks_of_the_planned_kind_train_as_one_would(
 def test_two_machines_find_each_other(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     config = write_tiny_qwen2(tmp_path / "model")
-    launch = launch_files(
-        model(), Job(sequence_length=32), plan(Strategy.ZERO2), cluster(nodes=2), weights_from=str(config)
-    )
+    launch = render(model(), Job(sequence_length=32), plan(Strategy.ZERO2), cluster(nodes=2), weights_from=str(config))
     write(launch, tmp_path / "run")
     port = free_port()
 

@@ -19,19 +19,21 @@ GIB = 2**30
 PUBLISHED_GIB = 99
 
 
-def predicted() -> Memory:
+def predicted() -> tuple[Memory, int]:
+    """The run's memory, and the bytes of its weights."""
     question = resolve("Llama-3.1-8B", gpus=8, gpu="H200", seq_len=8192, global_batch=8, attention="flash")
     overlapping = ZeroSettings(overlap_communication=True)
-    return price(question, Plan(strategy=Strategy.ZERO2, gpus=8, micro_batch=1, zero=overlapping)).memory
+    estimate = price(question, Plan(strategy=Strategy.ZERO2, gpus=8, micro_batch=1, zero=overlapping))
+    return estimate.memory, 2 * estimate.model.parameter_count
 
 
-def test_what_is_allocated_fits_into_what_the_run_reserved() -> None:
-    assert predicted().peak_allocated_bytes < (PUBLISHED_GIB + 0.5) * GIB
+def test_the_run_reserved_what_is_predicted_and_less_than_its_weights_more() -> None:
+    """The launch files switch on expandable segments, which the prediction is for; the run kept the plain allocator.
 
+    There the segments of the loaded weights stay reserved when DeepSpeed has copied them into its flat buffer, and
+    activations of other sizes fill them only in part: up to 2 bytes per parameter on top.
+    """
+    memory, weights_bytes = predicted()
+    published_bytes = PUBLISHED_GIB * GIB
 
-# The run kept torch's plain allocator. The prediction is for expandable segments, which the launch files switch on and
-# which waste less: nine tenths of what was reserved is accounted for.
-def test_what_is_reserved_is_predicted_to_a_tenth() -> None:
-    ratio = predicted().peak_reserved_bytes / (PUBLISHED_GIB * GIB)
-
-    assert 0.9 <= ratio <= 1
+    assert memory.peak_reserved_bytes <= published_bytes <= memory.peak_reserved_bytes + weights_bytes

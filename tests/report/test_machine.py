@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from advisor.launch.files import launch_files
+from advisor.launch.files import render
 from advisor.report.machine import csv_text, estimate_object, gpu_row, json_text, recommendation_object
 from advisor.search.results import row
 from advisor.specs.plan import Offload, Strategy
@@ -66,7 +66,7 @@ def read(answer: dict[str, object]) -> Any:
 def recommended() -> Any:
     answer = made_recommendation()
     assert answer.best
-    return read(recommendation_object(answer, launch_files(QWEN, JOB, answer.best.plan, CLUSTER)))
+    return read(recommendation_object(answer, render(QWEN, JOB, answer.best.plan, CLUSTER)))
 
 
 @pytest.mark.parametrize("part", ESTIMATE_FIELDS)

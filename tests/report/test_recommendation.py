@@ -9,7 +9,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from advisor.launch.files import Launch, launch_files
+from advisor.launch.files import Launch, render
 from advisor.report.recommendation import recommendation_report, shell_lines
 from advisor.report.terminal import show
 from advisor.search.results import Recommendation
@@ -21,7 +21,7 @@ WIDTHS = (60, 72, 80, 100, 140, 200)
 def launch() -> Launch:
     best = made_recommendation().best
     assert best
-    return launch_files(QWEN, JOB, best.plan, CLUSTER)
+    return render(QWEN, JOB, best.plan, CLUSTER)
 
 
 def printed(
