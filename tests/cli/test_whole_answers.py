@@ -16,7 +16,7 @@ from cli.conftest import Run
 
 MAIN_JOB = ("recommend", "--model", "Qwen2.5-1.5B", "--gpus", "4", "--gpu", "A100")
 ONE_PLAN = ("estimate", *MAIN_JOB[1:], "--strategy", "zero2")
-TOO_LARGE = ("--model", "Llama-3.1-70B", "--gpus", "8", "--gpu", "A100-80GB")
+TOO_LARGE = ("recommend", "--model", "Llama-3.1-70B", "--gpus", "8", "--gpu", "A100-80GB")
 
 
 def answer(run: Run, *words: str) -> Any:
