@@ -1,11 +1,14 @@
-"""Predicted beside traced memory, for every family of the catalog and for FSDP2.
+"""Predicted beside traced memory, for every family of the catalog, for FSDP2 and for DeepSpeed ZeRO.
 
-    python benchmarks/accuracy.py            # about two minutes on two cores; needs the extra "run"
-    python benchmarks/accuracy.py --quick    # one model of each truth
+    python benchmarks/accuracy.py            # about ten minutes on two cores; needs the extra "run"
+    python benchmarks/accuracy.py --quick    # one model, without DeepSpeed
 
-Truth: the real transformers model, autograd, FSDP2 and optimizer run on fake tensors (``advisor/validation/trace.py``).
-Counter: bytes of live storages. Each model is its profile cut to at most four layers, which keeps widths, heads,
-vocabulary and experts as they are. Nothing is fitted to these runs.
+Truths: the real transformers model, autograd, FSDP2 and optimizer run on fake tensors
+(``advisor/validation/trace.py``), and real DeepSpeed on real tensors, one rank of four at a time
+(``advisor/validation/deepspeed_rank.py``); the prediction is for the worst rank and is held against the worst of the
+four. Counter: bytes of live storages. For the first two, each model is its profile cut to at most four layers, which
+keeps widths, heads, vocabulary and experts as they are; DeepSpeed runs a small Qwen2. No constant is fitted to these
+runs. The last lines are kept in ``benchmarks/accuracy.txt``.
 
 Kept apart are cases in which the CPU takes another attention kernel than a GPU would: latent attention (DeepSeek) and
 T5's position bias fall back to a scores matrix there. Mixtures under autocast cannot be traced on a CPU at all.
@@ -16,6 +19,7 @@ from __future__ import annotations
 import json
 import logging
 import statistics
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,8 +29,10 @@ from advisor.catalog.huggingface import model_from_config
 from advisor.catalog.profiles import model_profiles
 from advisor.specs.job import Job
 from advisor.specs.model import Experts, ModelSpec
-from advisor.specs.plan import Checkpointing, Plan, Strategy
-from advisor.validation.accuracy import Comparison, compare
+from advisor.specs.plan import Checkpointing, Plan, Strategy, zero_settings
+from advisor.validation.accuracy import Comparison, beside, compare
+from advisor.validation.deepspeed_rank import request
+from advisor.validation.trace import Trace
 
 LAYER_SETTINGS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers")
 MOST_LAYERS = 4
@@ -73,9 +79,11 @@ class Case:
     @property
     def title(self) -> str:
         weights = "autocast" if self.job.parameter_format == "fp32" and self.plan.strategy is Strategy.DDP else "bf16"
+        bucket = f", bucket {self.plan.zero.reduce_bucket:.0e}" if self.plan.strategy.zero_stage else ""
         return (
             f"{self.profile.split('__')[1]}, {self.plan.strategy.value} x {self.plan.gpus}, {weights}, "
-            f"checkpointing {self.plan.checkpointing.value}, {self.plan.micro_batch} x {self.job.sequence_length}"
+            f"checkpointing {self.plan.checkpointing.value}, {self.plan.micro_batch} x {self.job.sequence_length}, "
+            f"accumulation {self.plan.accumulation_steps}{bucket}"
         )
 
 
@@ -97,6 +105,58 @@ def sharded(profiles: list[str]) -> Iterator[Case]:
                     for length in (128, 2048):
                         plan = Plan(strategy=strategy, gpus=ranks, micro_batch=1, checkpointing=checkpointing)
                         yield Case(profile, Job(sequence_length=length, global_batch=ranks), plan)
+
+
+SMALL_QWEN2 = {
+    "model_type": "qwen2",
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 8192,
+}
+SMALL_BUCKET = 4_000_000
+DEFAULT_BUCKET = 500_000_000
+DEEPSPEED_RANKS = 4
+
+
+def deepspeed_cases() -> Iterator[tuple[dict[str, Any], Case]]:
+    for strategy in (Strategy.ZERO1, Strategy.ZERO2, Strategy.ZERO3):
+        for tied in (True, False):
+            for steps in (1, 2):
+                for checkpointing, bucket, length in (
+                    (Checkpointing.NONE, SMALL_BUCKET, 512),
+                    (Checkpointing.FULL, SMALL_BUCKET, 64),
+                    (Checkpointing.NONE, DEFAULT_BUCKET, 512),
+                ):
+                    plan = Plan(
+                        strategy=strategy,
+                        gpus=DEEPSPEED_RANKS,
+                        micro_batch=2,
+                        accumulation_steps=steps,
+                        checkpointing=checkpointing,
+                        zero=zero_settings(strategy, bucket),
+                    )
+                    job = Job(sequence_length=length, global_batch=2 * steps * DEEPSPEED_RANKS)
+                    yield SMALL_QWEN2 | {"tie_word_embeddings": tied}, Case("small__Qwen2", job, plan)
+
+
+def worst_rank(config: dict[str, Any], case: Case) -> Comparison:
+    """The prediction beside the rank whose peak is highest."""
+    model = model_from_config(config, "small Qwen2", "benchmarks/accuracy.py")
+    # ZeRO-3 cuts every tensor evenly, so its first rank holds as much as any.
+    ranks = range(DEEPSPEED_RANKS if case.plan.strategy.zero_stage != 3 else 1)
+    return max(
+        (beside(model, case.job, case.plan, _traced_rank(config, case, rank)) for rank in ranks),
+        key=lambda comparison: comparison.peak_bytes[1],
+    )
+
+
+def _traced_rank(config: dict[str, Any], case: Case, rank: int) -> Trace:
+    command = [sys.executable, "-m", "advisor.validation.deepspeed_rank", request(config, case.job, case.plan, rank)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return Trace(**json.loads(printed.splitlines()[-1]))
 
 
 def shrunken(profile: str) -> tuple[dict[str, Any], ModelSpec]:
@@ -158,6 +218,12 @@ def main() -> None:
         lines.append(summary("One rank, where a CPU takes another attention kernel", apart))
     fsdp, _ = run(sharded(list(FSDP_MODELS[:1] if quick else FSDP_MODELS)))
     lines.append(summary("FSDP2, rank 0 of 8 and 64", fsdp))
+    if not quick:
+        found = []
+        for config, case in deepspeed_cases():
+            found.append((case, worst_rank(config, case)))
+            print(f"{100 * found[-1][1].peak_error:+8.3f} %  {case.title}", flush=True)
+        lines.append(summary("DeepSpeed ZeRO-1/2/3, worst of 4 ranks", found))
     print("\n" + "\n".join(lines))
 
 

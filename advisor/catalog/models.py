@@ -63,10 +63,12 @@ def find_model(name_or_path: str) -> FoundModel:
         raise UnknownNameError(f"{missing}; give a folder with a config.json, such a file, or a model's name")
     if profile := _profiles().get(wanted.casefold()):
         return FoundModel(_from_profile(profile), _name(profile))
-    if profile := _variant(wanted):
+    if profile := _variant(wanted) or _completed(wanted):
         model = _from_profile(profile)
         note = f"{wanted} has the shape of {model.name}, whose configuration was taken"
-        return FoundModel(model, f"{_name(profile).partition('/')[0]}/{wanted.rpartition('/')[2]}", note)
+        organisation, _, name = _name(profile).partition("/")
+        shortened = name.casefold().startswith(f"{wanted.casefold().rpartition('/')[2]}-")
+        return FoundModel(model, f"{organisation}/{name if shortened else wanted.rpartition('/')[2]}", note)
     return _from_hub(wanted)
 
 
@@ -137,6 +139,18 @@ def _variant(wanted: str) -> Path | None:
         if shape == its_shape and organisation in ("", its_organisation):
             candidates.append((len(words ^ its_words), its_name, path))
     return min(candidates)[2] if candidates else None
+
+
+def _completed(wanted: str) -> Path | None:
+    """The only profile whose name begins with the words of *wanted*, such as Mixtral-8x7B-v0.1 for Mixtral-8x7B."""
+    organisation, _, name = wanted.casefold().rpartition("/")
+    found = [
+        path
+        for path in _profile_files()
+        if path.stem.casefold().partition("__")[2].startswith(f"{name}-")
+        and organisation in ("", path.stem.casefold().partition("__")[0])
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def _split(name: str) -> tuple[tuple[str, ...], frozenset[str]]:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from advisor.specs.job import Job
 from advisor.specs.model import FeedForward, Layer, ModelSpec, Run
 from advisor.specs.plan import Plan
 from advisor.step.build import build
 from advisor.step.program import phase_peaks
+
+if TYPE_CHECKING:
+    from advisor.validation.trace import Trace
+
+STEP_PHASES = ("forward", "loss", "backward", "step")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +43,17 @@ def compare(config: Mapping[str, Any], model: ModelSpec, job: Job, plan: Plan) -
 
     eager = any(layer.attention.eager_only for layer in model.layers)
     traced = trace_step(config, model.objective, replace(job, attention="eager") if eager else job, plan)
+    return beside(model, job, plan, traced)
+
+
+def beside(model: ModelSpec, job: Job, plan: Plan, traced: Trace) -> Comparison:
+    """The prediction for *model* beside what was *traced*."""
     phases = phase_peaks(build(without_dropout(model), job, plan).device)
     states = int(phases["init"][1])
     return Comparison(
         states_bytes=(states, traced.states_bytes),
         saved_bytes=(int(phases["loss"][1]) - states, traced.after_forward_bytes - traced.states_bytes),
-        peak_bytes=(max(int(peak) for peak, _ in phases.values()), traced.peak_bytes),
+        peak_bytes=(max(int(phases[name][0]) for name in STEP_PHASES), traced.peak_bytes),
     )
 
 

@@ -74,7 +74,9 @@ class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return output
 
     def _count(self, tensor: torch.Tensor) -> None:
-        """Take note of *tensor*'s storage; a distributed tensor's is its local shard's."""
+        """Take note of *tensor*'s storage; a distributed tensor's is its local shard's. Meta tensors have none."""
+        if tensor.device.type == "meta":
+            return
         storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
         key = storage._cdata
         if key not in self.sizes:
@@ -135,7 +137,7 @@ def trace_step(config: Mapping[str, Any], objective: Objective, job: Job, plan: 
     # A real run finds that plain batches are not packed and builds no mask; fake tensors cannot be asked.
     packed, masking_utils.find_packed_sequence_indices = masking_utils.find_packed_sequence_indices, _not_packed
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), StorageCounter() as counter, _resizes_counted(counter):
+        with FakeTensorMode(allow_non_fake_inputs=True), StorageCounter() as counter, resizes_counted(counter):
             factory = getattr(transformers, AUTO_CLASSES[objective])
             model = factory.from_config(built, dtype=dtype, attn_implementation=job.attention)
             model.train()
@@ -186,7 +188,8 @@ def _shard(model: Any, mesh: Any, reshards: bool) -> None:
 
 
 @contextmanager
-def _resizes_counted(counter: StorageCounter) -> Iterator[None]:
+def resizes_counted(counter: StorageCounter) -> Iterator[None]:
+    """Let *counter* know when a storage changes its size."""
     original = torch.UntypedStorage.resize_
 
     def resize(storage: torch.UntypedStorage, size: int) -> Any:

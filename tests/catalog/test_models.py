@@ -192,3 +192,20 @@ def test_a_profile_is_found_without_the_hub_s_library() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("shortened", "repository"),
+    [("Mixtral-8x7B", "mistralai/Mixtral-8x7B-v0.1"), ("meta-llama/Llama-2-7b", "meta-llama/Llama-2-7b-hf")],
+)
+def test_the_beginning_of_one_name_only_is_enough(shortened: str, repository: str) -> None:
+    found = find_model(shortened)
+
+    assert found.weights_from == repository
+    assert found.note is not None
+    assert found.model.name in found.note
+
+
+def test_weights_come_from_the_hub_id_of_what_was_asked_for() -> None:
+    assert find_model("qwen2.5-1.5B").weights_from == "Qwen/Qwen2.5-1.5B"
+    assert find_model("Qwen2.5-1.5B-Instruct").weights_from == "Qwen/Qwen2.5-1.5B-Instruct"

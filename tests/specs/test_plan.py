@@ -1,0 +1,123 @@
+"""Plans: what they refuse, what they are called, and many of them in one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from advisor.errors import SpecError
+from advisor.specs.plan import Checkpointing, Offload, Plan, Strategy, ZeroSettings, zero_settings
+
+COUNTS = ("gpus", "micro_batch", "accumulation_steps")
+counts = st.integers(1, 10**6)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("value", [0, -1, np.array([1, 0, 2])])
+def test_a_count_below_one_is_refused_by_name(name: str, value: int) -> None:
+    given_counts = {"gpus": 4, "micro_batch": 1, "accumulation_steps": 1, name: value}
+
+    with pytest.raises(SpecError, match=f"{name} must be at least 1, got"):
+        Plan(strategy=Strategy.DDP, **given_counts)
+
+
+@pytest.mark.parametrize("strategy", [each for each in Strategy if each not in (Strategy.ZERO2, Strategy.ZERO3)])
+@pytest.mark.parametrize("offload", [Offload.OPTIMIZER, Offload.OPTIMIZER_AND_PARAMETERS])
+def test_only_zero_2_and_3_offload(strategy: Strategy, offload: Offload) -> None:
+    with pytest.raises(SpecError, match=f"{strategy.title} keeps its optimizer on the GPU.*zero2 or zero3"):
+        Plan(strategy=strategy, gpus=4, micro_batch=1, offload=offload)
+
+
+def test_whole_weights_are_not_offloaded() -> None:
+    with pytest.raises(SpecError, match=r"ZeRO-2 keeps whole weights.*needs zero3"):
+        Plan(strategy=Strategy.ZERO2, gpus=4, micro_batch=1, offload=Offload.OPTIMIZER_AND_PARAMETERS)
+
+
+@given(counts, counts, counts)
+def test_the_global_batch_is_what_all_gpus_take_in_a_step(gpus: int, micro_batch: int, steps: int) -> None:
+    plan = Plan(strategy=Strategy.FSDP, gpus=gpus, micro_batch=micro_batch, accumulation_steps=steps)
+
+    assert plan.global_batch == gpus * micro_batch * steps
+
+
+@given(st.lists(st.tuples(counts, counts), min_size=1, max_size=5), counts)
+def test_a_plan_of_arrays_stands_for_each_of_its_plans(pairs: list[tuple[int, int]], gpus: int) -> None:
+    batches, steps = (np.array(column) for column in zip(*pairs, strict=True))
+    many = Plan(strategy=Strategy.FSDP, gpus=gpus, micro_batch=batches, accumulation_steps=steps)
+
+    for index, (micro_batch, accumulation_steps) in enumerate(pairs):
+        alone = Plan(strategy=Strategy.FSDP, gpus=gpus, micro_batch=micro_batch, accumulation_steps=accumulation_steps)
+        assert many.at(index) == alone
+        assert np.asarray(many.global_batch)[index] == alone.global_batch
+
+
+def test_a_chosen_plan_keeps_its_other_choices_and_counts_in_plain_integers() -> None:
+    many = Plan(
+        strategy=Strategy.ZERO3,
+        gpus=np.array([2, 4]),
+        micro_batch=np.array([8, 4]),
+        checkpointing=Checkpointing.FULL,
+        offload=Offload.OPTIMIZER,
+        zero=zero_settings(Strategy.ZERO3, 1000),
+    )
+
+    chosen = many.at(1)
+
+    assert [type(getattr(chosen, name)) for name in COUNTS] == [int, int, int]
+    assert (chosen.gpus, chosen.micro_batch, chosen.accumulation_steps) == (4, 4, 1)
+    assert (chosen.checkpointing, chosen.offload, chosen.zero) == (many.checkpointing, many.offload, many.zero)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "gpus", "offload", "title"),
+    [
+        (Strategy.DDP, 1, Offload.NONE, "one GPU"),
+        (Strategy.DDP, np.array([1, 1]), Offload.NONE, "one GPU"),
+        (Strategy.DDP, 2, Offload.NONE, "DDP"),
+        (Strategy.DDP, np.array([1, 2]), Offload.NONE, "DDP"),
+        (Strategy.FSDP, 8, Offload.NONE, "FSDP full shard"),
+        (Strategy.FSDP_GRAD_OP, 8, Offload.NONE, "FSDP grad-op"),
+        (Strategy.ZERO1, 8, Offload.NONE, "ZeRO-1"),
+        (Strategy.ZERO2, 1, Offload.OPTIMIZER, "ZeRO-2 + optimizer offload"),
+        (Strategy.ZERO3, 8, Offload.OPTIMIZER_AND_PARAMETERS, "ZeRO-3 + optimizer and parameter offload"),
+    ],
+)
+def test_a_plan_is_called_as_people_call_it(strategy: Strategy, gpus: int, offload: Offload, title: str) -> None:
+    assert Plan(strategy=strategy, gpus=gpus, micro_batch=1, offload=offload).title == title
+
+
+def test_no_two_strategies_share_a_title() -> None:
+    assert len({each.title for each in Strategy}) == len(Strategy)
+
+
+def test_deepspeed_runs_the_zero_stages_and_no_others() -> None:
+    stages = {each: each.zero_stage for each in Strategy if each.zero_stage}
+
+    assert stages == {Strategy.ZERO1: 1, Strategy.ZERO2: 2, Strategy.ZERO3: 3}
+    assert [each for each in Strategy if each.is_fsdp] == [Strategy.FSDP, Strategy.FSDP_GRAD_OP]
+
+
+@pytest.mark.parametrize(
+    ("offload", "optimizer", "parameters"),
+    [(Offload.NONE, False, False), (Offload.OPTIMIZER, True, False), (Offload.OPTIMIZER_AND_PARAMETERS, True, True)],
+)
+def test_parameters_never_leave_without_the_optimizer(offload: Offload, optimizer: bool, parameters: bool) -> None:
+    assert (offload.optimizer, offload.parameters) == (optimizer, parameters)
+
+
+@pytest.mark.parametrize("name", ["reduce_bucket", "max_live_parameters", "sub_group"])
+def test_an_empty_bucket_is_refused_by_name(name: str) -> None:
+    with pytest.raises(SpecError, match=f"{name} must be at least 1 element, got 0"):
+        ZeroSettings(**{name: 0})
+
+
+# deepspeed 0.19.8, runtime/zero/config.py: overlap_comm is on from stage 3 where nobody says.
+@pytest.mark.parametrize("strategy", list(Strategy))
+def test_zero_settings_are_deepspeed_s_own(strategy: Strategy) -> None:
+    usual, smaller = zero_settings(strategy), zero_settings(strategy, 10**6)
+
+    assert usual.reduce_bucket == 500_000_000
+    assert smaller.reduce_bucket == 10**6
+    assert usual.overlap_communication == smaller.overlap_communication == (strategy is Strategy.ZERO3)
