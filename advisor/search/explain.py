@@ -12,7 +12,7 @@ from advisor.cost.estimate import judge, shortages
 from advisor.cost.memory import footprint, memory
 from advisor.cost.results import Estimate
 from advisor.search.results import Rejected
-from advisor.search.sheet import price_sheet, shortfall
+from advisor.search.sheet import shortfall
 from advisor.search.space import VARIANTS, Barred, bar
 from advisor.specs.hardware import Cluster
 from advisor.specs.plan import Checkpointing, Count, Offload, Plan, Strategy, zero_settings
@@ -150,7 +150,8 @@ def _leanest(question: Question, strategy: Strategy, offload: Offload, gpus: Cou
 
 
 def _short_by(question: Question, plan: Plan) -> float:
-    return float(price_sheet(question, plan).short_by_bytes.min())
+    found = footprint(build(question.model, question.job, plan), plan, question.cluster, question.calibration)
+    return float(np.max(shortfall(found, question.cluster, question.margin_share)))
 
 
 def headline(question: Question, plans: Sequence[Estimate], rejected: Sequence[Rejected]) -> tuple[str, int | None]:

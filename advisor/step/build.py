@@ -45,14 +45,15 @@ def build(model: ModelSpec, job: Job, plan: Plan) -> StepProgram:
     steps = np.asarray(plan.accumulation_steps)
     # Gradients start empty in the first micro-step of several, or in the only one.
     several = (steps > 1).astype(np.int64)
-    micro_steps = then(
-        repeat(walk.micro_step(MicroStep(first=1, last=False)), several),
-        repeat(walk.micro_step(MicroStep(first=0, last=False)), np.maximum(steps - 2, 0)),
-        walk.micro_step(MicroStep(first=1 - several, last=True)),
-    )
+    micro_steps: list[Node] = [walk.micro_step(MicroStep(first=1 - several, last=True))]
+    if np.any(steps > 2):
+        middle = walk.micro_step(MicroStep(first=0, last=False))
+        micro_steps.insert(0, repeat(middle, np.maximum(steps - 2, 0)))
+    if np.any(several):
+        micro_steps.insert(0, repeat(walk.micro_step(MicroStep(first=1, last=False)), several))
     return StepProgram(
         init=phase("init", *scheme.states()),
-        step=then(micro_steps, phase("step", *scheme.update())),
+        step=then(*micro_steps, phase("step", *scheme.update())),
         host=then(*scheme.host()),
         host_once=then(*scheme.host_once()),
     )
@@ -100,7 +101,7 @@ class _Walk:
         return phase("forward", *steps)
 
     def _loss(self) -> Sequence:
-        kept = sum(self._record(layer).kept_copy_bytes for layer in self.model.layers)
+        kept = sum(run.repeats * self._record(layer).kept_copy_bytes for run in self.model.runs for layer in run.layers)
         return phase(
             "loss",
             *lay(record_head(self.model, self.mode).loss, self.batch),
