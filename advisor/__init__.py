@@ -8,13 +8,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from advisor.version import __version__
+
 if TYPE_CHECKING:
     from advisor.cost.estimate import estimate
     from advisor.launch.files import launch_files
     from advisor.search.recommend import recommend
 
 __all__ = ["__version__", "estimate", "launch_files", "recommend"]
-__version__ = "0.1.0"
 
 _HOMES = {
     "estimate": "advisor.cost.estimate",

@@ -11,6 +11,7 @@ from importlib import import_module
 import click
 
 from advisor.errors import AdvisorError
+from advisor.version import __version__
 
 COMMANDS = {
     "recommend": "Find the fastest plan that fits, and say why not the others.",
@@ -105,18 +106,6 @@ class Cli(click.Group):
             raise Failure("interrupted", 130) from error
 
 
-def _print_version(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> None:
-    if not wanted or ctx.resilient_parsing:
-        return
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        click.echo(f"advisor {version('advisor')}")
-    except PackageNotFoundError:
-        raise Failure("advisor is not installed, so it has no version; pip install it", 1) from None
-    ctx.exit()
-
-
 @click.group(
     cls=Cli,
     context_settings={
@@ -125,14 +114,7 @@ def _print_version(ctx: click.Context, parameter: click.Parameter, wanted: bool)
         "max_content_width": 100,
     },
 )
-@click.option(
-    "--version",
-    is_flag=True,
-    expose_value=False,
-    is_eager=True,
-    callback=_print_version,
-    help="Show the version and exit.",
-)
+@click.version_option(__version__, message="advisor %(version)s")
 def cli() -> None:
     """Says whether training a language model fits, what is fastest, and what to type."""
 

@@ -27,6 +27,7 @@ from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
 from advisor.specs.plan import Plan
 from advisor.specs.question import Input
+from advisor.version import __version__
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -123,7 +124,7 @@ def _comments(
     machines = f" in {cluster.nodes} machines" if cluster.nodes > 1 else ""
     lines = [
         f"{model.name}, {plan.strategy.title} on {cluster.gpus} x {cluster.gpu.name}{machines}. "
-        f"Written by advisor {_version()}.",
+        f"Written by advisor {__version__}.",
         f"Batch: {plan.gpus} GPUs x micro-batch {plan.micro_batch} x {plan.accumulation_steps} accumulation steps = "
         f"{plan.global_batch} sequences of {job.sequence_length} tokens per optimizer step.",
         f"Precision {job.precision} over {job.parameter_format} weights, {job.optimizer}, "
@@ -141,15 +142,6 @@ def _comments(
 def _one_line(text: str) -> str:
     """*text* with whatever could end a comment, line breaks of any alphabet included, as escapes."""
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("advisor")
-    except PackageNotFoundError:
-        return "(version unknown)"
 
 
 def write(launch: Launch, folder: str | os.PathLike[str], force: bool = False) -> tuple[Path, ...]:

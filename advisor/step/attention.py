@@ -174,7 +174,7 @@ def attend(
     query, key, value = (cast(tape, each, tape.compute_bytes) for each in (query, key, value))
     bias = _position_bias(tape, spec, weights) if spec.additive_bias and not spec.eager_only else None
     if kernel == "eager" or spec.eager_only or spec.broadcast_heads:
-        return _eager(tape, query, key, value, spec, weights)
+        return _eager(tape, query, key, value, spec, weights, bias)
     return _fused(tape, query, key, value, spec, bias)
 
 
@@ -237,7 +237,15 @@ def _fused(tape: Tape, query: Tensor, key: Tensor, value: Tensor, spec: Attentio
     return tape.attach(output, [query, key, value, bias], backward)
 
 
-def _eager(tape: Tape, query: Tensor, key: Tensor, value: Tensor, spec: Attention, weights: Weights) -> Tensor:
+def _eager(
+    tape: Tape,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spec: Attention,
+    weights: Weights,
+    bias: Tensor | None,
+) -> Tensor:
     """The scores matrix, masked, softmaxed in fp32 and multiplied with the values.
 
     torch's own fallback, for heads that are broadcast, first casts its inputs to fp32.
@@ -252,10 +260,9 @@ def _eager(tape: Tape, query: Tensor, key: Tensor, value: Tensor, spec: Attentio
         scores = multiply_constant(tape, scores)
         scores = unary(tape, scores, saves="output")
         scores = multiply_constant(tape, scores)
-    scores = add_constant(tape, scores)
+    scores = _add_bias(tape, scores, bias) if bias else add_constant(tape, scores)
     if spec.sinks:
-        weights.take(spec.heads)
-        scores = add_constant(tape, scores)
+        scores = _with_sinks(tape, scores, weights.take(spec.heads))
         # Without the sink's column the probabilities are a strided view, which the product copies.
         probabilities = copy(tape, unary(tape, scores, saves="output"))
     else:
@@ -264,6 +271,31 @@ def _eager(tape: Tape, query: Tensor, key: Tensor, value: Tensor, spec: Attentio
     probabilities = dropout(tape, probabilities, spec.dropout)
     output = matrix_product(tape, probabilities, value, spec, scores=False)
     return copy(tape, output)
+
+
+def _add_bias(tape: Tape, scores: Tensor, bias: Tensor) -> Tensor:
+    """Scores plus a position bias that the whole micro-batch shares."""
+    output = tape.like(scores)
+    tape.work(scores, bias, output)
+    numel, element_bytes = bias.numel, bias.element_bytes
+
+    def backward(tape: Tape, gradient: Tensor) -> Gradients:
+        summed = tape.new(numel, element_bytes, scales=False)
+        tape.work(gradient, summed)
+        return gradient, summed
+
+    return tape.attach(output, [scores, bias], backward, saves="nothing")
+
+
+def _with_sinks(tape: Tape, scores: Tensor, sinks: Weight) -> Tensor:
+    """Scores with one learned column per head, less the largest of each row."""
+    output = tape.like(scores)
+    tape.work(scores, output, kernels=2)
+
+    def backward(tape: Tape, gradient: Tensor) -> Gradients:
+        return gradient, weight_gradient(tape, sinks.parameter, sinks.element_bytes)
+
+    return tape.attach(output, [scores, sinks], backward, saves="nothing")
 
 
 def _in_fp32(tape: Tape, query: Tensor, key: Tensor, value: Tensor, spec: Attention) -> Tensor:

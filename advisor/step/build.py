@@ -157,6 +157,7 @@ class _Walk:
     ) -> list[Node]:
         """Lay *events*, handing gradients to the scheme. A tied matrix's is handed over once both are summed."""
         nodes: list[Node] = []
+        opened = False
         tied = self.model.embedding[0] if self.model.tied_embeddings else None
         for stretch, event in self._stretches(events):
             nodes.append(stretch)
@@ -166,9 +167,9 @@ class _Walk:
             if opens and parameter == tied:
                 nodes.append(hold("tied output gradient", "gradients", event.size_bytes))
                 continue
-            if opens:
+            if opens and not opened:
                 nodes += self.scheme.first_gradient(micro)
-                opens = False
+                opened = True
             if closes and parameter == tied:
                 nodes.append(release("tied output gradient", "gradients", event.size_bytes))
             nodes += self.scheme.gradient(parameter, event.size_bytes, micro)

@@ -73,8 +73,7 @@ def _route(tape: Tape, hidden: Tensor, spec: Experts, weights: Weights, hidden_s
     """Scores of every expert, then the chosen ones' weights and their int64 indices."""
     matrix, bias = weights.take(spec.count, hidden_size), weights.bias(spec.count, spec.bias)
     if spec.router_in_fp32:
-        hidden = cast(tape, hidden, 4)
-        logits = grouped_product(tape, hidden, Weight(matrix.parameter, 4), None, hidden_size, spec.count)
+        logits = _product_in_fp32(tape, cast(tape, hidden, 4), matrix)
     else:
         logits = linear(tape, hidden, matrix, bias)
     tokens = logits.numel // spec.count
@@ -82,6 +81,28 @@ def _route(tape: Tape, hidden: Tensor, spec: Experts, weights: Weights, hidden_s
         return unary(tape, _top(tape, logits, tokens * spec.active), saves="output")
     scores = unary(tape, logits, saves="output", element_bytes=4)
     return cast(tape, _top(tape, scores, tokens * spec.active), tape.compute_bytes)
+
+
+def _product_in_fp32(tape: Tape, x: Tensor, weight: Weight) -> Tensor:
+    """A product with a weight that is cast to fp32 for it; its gradient is cast back."""
+    outside, inside = weight.shape
+    rows = x.numel // inside
+    wide = tape.new(weight.parameter.numel, 4, scales=False)
+    output = tape.new(rows * outside, 4)
+    tape.work(x, output, wide, matmuls=(Product(Matmul(rows, outside, inside), "m"),), kernels=2)
+
+    def backward(tape: Tape, gradient: Tensor) -> Gradients:
+        for_x = tape.new(rows * inside, 4)
+        tape.work(gradient, for_x, wide, matmuls=(Product(Matmul(rows, inside, outside), "m"),))
+        full = tape.new(weight.parameter.numel, 4, scales=False)
+        tape.work(gradient, x, full, matmuls=(Product(Matmul(outside, inside, rows), "k"),))
+        if weight.element_bytes == 4:
+            return for_x, full
+        narrow = weight_gradient(tape, weight.parameter, weight.element_bytes)
+        tape.work(full, narrow)
+        return for_x, narrow
+
+    return tape.attach(output, [x, weight], backward)
 
 
 def _every_expert(tape: Tape, hidden: Tensor, spec: Experts, weights: Weights, hidden_size: int) -> Tensor:

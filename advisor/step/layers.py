@@ -103,7 +103,7 @@ def _lookup(tape: Tape, weight: Weight) -> Tensor:
 
     def backward(tape: Tape, gradient: Tensor) -> Gradients:
         dense = tape.new(
-            weight.parameter.numel, weight.element_bytes, scales=False, category="gradients", label="weights"
+            weight.parameter.numel, weight.element_bytes, scales=False, category="gradients", label="weight gradient"
         )
         tape.work(gradient, dense, kernels=2)
         return (dense,)

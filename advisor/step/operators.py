@@ -126,7 +126,7 @@ def multiply_weight(tape: Tape, x: Tensor, weight: Weight, element_bytes: int) -
 
 
 def weight_gradient(tape: Tape, parameter: Parameter, element_bytes: int) -> Tensor:
-    return tape.new(parameter.numel, element_bytes, scales=False, category="gradients", label="weights")
+    return tape.new(parameter.numel, element_bytes, scales=False, category="gradients", label="weight gradient")
 
 
 def unary(tape: Tape, x: Tensor, *, saves: str, temporaries: int = 0, element_bytes: int | None = None) -> Tensor:

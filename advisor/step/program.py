@@ -239,19 +239,22 @@ Ledger = dict[tuple[Category, str], int]
 def peak_of(node: Node) -> Peak:
     """The first moment at which *node*, for a single plan, holds most, with the ledger of that moment."""
     held: Ledger = {}
+    known: Memo = {}
     name, before = "", 0
     while not isinstance(node, Block):
         if isinstance(node, Sequence):
             name = node.phase or name
-            node, passed, times = _step_with_peak(node)
+            node, passed, times = _step_with_peak(node, known)
         elif not int(node.times):
-            node, passed, times = NOTHING, NOTHING, 0
+            node, passed, times = NOTHING, (), 0
         else:
-            grows = fold(node.body).net_bytes > 0
+            grows = fold(node.body, known).net_bytes > 0
             times = int(node.times) - 1 if grows else 0
-            node = passed = node.body
-        before += times * int(fold(passed).net_bytes)
-        _add_nets(held, passed, times)
+            passed = (node.body,)
+            node = node.body
+        before += times * sum(int(fold(each, known).net_bytes) for each in passed)
+        for each in passed:
+            _add_nets(held, each, times)
     kept = max(int(node.net_bytes), 0)
     for category, size in ((node.category, kept), (node.excess_category, int(node.peak_bytes) - kept)):
         held[category, node.label] = held.get((category, node.label), 0) + size
@@ -266,17 +269,17 @@ def held_after(node: Node) -> tuple[Line, ...]:
     return tuple(Line(*key, size) for key, size in held.items() if size)
 
 
-def _step_with_peak(sequence: Sequence) -> tuple[Node, Node, int]:
+def _step_with_peak(sequence: Sequence, known: Memo) -> tuple[Node, tuple[Node, ...], int]:
     """The step of *sequence* that holds the peak, and the steps passed on the way to it."""
     if not sequence.steps:
-        return NOTHING, sequence, 0
+        return NOTHING, (), 0
     before, best, chosen = 0, -1, 0
     for index, step in enumerate(sequence.steps):
-        extent = fold(step)
+        extent = fold(step, known)
         if before + int(extent.peak_bytes) > best:
             best, chosen = before + int(extent.peak_bytes), index
         before += int(extent.net_bytes)
-    return sequence.steps[chosen], Sequence(sequence.steps[:chosen]), 1
+    return sequence.steps[chosen], sequence.steps[:chosen], 1
 
 
 def _add_nets(held: Ledger, node: Node, times: int) -> None:

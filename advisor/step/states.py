@@ -7,6 +7,7 @@ DeepSpeed's stages 1 and 2 cut one flat buffer, stage 3 each tensor, FSDP the fi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -49,11 +50,13 @@ def row_shards(parameters: Sequence[Parameter], ranks: Count) -> Amount:
 
 def _summed_ceilings(pieces: list[tuple[int, int]], ranks: Count) -> Amount:
     """Sum of ceil(count / ranks) · size over *pieces* of (count, size)."""
+    counted = Counter(pieces)
     if isinstance(ranks, int):
-        return sum(-(-count // ranks) * size for count, size in pieces)
-    table = np.array(pieces, dtype=np.int64).reshape(-1, 2)
-    rows = -(-table[:, 0, None] // np.asarray(ranks).reshape(1, -1)) * table[:, 1, None]
-    total: Amount = rows.sum(axis=0).reshape(np.shape(ranks))
+        return sum(-(-count // ranks) * size * times for (count, size), times in counted.items())
+    distinct, where = np.unique(ranks, return_inverse=True)
+    table = np.array([(count, size * times) for (count, size), times in counted.items()], dtype=np.int64)
+    rows = -(-table[:, 0, None] // distinct[None, :]) * table[:, 1, None]
+    total: Amount = rows.sum(axis=0)[where.reshape(np.shape(ranks))]
     return total
 
 
@@ -78,9 +81,9 @@ def owned_gradients(model: ModelSpec, ranks: Count) -> Owned:
     sizes = tuple(parameter.numel for parameter in model.parameters())
     if isinstance(ranks, int):
         return Owned(*_owned(sizes, ranks))
-    shape = np.shape(ranks)
-    found = np.array([_owned(sizes, int(each)) for each in np.asarray(ranks).reshape(-1)], dtype=np.int64)
-    return Owned(*(found[:, column].reshape(shape) for column in range(3)))
+    distinct, where = np.unique(ranks, return_inverse=True)
+    found = np.array([_owned(sizes, int(each)) for each in distinct], dtype=np.int64)
+    return Owned(*(found[where.reshape(np.shape(ranks)), column] for column in range(3)))
 
 
 @lru_cache(maxsize=512)

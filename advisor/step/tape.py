@@ -229,7 +229,7 @@ class Tape:
                     if not uses[edge]:
                         size_bytes, parameter = buffers.pop(edge).size_bytes, edge.parameter
                         self.events.append(
-                            Event("gradient", "weights", "gradients", size_bytes, False, parameter=parameter)
+                            Event("gradient", "weight gradient", "gradients", size_bytes, False, parameter=parameter)
                         )
                     continue
                 waiting[edge] -= 1

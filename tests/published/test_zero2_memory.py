@@ -30,8 +30,9 @@ def predicted() -> tuple[Memory, int]:
 def test_the_run_reserved_what_is_predicted_and_less_than_its_weights_more() -> None:
     """The launch files switch on expandable segments, which the prediction is for; the run kept the plain allocator.
 
-    There the segments of the loaded weights stay reserved when DeepSpeed has copied them into its flat buffer, and
-    activations of other sizes fill them only in part: up to 2 bytes per parameter on top.
+    There the segments of the loaded weights can stay reserved once DeepSpeed has copied them into its flat buffer, as
+    activations of other sizes fill them only in part: at most 2 bytes per parameter on top. The source gives one number
+    and no breakdown, so this bounds the difference of 10 GiB and does not explain it.
     """
     memory, weights_bytes = predicted()
     published_bytes = PUBLISHED_GIB * GIB

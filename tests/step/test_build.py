@@ -1,0 +1,397 @@
+"""Whole steps: balanced for every model and strategy, alike one by one and at once, and ordered as they must be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from advisor.errors import SpecError
+from advisor.specs.job import Job, Optimizer
+from advisor.specs.model import ModelSpec, Parameter
+from advisor.specs.plan import Checkpointing, Count, Offload, Plan, Strategy, ZeroSettings, zero_settings
+from advisor.step.build import StepProgram, build
+from advisor.step.program import Line, fold, held_after, peak_of, phase_peaks
+from step.catalog_models import PROFILES, model_of
+
+VARIANTS = [
+    (strategy, offload)
+    for strategy in Strategy
+    for offload in Offload
+    if offload is Offload.NONE
+    or strategy is Strategy.ZERO3
+    or (strategy is Strategy.ZERO2 and offload is Offload.OPTIMIZER)
+]
+SHARDED = [variant for variant in VARIANTS if variant[0] is not Strategy.DDP]
+JOB = Job(sequence_length=512)
+SHORT = Job(sequence_length=128)
+QWEN = model_of("Qwen__Qwen2.5-1.5B")
+TELLING = ["Qwen__Qwen2.5-1.5B", "meta-llama__Llama-3.1-8B", "mistralai__Mixtral-8x7B-v0.1", "openai-community__gpt2"]
+"""Tied and untied, dense and sparse, with and without biases."""
+
+variants = st.sampled_from(VARIANTS)
+checkpointings = st.sampled_from(list(Checkpointing))
+
+
+def plan_of(
+    variant: tuple[Strategy, Offload],
+    gpus: Count = 8,
+    micro_batch: Count = 1,
+    accumulation_steps: Count = 1,
+    checkpointing: Checkpointing = Checkpointing.NONE,
+) -> Plan:
+    return Plan(
+        strategy=variant[0],
+        gpus=gpus,
+        micro_batch=micro_batch,
+        accumulation_steps=accumulation_steps,
+        checkpointing=checkpointing,
+        offload=variant[1],
+        zero=zero_settings(variant[0]),
+    )
+
+
+def peak_bytes(model: ModelSpec, job: Job, plan: Plan) -> Any:
+    return np.asarray(fold(build(model, job, plan).device).peak_bytes)
+
+
+def state_bytes(model: ModelSpec, job: Job, plan: Plan) -> Any:
+    return np.asarray(fold(build(model, job, plan).init).net_bytes)
+
+
+def every_plan() -> Iterator[Plan]:
+    for variant in VARIANTS:
+        for checkpointing in Checkpointing:
+            yield plan_of(variant, 8, 2, 3, checkpointing)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_step_gives_back_what_it_takes(profile: str) -> None:
+    gpus, steps = np.array([1, 2, 8, 8, 8]), np.array([1, 1, 1, 2, 4])
+    for variant in VARIANTS:
+        for checkpointing in Checkpointing:
+            plan = plan_of(variant, gpus, 2, steps, checkpointing)
+
+            assert not np.any(fold(build(model_of(profile), JOB, plan).step).net_bytes), plan.title
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_ledger_is_whole_and_without_debts(profile: str) -> None:
+    """At the peak, and between steps, where each name stands for what it stood for before the step."""
+    for plan in every_plan():
+        program = build(model_of(profile), JOB, plan)
+        peak = peak_of(program.device)
+
+        assert peak.size_bytes == fold(program.device).peak_bytes, plan.title
+        assert sum(line.size_bytes for line in peak.ledger) == peak.size_bytes
+        assert [line for line in peak.ledger if line.size_bytes < 0] == [], plan.title
+        assert sorted(held_after(program.device)) == sorted(held_after(program.init)), plan.title
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_step_has_its_phases_in_order(variant: tuple[Strategy, Offload]) -> None:
+    for steps in (1, 2, 5):
+        phases = phase_peaks(build(QWEN, JOB, plan_of(variant, 8, 2, steps)).device)
+
+        assert list(phases) == ["init", "forward", "loss", "backward", "step"]
+        assert max(peak for peak, _ in phases.values()) == peak_bytes(QWEN, JOB, plan_of(variant, 8, 2, steps))
+
+
+@st.composite
+def counts_side_by_side(draw: st.DrawFn) -> list[tuple[int, int, int]]:
+    count = st.integers(1, 12)
+    return draw(st.lists(st.tuples(st.integers(1, 70), count, count), min_size=1, max_size=5))
+
+
+def readings(program: StepProgram) -> dict[str, Any]:
+    parts = ("init", "step", "device", "host", "host_once")
+    extents = {part: fold(getattr(program, part)) for part in parts}
+    return {f"{part} {name}": value for part in parts for name, value in extents[part]._asdict().items()}
+
+
+@given(
+    counts_side_by_side(),
+    variants,
+    checkpointings,
+    st.sampled_from(get_args(Optimizer)),
+    st.sampled_from([*TELLING, "google-t5__t5-small"]),
+)
+def test_many_plans_at_once_are_each_alone(
+    counts: list[tuple[int, int, int]],
+    variant: tuple[Strategy, Offload],
+    checkpointing: Checkpointing,
+    optimizer: Any,
+    profile: str,
+) -> None:
+    gpus, batches, steps = (np.array(column) for column in zip(*counts, strict=True))
+    job = replace(SHORT, optimizer=optimizer)
+    together = plan_of(variant, gpus, batches, steps, checkpointing)
+    many = readings(build(model_of(profile), job, together))
+
+    for index in range(len(counts)):
+        alone = readings(build(model_of(profile), job, together.at(index)))
+        picked = {name: np.broadcast_to(value, len(counts))[index] for name, value in many.items()}
+        assert picked == alone
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_more_ranks_never_need_more_each_but_for_the_flat_buffer_s_padding(profile: str) -> None:
+    gpus = 2 ** np.arange(11)
+    for variant in SHARDED:
+        # Stages 1 and 2 pad one flat buffer to twice the ranks.
+        padding = 2 * gpus * JOB.compute_bytes if variant[0] in (Strategy.ZERO1, Strategy.ZERO2) else 0 * gpus
+        for checkpointing in Checkpointing:
+            program = build(model_of(profile), JOB, plan_of(variant, gpus, 1, 2, checkpointing))
+            for held in (fold(program.device).peak_bytes, fold(program.init).net_bytes):
+                assert (np.diff(held) <= padding[1:]).all(), (variant, checkpointing)
+
+
+@given(variants, checkpointings, st.sampled_from(TELLING), st.lists(st.integers(1, 64), min_size=2), st.integers(1, 4))
+def test_a_larger_micro_batch_never_needs_less(
+    variant: tuple[Strategy, Offload],
+    checkpointing: Checkpointing,
+    profile: str,
+    batches: list[int],
+    steps: int,
+) -> None:
+    plan = plan_of(variant, 8, np.array(sorted(batches)), steps, checkpointing)
+
+    assert (np.diff(peak_bytes(model_of(profile), SHORT, plan)) >= 0).all()
+
+
+@given(variants, checkpointings, st.sampled_from(TELLING), st.integers(1, 2048), st.integers(1, 2048))
+def test_a_longer_sequence_never_needs_less(
+    variant: tuple[Strategy, Offload], checkpointing: Checkpointing, profile: str, one: int, other: int
+) -> None:
+    plan = plan_of(variant, checkpointing=checkpointing)
+    short, long = (
+        peak_bytes(model_of(profile), replace(JOB, sequence_length=length), plan) for length in sorted((one, other))
+    )
+
+    assert short <= long
+
+
+@given(variants, checkpointings, st.sampled_from(TELLING), st.integers(1, 6), st.integers(1, 6))
+def test_accumulating_never_needs_less(
+    variant: tuple[Strategy, Offload], checkpointing: Checkpointing, profile: str, one: int, other: int
+) -> None:
+    plan = plan_of(variant, 8, 2, np.array(sorted((one, other))), checkpointing)
+    fewer, more = np.broadcast_to(peak_bytes(model_of(profile), SHORT, plan), 2)
+
+    assert fewer <= more
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_recomputing_never_leaves_more_behind_forward(profile: str) -> None:
+    batches = np.array([1, 2, 8])
+    for variant in VARIANTS:
+        kept, recomputed = (
+            np.asarray(
+                phase_peaks(build(model_of(profile), JOB, plan_of(variant, 8, batches, 1, each)).device)["loss"][1]
+            )
+            for each in (Checkpointing.NONE, Checkpointing.FULL)
+        )
+
+        assert (recomputed < kept).all(), variant
+
+
+def states_by_category(model: ModelSpec, job: Job, plan: Plan) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for line in held_after(build(model, job, plan).init):
+        found[line.category] = found.get(line.category, 0) + line.size_bytes
+    return found
+
+
+# Rajbhandari et al., arXiv:1910.02054, figure 1: what is cut, each stage cuts too. Stage 3's bucket, which DeepSpeed
+# keeps between steps and the other stages do not, is left out; DDP keeps buckets of its own.
+@pytest.mark.parametrize("gpus", [2, 3, 8, 64])
+@pytest.mark.parametrize("profile", PROFILES)
+def test_each_stage_holds_no_more_than_the_one_before(profile: str, gpus: int) -> None:
+    held: dict[Strategy, int] = {}
+    for strategy in (Strategy.DDP, Strategy.ZERO1, Strategy.ZERO2, Strategy.ZERO3):
+        lines = states_by_category(model_of(profile), JOB, plan_of((strategy, Offload.NONE), gpus))
+        held[strategy] = sum(lines.values()) - (lines["buffers"] if strategy is Strategy.ZERO3 else 0)
+    # At stage 3 every tensor is padded for itself, and small ones are kept whole beside their share.
+    extra = 16 * sum(1 for _ in model_of(profile).parameters()) + 2 * small_elements(model_of(profile))
+
+    # Stage 3 keeps the gradients' share between steps: 16Ψ/N against 2Ψ + 12Ψ/N, which on two ranks is the same.
+    assert held[Strategy.ZERO3] <= held[Strategy.ZERO2] + extra
+    assert held[Strategy.ZERO2] <= held[Strategy.ZERO1] <= held[Strategy.DDP]
+
+
+def small_elements(model: ModelSpec) -> int:
+    threshold = ZeroSettings().persistence_threshold
+    return sum(each.numel for each in model.parameters() if each.numel <= threshold)
+
+
+def padded(count: int, to: int) -> int:
+    return -(-count // to) * to
+
+
+BUCKET_BYTES = 2 * 500_000_000
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 3, 7, 8, 64])
+@pytest.mark.parametrize("profile", TELLING)
+class TestStatesBetweenSteps:
+    """The 2 + 2 + 12 rule, to the byte, with each framework's padding."""
+
+    def test_zero_1_and_2_keep_weights_whole_and_cut_the_rest(self, profile: str, gpus: int) -> None:
+        model = model_of(profile)
+        flat = padded(model.parameter_count, 2 * gpus)
+        for strategy in (Strategy.ZERO1, Strategy.ZERO2):
+            held = states_by_category(model, JOB, plan_of((strategy, Offload.NONE), gpus))
+
+            assert held == {"parameters": 2 * flat, "optimizer": 12 * flat // gpus}
+
+    def test_zero_3_cuts_all_of_it_and_keeps_a_bucket_and_small_weights(self, profile: str, gpus: int) -> None:
+        model = model_of(profile)
+        shard = sum(padded(each.numel, gpus) // gpus for each in model.parameters())
+        held = states_by_category(model, JOB, plan_of((Strategy.ZERO3, Offload.NONE), gpus))
+
+        assert held == {
+            "parameters": 2 * (shard + small_elements(model)),
+            "gradients": 2 * shard,
+            "optimizer": 12 * shard,
+            "buffers": BUCKET_BYTES,
+        }
+
+    def test_fsdp_cuts_fp32_weights_and_moments_by_rows(self, profile: str, gpus: int) -> None:
+        model = model_of(profile)
+        shard = sum(padded(each.shape[0], gpus) // gpus * (each.numel // each.shape[0]) for each in model.parameters())
+        for strategy in (Strategy.FSDP, Strategy.FSDP_GRAD_OP):
+            held = states_by_category(model, JOB, plan_of((strategy, Offload.NONE), gpus))
+
+            assert held == {"parameters": 4 * shard, "optimizer": 8 * shard}
+
+    def test_ddp_keeps_fp32_weights_moments_and_its_buckets(self, profile: str, gpus: int) -> None:
+        count = model_of(profile).parameter_count
+        held = states_by_category(model_of(profile), JOB, plan_of((Strategy.DDP, Offload.NONE), gpus))
+
+        assert held.pop("buffers", 0) == (4 * count if gpus > 1 else 0)
+        assert held == {"parameters": 4 * count, "optimizer": 8 * count}
+
+    def test_an_optimizer_on_the_host_leaves_the_weights(self, profile: str, gpus: int) -> None:
+        model = model_of(profile)
+        flat = padded(model.parameter_count, 2 * gpus)
+        held = states_by_category(model, JOB, plan_of((Strategy.ZERO2, Offload.OPTIMIZER), gpus))
+
+        assert held == {"parameters": 2 * flat, "buffers": 2 * model.largest_parameter.numel}
+
+    def test_parameters_on_the_host_leave_a_bucket_and_small_weights(self, profile: str, gpus: int) -> None:
+        model = model_of(profile)
+        held = states_by_category(model, JOB, plan_of((Strategy.ZERO3, Offload.OPTIMIZER_AND_PARAMETERS), gpus))
+
+        assert held == {"parameters": 2 * small_elements(model), "buffers": BUCKET_BYTES}
+
+
+# Weights, gradients and optimizer states in bf16: 2 + 2 + 4, and 2 more for DeepSpeed's own copy of the weights.
+@pytest.mark.parametrize(
+    ("strategy", "bytes_per_parameter"), [(Strategy.DDP, 8), (Strategy.FSDP, 6 / 8), (Strategy.ZERO2, 2 + 6 / 8)]
+)
+def test_in_pure_bf16_states_are_narrow(strategy: Strategy, bytes_per_parameter: float) -> None:
+    job = replace(JOB, parameter_format="bf16")
+
+    held = state_bytes(QWEN, job, plan_of((strategy, Offload.NONE)))
+
+    assert held / QWEN.parameter_count == pytest.approx(bytes_per_parameter, rel=1e-5)
+
+
+def test_in_fp32_there_is_no_second_copy_of_the_weights() -> None:
+    held = state_bytes(QWEN, replace(JOB, precision="fp32"), plan_of((Strategy.ZERO1, Offload.NONE)))
+
+    assert held / QWEN.parameter_count == pytest.approx(4 + 8 / 8, rel=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fp16_takes_what_bf16_takes(variant: tuple[Strategy, Offload]) -> None:
+    bf16, fp16 = (peak_bytes(QWEN, replace(JOB, precision=each), plan_of(variant)) for each in ("bf16", "fp16"))
+
+    assert bf16 == fp16
+
+
+# 4 + 4 bytes pinned and rounded up, 8 for the moments, 2 pinned for staging: 18 bytes per parameter of the share.
+@pytest.mark.parametrize("strategy", [Strategy.ZERO2, Strategy.ZERO3])
+def test_the_host_holds_at_least_18_bytes_of_the_share(strategy: Strategy) -> None:
+    gpus = np.array([1, 2, 8, 64])
+    program = build(QWEN, JOB, plan_of((strategy, Offload.OPTIMIZER), gpus))
+    share = QWEN.parameter_count / gpus
+    largest = 4 * QWEN.largest_parameter.numel if strategy is Strategy.ZERO2 else 0
+
+    held = np.asarray(fold(program.host).peak_bytes) - largest
+
+    assert (18 * share <= held).all()
+    assert (held <= (2 * 10 + 8) * share * 1.001).all()
+
+
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if not variant[1].optimizer])
+def test_without_offload_nothing_stays_on_the_host(variant: tuple[Strategy, Offload]) -> None:
+    program = build(QWEN, JOB, plan_of(variant))
+
+    assert fold(program.host).net_bytes == fold(program.host_once).net_bytes == 0
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_offloading_more_never_needs_more_of_the_device(profile: str) -> None:
+    model = model_of(profile)
+    kept, optimizer, both = (
+        peak_bytes(model, JOB, plan_of((Strategy.ZERO3, offload), np.array([1, 8, 64]), 2)) for offload in Offload
+    )
+
+    assert (both <= optimizer).all()
+    assert (optimizer <= kept).all()
+
+
+def test_no_gradient_is_left_out_of_the_peak_of_ddp() -> None:
+    """Whole gradients are there when the optimizer steps, whatever the activations were before."""
+    plan = plan_of((Strategy.DDP, Offload.NONE), 1)
+    phases = phase_peaks(build(QWEN, Job(sequence_length=1), plan).device)
+
+    # Adam updates in place: 4 bytes of gradients beside 12 of states.
+    assert phases["step"][0] == 16 * QWEN.parameter_count
+    assert phases["step"][1] == phases["init"][1] == 12 * QWEN.parameter_count
+
+
+@pytest.mark.parametrize(("optimizer", "bytes_beside"), [("adamw-fused", 0), ("adamw-foreach", 4)])
+def test_the_optimizer_s_own_tensors_are_at_the_peak_of_the_step(optimizer: Any, bytes_beside: int) -> None:
+    job = Job(sequence_length=1, optimizer=optimizer)
+    phases = phase_peaks(build(QWEN, job, plan_of((Strategy.DDP, Offload.NONE), 1)).device)
+
+    assert phases["step"][0] == (16 + bytes_beside) * QWEN.parameter_count
+
+
+def test_fsdp_that_keeps_weights_gathered_holds_them_all_at_the_turn() -> None:
+    """From the end of forward to backward: 2 bytes per parameter of the layers more than a full shard."""
+    ends = {
+        strategy: phase_peaks(build(QWEN, JOB, plan_of((strategy, Offload.NONE))).device)["loss"][1]
+        for strategy in (Strategy.FSDP, Strategy.FSDP_GRAD_OP)
+    }
+    in_layers = sum(layer.parameter_count for layer in QWEN.layers)
+
+    assert ends[Strategy.FSDP_GRAD_OP] - ends[Strategy.FSDP] == 2 * in_layers
+
+
+def test_a_decoder_that_starts_within_a_run_is_refused() -> None:
+    model = replace(model_of("google-t5__t5-small"), decoder_start=3)
+
+    with pytest.raises(SpecError, match="decoder_start 3 is not where a run of layers starts"):
+        build(model, SHORT, plan_of((Strategy.DDP, Offload.NONE)))
+
+
+def test_a_model_whose_code_does_not_know_a_parameter_is_refused() -> None:
+    model = replace(QWEN, head=(*QWEN.head, Parameter("stray", (3, 5))))
+
+    with pytest.raises(SpecError, match="stray"):
+        build(model, SHORT, plan_of((Strategy.DDP, Offload.NONE)))
+
+
+def test_the_largest_line_of_a_small_batch_is_the_weights_or_the_optimizer() -> None:
+    peak = peak_of(build(QWEN, Job(sequence_length=1), plan_of((Strategy.DDP, Offload.NONE), 1)).device)
+
+    largest: Line = max(peak.ledger, key=lambda line: line.size_bytes)
+    assert (largest.category, largest.size_bytes) == ("optimizer", 8 * QWEN.parameter_count)
