@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from typing import Any
 
 import click
 
@@ -69,6 +70,12 @@ class Failure(click.ClickException):
         self.exit_code = exit_code  # type: ignore[misc]
 
 
+def _in_one_line(error: click.UsageError) -> Failure:
+    """Wrong usage without click's lines about usage, but with where to read about it."""
+    asked = error.ctx.command_path if error.ctx else "advisor"
+    return Failure(f"{' '.join(error.format_message().split()).rstrip('.')}; see `{asked} --help`", error.exit_code)
+
+
 class Cli(click.Group):
     """A group that knows its commands by name, and loads one only to run it."""
 
@@ -97,9 +104,21 @@ class Cli(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        try:
+            return super().make_context(info_name, list(args), parent, **extra)
+        except click.UsageError as error:
+            if not args:  # without a word the group answers with its help
+                raise
+            raise _in_one_line(error) from error
+
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            raise _in_one_line(error) from error
         except AdvisorError as error:
             raise Failure(" ".join(str(error).split()), error.exit_code) from error
         except KeyboardInterrupt as error:

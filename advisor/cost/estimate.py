@@ -63,8 +63,10 @@ def plan_of(model: str, *, strategy: str, **words: Unpack[PlanWords]) -> tuple[Q
 
 def _accumulation(question: Question, micro_batch: int) -> int:
     """The accumulation steps that make up the global batch."""
+    if micro_batch < 1:
+        raise SpecError(f"--micro-batch must be at least 1, got {micro_batch}")
     at_once = question.cluster.gpus * micro_batch
-    if micro_batch < 1 or question.job.global_batch % at_once:
+    if question.job.global_batch % at_once:
         raise SpecError(
             f"a global batch of {question.job.global_batch} is no multiple of {question.cluster.gpus} GPUs x "
             f"micro-batch {micro_batch} = {at_once}; change --global-batch or --micro-batch, or give --grad-accum"

@@ -74,7 +74,10 @@ class Cluster:
 
     def __post_init__(self) -> None:
         if self.gpus < 1 or self.nodes < 1:
-            raise SpecError(f"a cluster needs at least one GPU and one machine, got {self.gpus} and {self.nodes}")
+            raise SpecError(
+                f"a cluster needs at least one GPU and one machine, got {self.gpus} and {self.nodes}; "
+                "give --gpus and --nodes of 1 or more"
+            )
         if self.gpus % self.nodes:
             raise SpecError(
                 f"{self.gpus} GPUs do not divide over {self.nodes} machines; "

@@ -9,6 +9,7 @@ import click
 import pytest
 
 from advisor.cli.main import COMMANDS, EXAMPLES, SYNONYMS, Cli, cli, own_word
+from advisor.version import __version__
 from cli.conftest import Api, Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -211,7 +212,23 @@ def test_the_completion_script_finds_commands_models_and_gpus() -> None:
     assert "Qwen2.5-1.5B" in completed("advisor recommend --model qwen2.5")
 
 
-def test_the_version_is_that_of_the_installed_package(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.metadata.version", lambda name: {"advisor": "1.2.3"}[name])
+def test_the_version_is_the_package_s(run: Run) -> None:
+    assert run("--version").stdout == f"advisor {__version__}\n"
 
-    assert run("--version").stdout == "advisor 1.2.3\n"
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (("estimate", "--model", "gpt2", "--strategy", "zero9"), "'zero9' is not one of"),
+        (("recommend",), "Missing option '--model'"),
+        (("recomend",), "No such command 'recomend'"),
+        (("--bogus",), "No such option '--bogus'"),
+    ],
+)
+def test_wrong_usage_is_told_in_one_line_with_where_to_read_on(run: Run, words: tuple[str, ...], what: str) -> None:
+    result = run(*words)
+
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    assert what in result.stderr
+    assert "--help`" in result.stderr

@@ -1,0 +1,207 @@
+"""One plan priced: the verdict with its arithmetic, and what the words mean."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from advisor.cost.estimate import estimate, explained, judge, plan_of, price, shortages
+from advisor.cost.results import Memory
+from advisor.errors import SpecError, UnknownNameError
+from advisor.specs.plan import Checkpointing, Offload, Strategy
+
+GIB = 2**30
+CAPACITY = 80 * GIB
+HOST_CAPACITY = 512 * GIB
+FOUR_A100 = {"gpus": 4, "gpu": "A100-80GB"}
+
+
+def held(used_bytes: int, host_bytes: int = 0) -> Memory:
+    """Memory of which only what decides is told."""
+    return Memory(
+        capacity_bytes=CAPACITY,
+        states_bytes=0,
+        peak_allocated_bytes=0,
+        peak_reserved_bytes=0,
+        device_used_bytes=used_bytes,
+        low_bytes=0,
+        high_bytes=0,
+        peak_phase="step",
+        peak_label="",
+        worst_rank=0,
+        ledger=(),
+        timeline=(),
+        host_bytes=host_bytes,
+        host_capacity_bytes=HOST_CAPACITY,
+        host_ledger=(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("used", "host", "verdict", "why"),
+    [
+        (72.0, 0, "fits", "72.0 of 80.0 GiB used per GPU, 10 % free"),
+        (76.0, 0, "fits", "76.0 of 80.0 GiB used per GPU, 5 % free"),
+        (76.5, 0, "tight", "76.5 GiB needed per GPU, 80.0 GiB there less 5 % kept free: 0.5 GiB short"),
+        (80.0, 0, "tight", "80.0 GiB needed per GPU, 80.0 GiB there less 5 % kept free: 4.0 GiB short"),
+        (100.0, 0, "no", "100.0 GiB needed per GPU, 80.0 GiB there less 5 % kept free: 24.0 GiB short"),
+        (72.0, 512, "fits", "72.0 of 80.0 GiB used per GPU, 10 % free"),
+        (72.0, 600, "no", "600.0 GiB of host memory needed per machine, 512.0 GiB there: 88.0 GiB short"),
+        (
+            78.0,
+            600,
+            "no",
+            "78.0 GiB needed per GPU, 80.0 GiB there less 5 % kept free: 2.0 GiB short; "
+            "600.0 GiB of host memory needed per machine, 512.0 GiB there: 88.0 GiB short",
+        ),
+    ],
+)
+def test_the_verdict_comes_with_its_arithmetic(used: float, host: int, verdict: str, why: str) -> None:
+    assert judge(held(int(used * GIB), host * GIB), 0.05) == (verdict, why)
+
+
+def test_a_byte_decides() -> None:
+    """A sixteenth is a share that binary fractions hold exactly."""
+    edge = CAPACITY * 15 // 16
+
+    assert [judge(held(used), 1 / 16)[0] for used in (edge, edge + 1, CAPACITY, CAPACITY + 1)] == [
+        "fits",
+        "tight",
+        "tight",
+        "no",
+    ]
+    assert [judge(held(0, used), 0)[0] for used in (HOST_CAPACITY, HOST_CAPACITY + 1)] == ["fits", "no"]
+
+
+@given(st.integers(0, 2 * CAPACITY), st.integers(0, 2 * HOST_CAPACITY), st.floats(0, 0.99))
+def test_verdict_and_shortages_agree(used: int, host: int, margin: float) -> None:
+    found = held(used, host)
+    device_short, host_short = shortages(found, margin)
+    verdict, _ = judge(found, margin)
+
+    assert (verdict == "fits") == (device_short <= 0 and host_short <= 0)
+    assert (verdict == "no") == (used > CAPACITY or host > HOST_CAPACITY)
+    assert device_short == pytest.approx(used - CAPACITY * (1 - margin), abs=1)
+    assert host_short == host - HOST_CAPACITY
+
+
+@given(st.floats(81, 300), st.integers(0, 99))
+def test_the_numbers_of_a_shortage_add_up(used: float, percent: int) -> None:
+    _, why = judge(held(int(used * GIB)), percent / 100)
+
+    needed, there, kept, short = (float(number) for number in re.findall(r"\d+(?:\.\d+)?", why))
+    assert needed - there * (1 - kept / 100) == pytest.approx(short, abs=0.11)
+
+
+@pytest.mark.parametrize(("micro_batch", "steps"), [(1, 16), (2, 8), (4, 4), (8, 2), (16, 1)])
+def test_accumulation_makes_up_the_global_batch(micro_batch: int, steps: int) -> None:
+    _, plan = plan_of("Qwen2.5-0.5B", strategy="ddp", micro_batch=micro_batch, global_batch=64, gpus=4, gpu="A100-80GB")
+
+    assert (plan.micro_batch, plan.accumulation_steps, plan.global_batch) == (micro_batch, steps, 64)
+
+
+def test_accumulation_that_is_given_stands() -> None:
+    _, plan = plan_of("Qwen2.5-0.5B", strategy="ddp", micro_batch=3, grad_accum=5, gpus=4, gpu="A100-80GB")
+
+    assert plan.global_batch == 4 * 3 * 5
+
+
+@pytest.mark.parametrize("micro_batch", [0, -2, 3, 32])
+def test_a_global_batch_that_nothing_solves_is_an_error_with_its_numbers(micro_batch: int) -> None:
+    said = f"64 is no multiple of 4 GPUs x micro-batch {micro_batch} = {4 * micro_batch}; change --global-batch or"
+
+    with pytest.raises(SpecError, match=said):
+        plan_of("Qwen2.5-0.5B", strategy="ddp", micro_batch=micro_batch, gpus=4, gpu="A100-80GB")
+
+
+def test_the_words_of_a_plan_are_taken() -> None:
+    question, plan = plan_of(
+        "Qwen2.5-0.5B",
+        strategy="zero3",
+        offload="optimizer+params",
+        checkpointing="full",
+        bucket_size=12_345,
+        micro_batch=2,
+        gpus=4,
+        gpu="A100-80GB",
+        margin=0.25,
+        seq_len=512,
+    )
+
+    assert (plan.strategy, plan.offload) == (Strategy.ZERO3, Offload.OPTIMIZER_AND_PARAMETERS)
+    assert (plan.checkpointing, plan.zero.reduce_bucket, plan.gpus) == (Checkpointing.FULL, 12_345, 4)
+    assert (question.margin_share, question.job.sequence_length) == (0.25, 512)
+
+
+def test_nothing_is_offloaded_or_recomputed_unless_told() -> None:
+    _, plan = plan_of("Qwen2.5-0.5B", strategy="zero2", gpus=4, gpu="A100-80GB")
+
+    assert (plan.micro_batch, plan.offload, plan.checkpointing) == (1, Offload.NONE, Checkpointing.NONE)
+    assert plan.zero.reduce_bucket == 500_000_000
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"strategy": "zero4"}, "--strategy must be one of ddp, fsdp, fsdp-grad-op, zero1, zero2, zero3, got 'zero4'"),
+        ({"offload": "gpu"}, "--offload must be one of none, optimizer, optimizer+params, got 'gpu'"),
+        ({"checkpointing": "some"}, "--checkpointing must be one of none, full, got 'some'"),
+        ({"strategy": "ddp", "offload": "optimizer"}, "DDP keeps its optimizer on the GPU"),
+        ({"bucket_size": 0}, "reduce_bucket must be at least 1 element"),
+        ({"grad_accum": 0}, "accumulation_steps must be at least 1"),
+        ({"margin": 1}, "--margin must be auto or a share"),
+        ({"margin": "much"}, "--margin must be auto or a share"),
+        ({"host_memory": 0}, "--host-memory must be a positive number"),
+        ({"gpus": 6, "nodes": 4}, "6 GPUs do not divide over 4 machines"),
+        ({"seq_len": 0}, "sequence_length must be at least 1"),
+        ({"precision": "fp8"}, "precision must be one of"),
+    ],
+)
+def test_words_that_make_no_sense_are_errors_that_say_so(words: dict[str, Any], said: str) -> None:
+    with pytest.raises(SpecError) as refusal:
+        estimate("Qwen2.5-0.5B", **{"strategy": "zero2", **FOUR_A100, **words})
+
+    assert str(refusal.value).startswith(said)
+
+
+def test_a_gpu_that_nobody_knows_is_an_error() -> None:
+    with pytest.raises(UnknownNameError, match="A101"):
+        estimate("Qwen2.5-0.5B", strategy="ddp", gpus=1, gpu="A101")
+
+
+def test_words_that_do_not_exist_are_refused_by_name() -> None:
+    with pytest.raises(TypeError, match="unknown words gpu_count"):
+        estimate("Qwen2.5-0.5B", strategy="ddp", gpu_count=4)  # type: ignore[call-arg]
+
+
+def test_an_estimate_is_the_price_of_its_plan() -> None:
+    words: dict[str, Any] = {"strategy": "fsdp", "micro_batch": 2, "seq_len": 512, **FOUR_A100}
+    question, plan = plan_of("Qwen2.5-0.5B", **words)
+
+    found = estimate("Qwen2.5-0.5B", **words)
+
+    assert found == price(question, plan)
+    assert (found.verdict, found.why) == judge(found.memory, question.margin_share)
+    assert (found.model, found.job, found.cluster, found.plan) == (question.model, question.job, question.cluster, plan)
+    assert (found.inputs, found.warnings) == (question.inputs, question.warnings)
+    assert found.sent_bytes == sum(line.bytes_per_step for line in found.traffic) > 0
+    assert found.time.tokens_per_s == pytest.approx(64 * 512 / found.time.step_s)
+
+
+def test_a_sequence_beyond_the_model_is_a_warning_and_no_error() -> None:
+    found = estimate("gpt2", strategy="ddp", gpus=1, gpu="A100-80GB", seq_len=2048)
+
+    assert any("2048" in warning and "1024" in warning for warning in found.warnings)
+
+
+def test_another_reason_changes_nothing_else() -> None:
+    found = estimate("Qwen2.5-0.5B", strategy="ddp", gpus=1, gpu="A100-80GB")
+
+    other = explained(found, "because")
+
+    assert other.why == "because"
+    assert explained(other, found.why) == found

@@ -1,0 +1,190 @@
+"""Reasons and ways out: their numbers are true, and what they promise holds when it is done."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from advisor.cost.estimate import judge, price
+from advisor.cost.results import Estimate
+from advisor.search.explain import fewest_gpus, lost, won
+from advisor.search.recommend import search
+from advisor.search.results import Recommendation, Rejected
+from advisor.specs.plan import Checkpointing
+from advisor.specs.question import Question
+from search.questions import ASKED, GIB, answer, question, variant_of, with_gpus, with_memory
+
+every_question = pytest.mark.parametrize("name", ASKED)
+
+
+def short_of_memory(found: Recommendation) -> list[Rejected]:
+    return [each for each in found.rejected if each.short_by_bytes]
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number.replace(",", "")) for number in re.findall(r"\d[\d,]*(?:\.\d+)?", text)]
+
+
+@every_question
+def test_a_strategy_that_does_not_fit_shows_its_nearest_miss_and_what_it_lacks(name: str) -> None:
+    asked = ASKED[name]
+    for each in short_of_memory(answer(name)):
+        nearest = price(asked, each.plan)
+        held = nearest.memory
+
+        assert nearest.verdict != "fits"
+        assert each.why == judge(held, asked.margin_share)[1]
+        lacking = (
+            held.device_used_bytes - held.capacity_bytes * (1 - asked.margin_share),
+            held.host_bytes - held.host_capacity_bytes,
+        )
+        assert each.short_by_bytes == pytest.approx(max(lacking), abs=1)
+        assert f"{max(lacking) / GIB:.1f} GiB short" in each.why
+
+
+@every_question
+def test_no_plan_of_a_rejected_strategy_misses_by_less(name: str) -> None:
+    asked = ASKED[name]
+    share = asked.job.global_batch // asked.cluster.gpus
+    for each in short_of_memory(answer(name)):
+        for checkpointing in Checkpointing:
+            for size in (size for size in range(1, share + 1) if share % size == 0):
+                plan = replace(
+                    each.plan, checkpointing=checkpointing, micro_batch=size, accumulation_steps=share // size
+                )
+                held = price(asked, plan).memory
+                lacks = held.device_used_bytes - held.capacity_bytes * (1 - asked.margin_share)
+                assert max(lacks, held.host_bytes - held.host_capacity_bytes) >= each.short_by_bytes - 1
+
+
+@every_question
+def test_the_headline_of_what_does_not_fit_names_the_nearest(name: str) -> None:
+    found = answer(name)
+    if not found.plans:
+        nearest = min(short_of_memory(found), key=lambda each: each.short_by_bytes)
+
+        assert f"Nearest is {nearest.plan.title}, {nearest.short_by_bytes / GIB:.1f} GiB short" in found.headline
+        assert (found.fewest_gpus is None) == ("the fewest that would do" not in found.headline)
+        assert found.fewest_gpus is None or f"{found.fewest_gpus} GPUs" in found.headline
+
+
+def test_something_fits_none_of_the_questions_are_all_alike() -> None:
+    """The questions hold what the tests above are about."""
+    found = [answer(name) for name in ASKED]
+
+    assert any(not each.plans for each in found)
+    assert any(each.plans and short_of_memory(each) for each in found)
+    assert any(not each.rejected for each in found)
+
+
+@every_question
+def test_each_loser_says_how_much_slower_it_is_and_what_it_costs(name: str) -> None:
+    found = answer(name)
+    for each in found.plans[1:]:
+        best = found.plans[0]
+        slower = 100 * (1 - each.time.tokens_per_s / best.time.tokens_per_s)
+        more_traffic = (each.sent_bytes - best.sent_bytes) / 1e9
+        saved = (best.memory.device_used_bytes - each.memory.device_used_bytes) / GIB
+
+        assert each.why == lost(best, each)
+        if slower >= 0.5:
+            assert each.why.startswith(f"{slower:.0f} % slower")
+        elif slower <= -0.5:
+            assert each.why.startswith(f"{-slower:.0f} % faster by a model that is no finer than that")
+        else:
+            assert each.why.startswith("as fast")
+        if each.plan.offload.optimizer and not best.plan.offload.optimizer:
+            assert f"optimizer runs on the CPU for {each.time.optimizer_s:.1f} s a step" in each.why
+        elif more_traffic > 0.05:
+            assert f"{more_traffic:.1f} GB more traffic per step" in each.why
+        if saved > 0.05:
+            assert f"saves {saved:.1f} GiB that you do not need" in each.why
+        if saved < -0.05:
+            assert f"needs {-saved:.1f} GiB more" in each.why
+        recomputes = each.plan.checkpointing is Checkpointing.FULL and best.plan.checkpointing is Checkpointing.NONE
+        assert ("has to recompute" in each.why) == recomputes
+        assert ", " in each.why, "more than a pace"
+
+
+@every_question
+def test_the_winner_says_by_how_much_and_what_room_it_takes(name: str) -> None:
+    found = answer(name)
+    if found.plans:
+        held = found.plans[0].memory
+
+        assert found.plans[0].why == won(found.plans)
+        room = f"{held.device_used_bytes / GIB:.1f} of {held.capacity_bytes / GIB:.1f} GiB per GPU"
+        assert found.plans[0].why.endswith(room)
+
+
+def at_speed(estimate: Estimate, share: float) -> Estimate:
+    """The same plan at a *share* of its speed."""
+    return replace(estimate, time=replace(estimate.time, tokens_per_s=estimate.time.tokens_per_s * share))
+
+
+@pytest.mark.parametrize(
+    ("second_runs_at", "said"),
+    [
+        (0.8, "25 % faster than ZeRO-1, the next; "),
+        (0.9999, "as fast as ZeRO-1 and simpler to run; "),
+        (1.002, "as fast as ZeRO-1 and simpler to run; "),
+        (1.025, "within 2 % of ZeRO-1 and simpler to run; "),
+    ],
+)
+def test_why_the_first_won_over_the_second(second_runs_at: float, said: str) -> None:
+    ddp, zero1 = (
+        next(each for each in answer("all fit").plans if each.plan.title == title) for title in ("DDP", "ZeRO-1")
+    )
+    second = replace(at_speed(ddp, second_runs_at), plan=zero1.plan)
+
+    assert won([ddp, second]).startswith(said)
+
+
+def test_where_one_strategy_fits_the_reason_is_that() -> None:
+    assert won(answer("all fit").plans[:1]).startswith("the only strategy that fits: ")
+
+
+def test_a_loser_as_fast_and_as_large_is_at_least_more_involved() -> None:
+    best = answer("all fit").plans[0]
+
+    assert lost(best, best) == "as fast, more involved to run"
+
+
+def on_more_gpus(asked: Question, gpus: int) -> Question:
+    """The same on *gpus*, with one sequence for each in a step, which takes least."""
+    return replace(with_gpus(asked, gpus), job=replace(asked.job, global_batch=gpus))
+
+
+SHORT = {
+    "ZeRO-3 in single machines": (question("Qwen2.5-7B", gpus=1, global_batch=1, gpu_gib=40), "zero3"),
+    "FSDP in pairs": (question("Qwen2.5-3B", gpus=2, global_batch=2, gpu_gib=16), "fsdp"),
+    "ZeRO-2 in fours": (question("Qwen2.5-1.5B", gpus=4, global_batch=4, gpu_gib=9), "zero2"),
+    "offload to a small host": (
+        question("Qwen2.5-3B", gpus=1, global_batch=1, gpu_gib=24, host_gib=16),
+        "zero3 optimizer",
+    ),
+}
+
+
+def test_where_more_gpus_never_help_there_is_no_count() -> None:
+    """DDP holds everything on each of them."""
+    asked = question("Qwen2.5-7B", gpus=8, global_batch=8)
+    ddp = next(each for each in search(asked).rejected if each.plan.title == "DDP")
+
+    assert fewest_gpus(asked, ddp.plan.strategy, ddp.plan.offload) is None
+    assert ddp.remedy is not None
+    assert "GPUs" not in ddp.remedy
+
+
+def test_a_larger_gpu_makes_it_fit() -> None:
+    asked = question("Qwen2.5-7B", gpus=8, global_batch=8)
+    ddp = next(each for each in search(asked).rejected if each.plan.title == "DDP")
+    found = re.fullmatch(r"a GPU of (\d+) GiB", str(ddp.remedy))
+    assert found
+
+    larger, nearly = (search(with_memory(asked, gpu_gib=int(found[1]) - less)) for less in (0, 1))
+
+    assert variant_of(ddp.plan) in {variant_of(each.plan) for each in larger.plans}
+    assert variant_of(ddp.plan) not in {variant_of(each.plan) for each in nearly.plans}

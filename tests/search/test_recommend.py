@@ -1,0 +1,272 @@
+"""The recommendation: the whole space was looked at, what is offered fits, and the order is the promised one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise, product
+
+import pytest
+
+from advisor.cost.estimate import price
+from advisor.cost.results import Estimate
+from advisor.errors import SpecError
+from advisor.search.recommend import OFFLOAD_LEAD, TIE_SHARE, recommend, search
+from advisor.search.results import Recommendation, row
+from advisor.search.sheet import price_sheet
+from advisor.search.space import VARIANTS, bar, sheets
+from advisor.specs.plan import Checkpointing, Offload, Plan, Strategy, zero_settings
+from advisor.specs.question import Question
+from search.questions import ASKED, GIB, answer, question, variant_of, with_free_communication, with_memory
+
+every_question = pytest.mark.parametrize("name", ASKED)
+
+
+def every_legal_plan(asked: Question) -> Iterator[Plan]:
+    """Brute force: each strategy, offload, checkpointing, micro-batch and accumulation that makes up the batch."""
+    share = asked.job.global_batch // asked.cluster.gpus
+    counts = [(size, share // size) for size in range(1, share + 1) if share % size == 0]
+    for strategy, offload, checkpointing, (size, steps) in product(Strategy, Offload, Checkpointing, counts):
+        if (strategy, offload) in VARIANTS and bar(asked, strategy, offload) is None:
+            yield Plan(
+                strategy=strategy,
+                gpus=asked.cluster.gpus,
+                micro_batch=size,
+                accumulation_steps=steps,
+                checkpointing=checkpointing,
+                offload=offload,
+                zero=zero_settings(strategy),
+            )
+
+
+def best_of_each(asked: Question) -> dict[tuple[Strategy, Offload], Estimate]:
+    """Of each variant the fastest plan that fits with the margin, each priced alone."""
+    best: dict[tuple[Strategy, Offload], Estimate] = {}
+    for plan in every_legal_plan(asked):
+        found = price(asked, plan)
+        key = variant_of(plan)
+        if found.verdict == "fits" and (key not in best or found.time.tokens_per_s > best[key].time.tokens_per_s):
+            best[key] = found
+    return best
+
+
+@every_question
+def test_no_plan_that_fits_is_faster_than_the_one_offered_of_its_strategy(name: str) -> None:
+    found, brute_force = answer(name), best_of_each(ASKED[name])
+
+    assert {variant_of(each.plan) for each in found.plans} == set(brute_force)
+    for each in found.plans:
+        fastest = brute_force[variant_of(each.plan)]
+        assert each.time.tokens_per_s == pytest.approx(fastest.time.tokens_per_s, rel=1e-12)
+        assert replace(each, why="") == replace(price(ASKED[name], each.plan), why="")
+
+
+@every_question
+def test_every_legal_plan_was_priced_once(name: str) -> None:
+    assert answer(name).considered == sum(1 for _ in every_legal_plan(ASKED[name]))
+
+
+@every_question
+def test_what_is_offered_fits_with_its_margin_and_its_host(name: str) -> None:
+    for each in answer(name).plans:
+        memory = each.memory
+        assert each.verdict == "fits"
+        assert memory.device_used_bytes <= memory.capacity_bytes * (1 - ASKED[name].margin_share)
+        assert memory.host_bytes <= memory.host_capacity_bytes
+        assert each.plan.global_batch == ASKED[name].job.global_batch
+
+
+@every_question
+def test_each_strategy_is_offered_or_rejected_with_a_reason(name: str) -> None:
+    found = answer(name)
+    listed = [variant_of(each.plan) for each in (*found.plans, *found.rejected)]
+
+    assert sorted(listed, key=str) == sorted(VARIANTS, key=str)
+    assert all(each.why for each in (*found.plans, *found.rejected))
+
+
+@every_question
+def test_a_sheet_says_of_each_plan_what_its_price_says(name: str) -> None:
+    asked = ASKED[name]
+    for plan in sheets(asked):
+        if isinstance(plan, Plan):
+            sheet = price_sheet(asked, plan)
+            for index in range(sheet.size):
+                alone = price(asked, plan.at(index))
+                assert sheet.tokens_per_s[index] == pytest.approx(alone.time.tokens_per_s, rel=1e-12)
+                assert (sheet.short_by_bytes[index] <= 0) == (alone.verdict == "fits")
+
+
+def standing(estimate: Estimate) -> float:
+    """An offloading plan has to be ahead by its lead."""
+    lead = OFFLOAD_LEAD if estimate.plan.offload.optimizer else 0
+    return estimate.time.tokens_per_s * (1 - lead)
+
+
+def simplicity(estimate: Estimate) -> int:
+    return VARIANTS.index(variant_of(estimate.plan))
+
+
+def assert_ranked(found: Recommendation) -> None:
+    for place, chosen in enumerate(found.plans):
+        left = found.plans[place:]
+        floor = max(standing(each) for each in left) * (1 - TIE_SHARE)
+
+        assert standing(chosen) >= floor
+        assert all(simplicity(chosen) <= simplicity(each) for each in left if standing(each) >= floor)
+
+
+@every_question
+def test_the_fastest_comes_first_and_among_the_near_equal_the_simplest(name: str) -> None:
+    assert_ranked(answer(name))
+
+
+def titles(asked: Question) -> list[str]:
+    return [each.plan.title for each in search(asked).plans]
+
+
+def test_near_equals_stand_from_the_simplest_to_the_most_involved() -> None:
+    """Communication costs nothing here and an update little, so that sharding hardly tells in the speed."""
+    found = search(with_free_communication(question(gpus=8, global_batch=512, gpu_gib=1000, host_gib=100_000)))
+    fastest = max(each.time.tokens_per_s for each in found.plans if not each.plan.offload.optimizer)
+    near = [each for each in found.plans if standing(each) > fastest * (1 - TIE_SHARE)]
+
+    assert len(near) >= 5
+    assert found.plans[: len(near)] == tuple(sorted(near, key=simplicity))
+    assert found.plans[0].time.tokens_per_s < fastest, "the simplest is not the fastest here"
+
+
+def test_as_memory_shrinks_others_win_by_the_same_rules() -> None:
+    asked = question("Qwen2.5-1.5B", gpus=4, global_batch=16, seq_len=512)
+    winners = []
+    for gpu_gib in (80, 16, 12, 9.5, 8):
+        found = search(with_memory(asked, gpu_gib=gpu_gib))
+        assert_ranked(found)
+        winners += [variant_of(each.plan) for each in found.plans[:1]]
+
+    assert len(set(winners)) >= 3
+
+
+def test_an_offloading_plan_has_to_be_faster_by_its_lead() -> None:
+    """Between hosts that cost nothing, offloading saves the update's time: more of it on fewer GPUs."""
+    asked = with_free_communication(question(gpus=8, global_batch=8, seq_len=512, gpu_gib=1000, host_gib=100_000))
+    gains = {}
+    for gpus, wins in ((8, False), (1, True)):
+        found = search(replace(asked, cluster=replace(asked.cluster, gpus=gpus)))
+        fastest = {
+            offloads: max(each.time.tokens_per_s for each in found.plans if each.plan.offload.optimizer is offloads)
+            for offloads in (False, True)
+        }
+        gains[gpus] = fastest[True] / fastest[False] - 1
+
+        assert found.plans[0].plan.offload.optimizer is wins
+        assert_ranked(found)
+    assert 0 < gains[8] < OFFLOAD_LEAD < gains[1]
+
+
+def test_without_bf16_the_gpu_trains_in_fp16() -> None:
+    found = recommend("gpt2", gpus=1, gpu="T4")
+
+    assert found.job.precision == "fp16"
+    assert found.best is not None
+    assert found.best.plan.title == "one GPU"
+
+
+def test_bf16_on_a_gpu_without_it_is_refused() -> None:
+    with pytest.raises(SpecError, match="T4 has no bf16; use --precision fp16"):
+        recommend("gpt2", gpus=1, gpu="T4", precision="bf16")
+
+
+def test_pure_bf16_halves_what_fsdp_holds_between_steps() -> None:
+    plain, pure = (
+        recommend("Qwen2.5-0.5B", gpus=2, gpu="A100-80GB", global_batch=8, param_dtype=each)
+        for each in ("fp32", "bf16")
+    )
+    states = [
+        next(each.memory.states_bytes for each in found.plans if each.plan.strategy is Strategy.FSDP)
+        for found in (plain, pure)
+    ]
+
+    assert states[0] == 2 * states[1]
+
+
+def test_one_gpu_has_only_itself_and_its_host() -> None:
+    found = answer("one GPU")
+
+    assert {each.plan.title for each in found.plans} <= {
+        "one GPU",
+        "ZeRO-2 + optimizer offload",
+        "ZeRO-3 + optimizer offload",
+        "ZeRO-3 + optimizer and parameter offload",
+    }
+    reasons = {each.plan.title: each.why for each in found.rejected}
+    assert reasons["ZeRO-1"] == reasons["FSDP full shard"] == "one GPU has nobody to share with"
+    assert {each.short_by_bytes for each in found.rejected} == {0}
+
+
+def test_machines_talk_over_the_network() -> None:
+    found = answer("two machines")
+    inside = search(replace(ASKED["two machines"], cluster=replace(ASKED["two machines"].cluster, nodes=1)))
+    network, link = found.cluster.network.name, found.cluster.link.name
+
+    for each in found.plans:
+        ways = {line.link for line in each.traffic if line.link != found.cluster.host_link.name}
+        assert ways == {network}
+    assert link in {line.link for line in inside.plans[0].traffic}
+    speeds = {variant_of(each.plan): each.time.tokens_per_s for each in inside.plans}
+    # Offloading is left out: more ranks in one machine share its host.
+    apart = [each for each in found.plans if not each.plan.offload.optimizer]
+    assert len(apart) >= 3
+    assert all(each.time.tokens_per_s < speeds[variant_of(each.plan)] for each in apart)
+
+
+def test_a_wider_margin_never_fits_more() -> None:
+    offered = []
+    for margin in (0.0, 0.1, 0.3, 0.6, 0.9):
+        asked = replace(ASKED["some fit"], margin_share=margin)
+        found = search(asked)
+        offered.append({variant_of(each.plan) for each in found.plans})
+        for each in found.plans:
+            assert each.memory.device_used_bytes <= each.memory.capacity_bytes * (1 - margin)
+
+    assert all(more >= fewer for more, fewer in pairwise(offered))
+    assert len(offered[0]) > len(offered[-1])
+
+
+def test_a_global_batch_that_does_not_divide_is_refused_before_anything_is_priced() -> None:
+    with pytest.raises(SpecError, match=r"global batch of 64 does not divide over 6 GPUs.*try --global-batch 66"):
+        recommend("Qwen2.5-0.5B", gpus=6, gpu="A100-80GB")
+
+
+def test_the_words_are_answered_as_the_question_they_mean() -> None:
+    asked = question(gpus=4, global_batch=16, seq_len=512)
+
+    found = recommend("Qwen2.5-0.5B", gpus=4, gpu="A100-80GB", global_batch=16, seq_len=512)
+
+    assert replace(found, seconds=0) == replace(search(asked), seconds=0)
+    assert (found.inputs, found.warnings, found.cluster) == (asked.inputs, asked.warnings, asked.cluster)
+
+
+@every_question
+def test_the_best_is_the_first_and_the_headline_names_it(name: str) -> None:
+    found = answer(name)
+
+    if found.best is None:
+        assert found.headline.startswith(f"Does not fit: {found.model.name} on ")
+        assert found.plans == ()
+    else:
+        assert found.best is found.plans[0]
+        assert found.headline.startswith(f"Fits: train {found.model.name} on {found.cluster.gpus} × ")
+        assert f"with {found.best.plan.title}, {found.best.time.tokens_per_s:,.0f} tokens/s" in found.headline
+        assert found.fewest_gpus is None
+
+
+@every_question
+def test_a_frame_has_a_row_for_each_plan_in_their_order(name: str) -> None:
+    found = answer(name)
+    frame = found.to_frame()
+
+    assert frame.to_dict("records") == [row(each) for each in found.plans]
+    if len(frame):
+        assert frame["strategy"].tolist() == [each.plan.strategy.value for each in found.plans]
+        assert frame["traffic_bytes"].tolist() == [each.sent_bytes for each in found.plans]

@@ -1,0 +1,104 @@
+"""The space of plans: complete, legal, and with a reason for what is left out."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from advisor.errors import SpecError
+from advisor.search.space import VARIANTS, Barred, bar, micro_batches, sheets
+from advisor.specs.job import Job
+from advisor.specs.plan import Checkpointing, Offload, Plan, Strategy
+from search.questions import ASKED, question, variant_of
+
+
+@given(st.integers(1, 64), st.integers(1, 200))
+def test_every_way_to_make_up_the_global_batch_is_there_once(gpus: int, share: int) -> None:
+    batches, steps = micro_batches(Job(global_batch=gpus * share), gpus)
+    brute_force = [
+        (size, count) for size in range(1, share + 1) for count in range(1, share + 1) if size * count == share
+    ]
+
+    assert sorted(zip(batches.tolist(), steps.tolist(), strict=True)) == sorted(brute_force)
+
+
+@given(st.integers(1, 5000), st.integers(1, 300))
+def test_a_global_batch_that_does_not_divide_is_refused_with_the_nearest_that_does(batch: int, gpus: int) -> None:
+    assume(batch % gpus)
+
+    with pytest.raises(SpecError, match=f"global batch of {batch} does not divide over {gpus} GPUs") as refusal:
+        micro_batches(Job(global_batch=batch), gpus)
+
+    suggested = re.search(r"try --global-batch (\d+)$", str(refusal.value))
+    assert suggested
+    near = int(suggested[1])
+    batches, steps = micro_batches(Job(global_batch=near), gpus)
+    assert (gpus * batches * steps == near).all()
+    assert abs(near - batch) <= gpus / 2 or near == gpus
+
+
+@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
+def test_each_strategy_comes_with_each_checkpointing_or_with_a_reason(asked: object) -> None:
+    found = list(sheets(asked))  # type: ignore[arg-type]
+    plans = [each for each in found if isinstance(each, Plan)]
+    ruled_out = [each for each in found if isinstance(each, Barred)]
+
+    listed = {(variant_of(plan), plan.checkpointing) for plan in plans}
+    assert len(listed) == len(plans)
+    assert listed == {(variant, each) for variant, _ in listed for each in Checkpointing}
+    assert {variant for variant, _ in listed} | {(each.strategy, each.offload) for each in ruled_out} == set(VARIANTS)
+    assert len(listed) / 2 + len(ruled_out) == len(VARIANTS)
+    assert all(each.why for each in ruled_out)
+
+
+@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
+def test_every_plan_of_a_sheet_makes_up_the_job(asked: object) -> None:
+    for plan in sheets(asked):  # type: ignore[arg-type]
+        if isinstance(plan, Plan):
+            assert (np.asarray(plan.global_batch) == asked.job.global_batch).all()  # type: ignore[attr-defined]
+            assert plan.gpus == asked.cluster.gpus  # type: ignore[attr-defined]
+
+
+def test_the_variants_are_all_that_a_plan_admits() -> None:
+    admitted = []
+    for strategy in Strategy:
+        for offload in Offload:
+            try:
+                Plan(strategy=strategy, gpus=2, micro_batch=1, offload=offload)
+            except SpecError:
+                continue
+            admitted.append((strategy, offload))
+
+    assert sorted(VARIANTS, key=str) == sorted(admitted, key=str)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_gpu_shares_with_nobody_but_the_host(variant: tuple[Strategy, Offload]) -> None:
+    strategy, offload = variant
+    reason = bar(question(gpus=1, global_batch=4), strategy, offload)
+
+    if strategy is Strategy.DDP or offload.optimizer:
+        assert reason is None
+    else:
+        assert reason == "one GPU has nobody to share with"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("model", ["bert-base-uncased", "t5-small"])
+def test_fsdp_is_for_decoders_alone(model: str, variant: tuple[Strategy, Offload]) -> None:
+    reason = bar(question(model, gpus=2, global_batch=4), *variant)
+
+    assert (reason is not None) == variant[0].is_fsdp
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nothing_bars_a_decoder_on_several_gpus(variant: tuple[Strategy, Offload]) -> None:
+    asked = question(gpus=2, global_batch=4)
+
+    assert bar(asked, *variant) is None
+    assert bar(replace(asked, job=replace(asked.job, parameter_format="bf16")), *variant) is None
