@@ -202,10 +202,11 @@ def summary(title: str, found: list[tuple[Case, Comparison]]) -> str:
     saved = [abs(comparison.saved_error) for _, comparison in found]
     worst = max(found, key=lambda pair: abs(pair[1].peak_error))
     return (
-        f"{title}: n {len(found)}, peak error mean {100 * statistics.mean(errors):.3f} %, "
-        f"max {100 * max(errors):.3f} % ({worst[0].title}); "
+        f"{title}: n {len(found)}\n"
+        f"  peak error mean {100 * statistics.mean(errors):.3f} %, max {100 * max(errors):.3f} %; "
         f"saved for backward mean {100 * statistics.mean(saved):.2f} %, max {100 * max(saved):.2f} %; "
-        f"states off by at most {max(states):,} B"
+        f"states off by at most {max(states):,} B\n"
+        f"  worst peak: {worst[0].title}"
     )
 
 

@@ -110,7 +110,13 @@ def test_accumulation_that_is_given_stands() -> None:
     assert plan.global_batch == 4 * 3 * 5
 
 
-@pytest.mark.parametrize("micro_batch", [0, -2, 3, 32])
+@pytest.mark.parametrize("micro_batch", [0, -2])
+def test_a_micro_batch_has_at_least_one_sequence(micro_batch: int) -> None:
+    with pytest.raises(SpecError, match=f"--micro-batch must be at least 1, got {micro_batch}"):
+        plan_of("Qwen2.5-0.5B", strategy="ddp", micro_batch=micro_batch, gpus=4, gpu="A100-80GB")
+
+
+@pytest.mark.parametrize("micro_batch", [3, 32])
 def test_a_global_batch_that_nothing_solves_is_an_error_with_its_numbers(micro_batch: int) -> None:
     said = f"64 is no multiple of 4 GPUs x micro-batch {micro_batch} = {4 * micro_batch}; change --global-batch or"
 

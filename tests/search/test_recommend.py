@@ -17,7 +17,7 @@ from advisor.search.sheet import price_sheet
 from advisor.search.space import VARIANTS, bar, sheets
 from advisor.specs.plan import Checkpointing, Offload, Plan, Strategy, zero_settings
 from advisor.specs.question import Question
-from search.questions import ASKED, GIB, answer, question, variant_of, with_free_communication, with_memory
+from search.questions import ASKED, answer, question, variant_of, with_free_communication, with_memory
 
 every_question = pytest.mark.parametrize("name", ASKED)
 
@@ -126,8 +126,8 @@ def titles(asked: Question) -> list[str]:
 
 
 def test_near_equals_stand_from_the_simplest_to_the_most_involved() -> None:
-    """Communication costs nothing here and an update little, so that sharding hardly tells in the speed."""
-    found = search(with_free_communication(question(gpus=8, global_batch=512, gpu_gib=1000, host_gib=100_000)))
+    """A step of many sequences: what ZeRO-1 waits for is a small part of it, but there."""
+    found = search(question(gpus=8, global_batch=128))
     fastest = max(each.time.tokens_per_s for each in found.plans if not each.plan.offload.optimizer)
     near = [each for each in found.plans if standing(each) > fastest * (1 - TIE_SHARE)]
 

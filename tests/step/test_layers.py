@@ -155,6 +155,20 @@ def test_backward_under_checkpointing_holds_one_layer_and_its_largest_transient(
     assert arriving + peak(recording.backward) == saved_bf16(shape) + (4 * shape.f + 2 * shape.h) * shape.tokens
 
 
+def flop(events: Iterable[Event]) -> float:
+    return sum(float(product.matmul.flop) for event in events for product in event.work.products)
+
+
+# torch.utils.checkpoint stops early: all that backward needs is there before the down projection's product.
+@given(shapes())
+def test_recomputing_stops_before_the_product_whose_output_nothing_needs(shape: Shape) -> None:
+    kept, again = (record_layer(shape.layer, shape.h, mode(shape), checkpointed) for checkpointed in (False, True))
+    down = 2 * shape.h * shape.f * shape.tokens
+
+    assert flop(again.forward) == flop(kept.forward)
+    assert flop(again.backward) == flop(kept.backward) + flop(kept.forward) - down
+
+
 # fp32 probabilities (4) and their bf16 copy (2) for each head and pair of tokens, expanded keys and values, no
 # log-sum-exp.
 @given(shapes())
