@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from advisor.catalog.models import find_model
@@ -151,6 +151,7 @@ strategies = st.sampled_from(
 )
 
 
+@settings(deadline=None)
 @given(
     strategies,
     st.sampled_from(list(Checkpointing)),

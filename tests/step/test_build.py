@@ -8,15 +8,15 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from advisor.errors import SpecError
 from advisor.specs.job import Job, Optimizer
 from advisor.specs.model import ModelSpec, Parameter
 from advisor.specs.plan import Checkpointing, Count, Offload, Plan, Strategy, ZeroSettings, zero_settings
-from advisor.step.build import StepProgram, build
-from advisor.step.program import Line, fold, held_after, peak_of, phase_peaks
+from advisor.step.build import StepProgram, build, scheme_of
+from advisor.step.program import Line, fold, held_after, peak_of, phase_peaks, then
 from step.catalog_models import PROFILES, model_of
 
 VARIANTS = [
@@ -114,6 +114,7 @@ def readings(program: StepProgram) -> dict[str, Any]:
     return {f"{part} {name}": value for part in parts for name, value in extents[part]._asdict().items()}
 
 
+@settings(deadline=None)
 @given(
     counts_side_by_side(),
     variants,
@@ -151,6 +152,7 @@ def test_more_ranks_never_need_more_each_but_for_the_flat_buffer_s_padding(profi
                 assert (np.diff(held) <= padding[1:]).all(), (variant, checkpointing)
 
 
+@settings(deadline=None)
 @given(variants, checkpointings, st.sampled_from(TELLING), st.lists(st.integers(1, 64), min_size=2), st.integers(1, 4))
 def test_a_larger_micro_batch_never_needs_less(
     variant: tuple[Strategy, Offload],
@@ -164,6 +166,7 @@ def test_a_larger_micro_batch_never_needs_less(
     assert (np.diff(peak_bytes(model_of(profile), SHORT, plan)) >= 0).all()
 
 
+@settings(deadline=None)
 @given(variants, checkpointings, st.sampled_from(TELLING), st.integers(1, 2048), st.integers(1, 2048))
 def test_a_longer_sequence_never_needs_less(
     variant: tuple[Strategy, Offload], checkpointing: Checkpointing, profile: str, one: int, other: int
@@ -176,6 +179,7 @@ def test_a_longer_sequence_never_needs_less(
     assert short <= long
 
 
+@settings(deadline=None)
 @given(variants, checkpointings, st.sampled_from(TELLING), st.integers(1, 6), st.integers(1, 6))
 def test_accumulating_never_needs_less(
     variant: tuple[Strategy, Offload], checkpointing: Checkpointing, profile: str, one: int, other: int
@@ -201,8 +205,9 @@ def test_recomputing_never_leaves_more_behind_forward(profile: str) -> None:
 
 
 def states_by_category(model: ModelSpec, job: Job, plan: Plan) -> dict[str, int]:
+    """What the strategy holds between steps, without laying out a step."""
     found: dict[str, int] = {}
-    for line in held_after(build(model, job, plan).init):
+    for line in held_after(then(*scheme_of(model, job, plan).states())):
         found[line.category] = found.get(line.category, 0) + line.size_bytes
     return found
 
@@ -234,6 +239,11 @@ def padded(count: int, to: int) -> int:
 
 
 BUCKET_BYTES = 2 * 500_000_000
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_step_starts_from_the_states_of_its_strategy(variant: tuple[Strategy, Offload]) -> None:
+    assert sum(states_by_category(QWEN, JOB, plan_of(variant)).values()) == state_bytes(QWEN, JOB, plan_of(variant))
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 3, 7, 8, 64])
