@@ -11,6 +11,7 @@ from advisor.cost.memory import memory, short_by
 from advisor.cost.results import Estimate, Memory, Verdict
 from advisor.cost.schedule import step_time
 from advisor.errors import SpecError
+from advisor.specs.model import ModelSpec
 from advisor.specs.plan import Checkpointing, Offload, Plan, Strategy, zero_settings
 from advisor.specs.question import Question
 from advisor.step.build import build
@@ -50,6 +51,8 @@ def plan_of(model: str, *, strategy: str, **words: Unpack[PlanWords]) -> tuple[Q
     question = resolve(model, **cast(Words, {name: value for name, value in words.items() if name not in own}))
     micro_batch, steps = words.get("micro_batch", 1), words.get("grad_accum")
     kind = _member(Strategy, "--strategy", strategy)
+    if reason := unsupported(question.model, kind):
+        raise SpecError(f"{kind.title} cannot train {question.model.name}: {reason}")
     return question, Plan(
         strategy=kind,
         gpus=question.cluster.gpus,
@@ -59,6 +62,13 @@ def plan_of(model: str, *, strategy: str, **words: Unpack[PlanWords]) -> tuple[Q
         offload=_member(Offload, "--offload", words.get("offload", "none")),
         zero=zero_settings(kind, words.get("bucket_size")),
     )
+
+
+def unsupported(model: ModelSpec, strategy: Strategy) -> str | None:
+    """Why the frameworks' code cannot run *model* by *strategy*, or None."""
+    if strategy.is_fsdp and model.objective != "causal":
+        return "accelerate 1.15 cannot shard the parameters that encoder models tie across groups"
+    return None
 
 
 def _accumulation(question: Question, micro_batch: int) -> int:
@@ -112,7 +122,7 @@ def judge(held: Memory, margin_share: float) -> tuple[Verdict, str]:
     """Whether *held* fits its device with the margin free, and its host, with the arithmetic that says so."""
     used, capacity = held.device_used_bytes, held.capacity_bytes
     device, host = shortages(held, margin_share)
-    there = f"{capacity / GIB:.1f} GiB there less {100 * margin_share:.0f} % kept free"
+    there = f"{capacity / GIB:.1f} GiB there less {100 * margin_share:.3g} % kept free"
     lacking = []
     if device > 0:
         lacking.append(f"{used / GIB:.1f} GiB needed per GPU, {there}: {device / GIB:.1f} GiB short")

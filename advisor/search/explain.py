@@ -8,12 +8,13 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from advisor.catalog.gpus import all_gpus
 from advisor.cost.estimate import judge, shortages
-from advisor.cost.memory import footprint, memory
+from advisor.cost.memory import footprint, memory, short_by
 from advisor.cost.results import Estimate
 from advisor.search.results import Rejected
 from advisor.search.sheet import shortfall
-from advisor.search.space import VARIANTS, Barred, bar
+from advisor.search.space import VARIANTS, Barred, bar, nearest_batch
 from advisor.specs.hardware import Cluster
 from advisor.specs.plan import Checkpointing, Count, Offload, Plan, Strategy, zero_settings
 from advisor.specs.question import Question
@@ -24,7 +25,7 @@ GB = 10**9
 SHORTEST_SEQUENCE = 256
 MOST_DOUBLINGS = 10
 MOST_COUNTS = 256
-"""Machine counts priced one by one below the first doubling that fits."""
+"""Machine counts priced in one pass between a doubling that does not fit and the one that does."""
 
 
 def won(ranked: Sequence[Estimate]) -> str:
@@ -69,7 +70,7 @@ def lost(best: Estimate, other: Estimate) -> str:
 
 def barred(question: Question, found: Barred) -> Rejected:
     """A strategy that cannot run the job, as an answer."""
-    plan = _leanest(question, found.strategy, found.offload, question.cluster.gpus)
+    plan = _leanest(question, found.strategy, found.offload, question.cluster.gpus).at(0)
     return Rejected(plan=plan, why=found.why, short_by_bytes=0, remedy=None)
 
 
@@ -78,56 +79,72 @@ def refused(question: Question, nearest: Plan) -> Rejected:
     held = memory(build(question.model, question.job, nearest), nearest, question.cluster, question.calibration)
     device, host = shortages(held, question.margin_share)
     _, why = judge(held, question.margin_share)
-    remedy = next(remedies(question, nearest, host > 0), None)
+    remedy = next(remedies(question, nearest), None)
     return Rejected(plan=nearest, why=why, short_by_bytes=max(device, host), remedy=remedy)
 
 
-def remedies(question: Question, nearest: Plan, host_is_short: bool) -> Iterator[str]:
+def remedies(question: Question, nearest: Plan) -> Iterator[str]:
     """Changes that would make the strategy of *nearest* fit, cheapest first."""
-    leanest = _leanest(question, nearest.strategy, nearest.offload, question.cluster.gpus)
+    cluster, variant = question.cluster, (nearest.strategy, nearest.offload)
     for divisor in (2, 4, 8):
         length = question.job.sequence_length // divisor
         if length < SHORTEST_SEQUENCE:
             break
         shorter = replace(question, job=replace(question.job, sequence_length=length))
-        if _short_by(shorter, leanest) <= 0:
+        if _short_by(shorter, _leanest(shorter, *variant, cluster.gpus)).min() <= 0:
             yield f"--seq-len {length}"
             break
-    more = fewest_gpus(question, nearest.strategy, nearest.offload)
+    more = fewest_gpus(question, *variant)
     if more is not None:
-        yield f"{more} GPUs"
-    found = footprint(build(question.model, question.job, leanest), leanest, question.cluster, question.calibration)
+        yield f"{more} GPUs{_with_batch(question, more)}"
+    leanest = _leanest(question, *variant, cluster.gpus)
+    held = [
+        footprint(build(question.model, question.job, plan), plan, cluster, question.calibration)
+        for plan in (leanest.at(0), leanest.at(1))
+    ]
+    least = min(held, key=lambda found: float(found.device_used_bytes))
     parts = []
-    if host_is_short:
-        parts.append(f"{np.ceil(float(found.host_bytes) / GIB):.0f} GiB of host memory per machine")
-    if float(found.device_used_bytes) > question.cluster.gpu.memory_bytes * (1 - question.margin_share):
-        needed = float(found.device_used_bytes) / (1 - question.margin_share) / GIB
-        parts.append(f"a GPU of {np.ceil(needed):.0f} GiB")
+    if least.host_bytes > cluster.host_memory_bytes:
+        parts.append(f"{np.ceil(float(least.host_bytes) / GIB):.0f} GiB of host memory per machine")
+    if short_by(least.device_used_bytes, cluster.gpu.memory_bytes, question.margin_share) > 0:
+        needed = float(least.device_used_bytes) / (1 - question.margin_share)
+        if needed > max(gpu.memory_bytes for gpu in all_gpus()):
+            return
+        parts.append(f"a GPU of {np.ceil(needed / GIB):.0f} GiB")
     if parts:
         yield " and ".join(parts)
+
+
+def _with_batch(question: Question, gpus: int) -> str:
+    """The global batch that *gpus* ask for, where the given one does not divide over them."""
+    near = nearest_batch(question.job.global_batch, gpus)
+    return "" if near == question.job.global_batch else f" with --global-batch {near}"
 
 
 def fewest_gpus(question: Question, strategy: Strategy, offload: Offload) -> int | None:
     """The fewest GPUs, in machines like the given ones, on which the strategy fits; None where more never helps.
 
-    Doublings find the range, every count within it the answer: more ranks never need more memory each.
+    The global batch is the nearest that divides over them. Doublings find the range, and passes over it the answer:
+    more ranks never need more memory each.
     """
     machine = question.cluster.gpus_per_node
     least = question.cluster.nodes
     doublings = least * 2 ** np.arange(1, MOST_DOUBLINGS + 1)
-    high = _first_fit(question, strategy, offload, machine * doublings)
-    if high is None:
+    found = _first_fit(question, strategy, offload, machine * doublings)
+    if found is None:
         return None
-    between = machine * np.arange(max(least, high // machine // 2) + 1, high // machine + 1)
-    return _first_fit(question, strategy, offload, between[-MOST_COUNTS:])
+    low, high = found // machine // 2, found // machine
+    while high - low > 1:
+        counts = np.unique(np.linspace(low + 1, high, MOST_COUNTS, dtype=np.int64))
+        high = (_first_fit(question, strategy, offload, machine * counts) or machine * high) // machine
+        low = int(counts[counts < high].max(initial=low))
+    return machine * high
 
 
 def _first_fit(question: Question, strategy: Strategy, offload: Offload, counts: NDArray[np.int64]) -> int | None:
     if bar(replace(question, cluster=_enlarged(question.cluster, int(counts[0]))), strategy, offload):
         return None
-    plan = _leanest(question, strategy, offload, counts)
-    found = footprint(build(question.model, question.job, plan), plan, question.cluster, question.calibration)
-    fits = np.broadcast_to(shortfall(found, question.cluster, question.margin_share), counts.shape) <= 0
+    fits = _short_by(question, _leanest(question, strategy, offload, counts)).reshape(2, -1).min(axis=0) <= 0
     return int(counts[fits][0]) if fits.any() else None
 
 
@@ -137,21 +154,29 @@ def _enlarged(cluster: Cluster, gpus: int) -> Cluster:
 
 
 def _leanest(question: Question, strategy: Strategy, offload: Offload, gpus: Count) -> Plan:
-    """The plan of a strategy that takes least: one sequence at a time, everything recomputed."""
+    """The two plans of a strategy that can take least, first the one and then the other for each of *gpus*.
+
+    Everything is recomputed, and a rank takes its share of the nearest global batch one sequence at a time, or all at
+    once, which accumulates nothing.
+    """
+    counts = np.asarray(gpus).reshape(-1)
+    share = np.maximum(1, np.rint(question.job.global_batch / counts)).astype(np.int64)
+    single = np.ones_like(share)
     return Plan(
         strategy=strategy,
-        gpus=gpus,
-        micro_batch=1,
-        accumulation_steps=np.maximum(1, question.job.global_batch // gpus) if np.ndim(gpus) else 1,
+        gpus=np.concatenate([counts, counts]),
+        micro_batch=np.concatenate([single, share]),
+        accumulation_steps=np.concatenate([share, single]),
         checkpointing=Checkpointing.FULL,
         offload=offload,
         zero=zero_settings(strategy),
     )
 
 
-def _short_by(question: Question, plan: Plan) -> float:
+def _short_by(question: Question, plan: Plan) -> NDArray[np.float64]:
+    """What each of the plans lacks."""
     found = footprint(build(question.model, question.job, plan), plan, question.cluster, question.calibration)
-    return float(np.max(shortfall(found, question.cluster, question.margin_share)))
+    return np.broadcast_to(shortfall(found, question.cluster, question.margin_share), np.shape(plan.gpus))
 
 
 def headline(question: Question, plans: Sequence[Estimate], rejected: Sequence[Rejected]) -> tuple[str, int | None]:
@@ -168,7 +193,7 @@ def headline(question: Question, plans: Sequence[Estimate], rejected: Sequence[R
     nearest = min(missing, key=lambda each: each.short_by_bytes)
     counts = [fewest_gpus(question, strategy, offload) for strategy, offload in VARIANTS]
     fewest = min((count for count in counts if count is not None), default=None)
-    way_out = f"; the fewest that would do: {fewest} GPUs" if fewest else ""
+    way_out = f"; the fewest that would do: {fewest} GPUs{_with_batch(question, fewest)}" if fewest else ""
     return (
         f"Does not fit: {name} on {where}. Nearest is {nearest.plan.title}, "
         f"{nearest.short_by_bytes / GIB:.1f} GiB short{way_out}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from advisor.cost.estimate import unsupported
 from advisor.errors import SpecError
 from advisor.specs.job import Job
 from advisor.specs.plan import Checkpointing, Offload, Plan, Strategy, zero_settings
@@ -59,7 +60,7 @@ def micro_batches(job: Job, gpus: int) -> tuple[np.ndarray, np.ndarray]:
     """Every micro-batch that divides the global batch over *gpus*, with its accumulation steps."""
     share, left = divmod(job.global_batch, gpus)
     if left or not share:
-        near = max(1, round(job.global_batch / gpus)) * gpus
+        near = nearest_batch(job.global_batch, gpus)
         raise SpecError(
             f"a global batch of {job.global_batch} does not divide over {gpus} GPUs: no micro-batch and accumulation "
             f"solve it; try --global-batch {near}"
@@ -68,11 +69,14 @@ def micro_batches(job: Job, gpus: int) -> tuple[np.ndarray, np.ndarray]:
     return sizes, share // sizes
 
 
+def nearest_batch(global_batch: int, gpus: int) -> int:
+    """The global batch closest to the given one that divides over *gpus*."""
+    return max(1, round(global_batch / gpus)) * gpus
+
+
 def bar(question: Question, strategy: Strategy, offload: Offload) -> str | None:
     """Why *strategy* cannot run the job, or None."""
     gpus = question.cluster.gpus
     if gpus == 1 and strategy is not Strategy.DDP and not offload.optimizer:
         return "one GPU has nobody to share with"
-    if strategy.is_fsdp and question.model.objective != "causal":
-        return "accelerate 1.15 cannot shard the parameters that encoder models tie across groups"
-    return None
+    return unsupported(question.model, strategy)

@@ -289,7 +289,7 @@ def _add_nets(held: Ledger, node: Node, times: int) -> None:
 
 
 def phase_peaks(node: Node) -> dict[str, tuple[Amount, Amount]]:
-    """For each phase in order: the most held while it runs, and what is held when it ends, from the program's start.
+    """For each phase of a single plan in order: the most held while it runs, and what is held when it ends.
 
     A phase inside a repeat counts its first and its last run, between which every other lies; phases do not nest.
     """

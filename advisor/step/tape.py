@@ -115,9 +115,6 @@ class GraphNode:
     backward: Backward | None
     scope: str = ""
 
-    def __lt__(self, other: GraphNode) -> bool:
-        return self.order > other.order
-
 
 @dataclass(eq=False, slots=True)
 class Tape:

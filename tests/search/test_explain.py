@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from advisor.catalog.gpus import all_gpus
 from advisor.cost.estimate import judge, price
 from advisor.cost.results import Estimate
 from advisor.search.explain import fewest_gpus, lost, won
@@ -211,3 +212,62 @@ def test_a_larger_gpu_makes_it_fit() -> None:
 
     assert variant_of(ddp.plan) in {variant_of(each.plan) for each in larger.plans}
     assert variant_of(ddp.plan) not in {variant_of(each.plan) for each in nearly.plans}
+
+
+def applied(asked: Question, remedy: str) -> Question:
+    """The question after doing what *remedy* says."""
+    for part in remedy.split(" and "):
+        if found := re.fullmatch(r"--seq-len (\d+)", part):
+            asked = replace(asked, job=replace(asked.job, sequence_length=int(found[1])))
+        elif found := re.fullmatch(r"(\d+) GPUs(?: with --global-batch (\d+))?", part):
+            batch = int(found[2] or asked.job.global_batch)
+            asked = replace(with_gpus(asked, int(found[1])), job=replace(asked.job, global_batch=batch))
+        elif found := re.fullmatch(r"(\d+) GiB of host memory per machine", part):
+            asked = with_memory(asked, host_gib=int(found[1]))
+        else:
+            found = re.fullmatch(r"a GPU of (\d+) GiB", part)
+            assert found, remedy
+            asked = with_memory(asked, gpu_gib=int(found[1]))
+    return asked
+
+
+REMEDIED = {
+    **ASKED,
+    "70B": question("Llama-3.1-70B", gpus=8),
+    "accumulating": question("Qwen2.5-3B", gpus=4, gpu_gib=22, global_batch=64),
+    "long sequences": question("Qwen2.5-14B", gpus=8, gpu_gib=40, global_batch=16, seq_len=16384),
+    "405B": question("Llama-3.1-405B", gpus=64, nodes=8),
+}
+
+
+@pytest.mark.parametrize("name", REMEDIED)
+def test_what_a_remedy_promises_holds_when_it_is_done(name: str) -> None:
+    asked = REMEDIED[name]
+    for each in short_of_memory(search(asked)):
+        if each.remedy is None:
+            largest = max(gpu.memory_bytes for gpu in all_gpus()) // GIB
+            assert not offers(with_memory(asked, gpu_gib=largest, host_gib=10**6), variant_of(each.plan))
+        else:
+            assert offers(applied(asked, each.remedy), variant_of(each.plan)), (each.plan.title, each.remedy)
+
+
+@pytest.mark.parametrize("name", REMEDIED)
+def test_the_fewest_gpus_of_the_headline_are_enough(name: str) -> None:
+    found = search(REMEDIED[name])
+    if found.fewest_gpus is not None:
+        way_out = found.headline.partition("the fewest that would do: ")[2]
+
+        assert way_out.startswith(f"{found.fewest_gpus} GPUs")
+        assert search(applied(REMEDIED[name], way_out)).plans
+
+
+def test_the_fewest_of_many_machines_are_found() -> None:
+    """Between two doublings lie more counts than one pass prices."""
+    asked = question("Llama-3.1-405B", gpus=1, global_batch=1, seq_len=256, gpu_gib=24, host_gib=10_000)
+    variant = Strategy.ZERO3, Offload.NONE
+    fewest = fewest_gpus(asked, *variant)
+
+    assert fewest is not None
+    assert 512 < fewest < 768
+    assert offers(with_a_sequence_each(asked, fewest), variant)
+    assert not offers(with_a_sequence_each(asked, fewest - 1), variant)
