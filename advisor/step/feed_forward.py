@@ -173,13 +173,13 @@ def _grouped_experts(
     order = tape.new(2 * pairs, 8)
     tape.work(order, kernels=6)
     selected = _gather(tape, hidden, order, pairs, hidden_size)
-    up = _claim_experts(weights, spec.count, 2 * spec.width, hidden_size)
+    up = weights.take(spec.count, 2 * spec.width, hidden_size)
     up_bias = weights.take(spec.count, 2 * spec.width) if spec.bias else None
     fused = grouped_product(tape, selected, up, up_bias, hidden_size, 2 * spec.width)
     del selected
     half = fused.numel // 2
     inner = multiply(tape, activation(tape, view(tape, fused, half), spec.activation), view(tape, fused, half))
-    down = _claim_experts(weights, spec.count, spec.width, hidden_size)
+    down = weights.take(spec.count, spec.width, hidden_size)
     down_bias = weights.take(spec.count, hidden_size) if spec.bias else None
     inner = grouped_product(tape, inner, down, down_bias, spec.width, hidden_size)
     inner = scale_rows(tape, inner, routing)
@@ -194,11 +194,6 @@ def _grouped_experts(
         return (spread,)
 
     return tape.attach(output, [inner], backward)
-
-
-def _claim_experts(weights: Weights, count: int, first: int, second: int) -> Weight:
-    """A stack of expert matrices, stored either way round."""
-    return weights.take(count, first, second)
 
 
 def _gather(tape: Tape, hidden: Tensor, order: Tensor, rows: int, width: int) -> Tensor:

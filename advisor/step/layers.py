@@ -6,7 +6,17 @@ from advisor.specs.job import AttentionKernel
 from advisor.specs.model import Experts, Layer, ModelSpec, NormKind
 from advisor.step.attention import Weights, attention
 from advisor.step.feed_forward import activation, feed_forward, mixture
-from advisor.step.operators import add, cast, dropout, layer_norm, linear, multiply_constant, rms_norm, unary
+from advisor.step.operators import (
+    add,
+    cast,
+    dropout,
+    layer_norm,
+    linear,
+    multiply_constant,
+    rms_norm,
+    unary,
+    weight_gradient,
+)
 from advisor.step.tape import Gradients, Tape, Tensor, Weight
 
 
@@ -102,9 +112,7 @@ def _lookup(tape: Tape, weight: Weight) -> Tensor:
     tape.work(output, output)
 
     def backward(tape: Tape, gradient: Tensor) -> Gradients:
-        dense = tape.new(
-            weight.parameter.numel, weight.element_bytes, scales=False, category="gradients", label="weight gradient"
-        )
+        dense = weight_gradient(tape, weight.parameter, weight.element_bytes)
         tape.work(gradient, dense, kernels=2)
         return (dense,)
 
