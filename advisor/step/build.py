@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -91,11 +92,12 @@ class _Walk:
         scheme = self.scheme
         steps: list[Node] = [*scheme.begin_forward(), *self._inputs(hold)]
         steps += self._forward_part(self.embedding, record_embedding(self.model, self.mode).forward)
-        for index, run in enumerate(self.model.runs):
+        for index, stretches in enumerate(self.stretches):
             if index == self._decoder_run:
                 steps += self._between_encoder_and_decoder()
-            body = [node for layer in run.layers for node in self._forward_layer(layer)]
-            steps.append(repeat(then(*body), run.repeats))
+            for parts, times in stretches:
+                body = [node for part in parts for node in self._forward_layer(part)]
+                steps.append(repeat(then(*body), times))
         steps += scheme.before_forward(self.head)
         steps += lay(record_head(self.model, self.mode).forward, self.batch)
         return phase("forward", *steps)
@@ -112,27 +114,40 @@ class _Walk:
     def _backward(self, micro: MicroStep) -> Sequence:
         scheme, model = self.scheme, self.model
         steps: list[Node] = [*scheme.before_backward(self.head, micro)]
-        steps += self._lay_backward(record_head(model, self.mode).backward, micro, opens=True)
+        steps += self._lay_backward(self.head, record_head(model, self.mode).backward, micro)
         steps += scheme.after_backward(self.head, micro)
-        left = None if scheme.turn_after is None else scheme.turn_after - self.head.numel
         for index in range(len(model.runs) - 1, -1, -1):
-            run = model.runs[index]
-            body = then(*(node for layer in reversed(run.layers) for node in self._backward_layer(layer, micro)))
-            numel = sum(layer.parameter_count for layer in run.layers)
-            before = run.repeats if left is None else min(run.repeats, max(0, -(-left // numel)))
-            steps.append(repeat(body, before))
-            if left is not None and left <= run.repeats * numel:
-                steps += scheme.turn(micro)
-                steps.append(repeat(body, run.repeats - before))
-                left = None
-            elif left is not None:
-                left -= run.repeats * numel
+            for parts, times in reversed(self.stretches[index]):
+                body = [node for part in reversed(parts) for node in self._backward_layer(part, micro)]
+                steps.append(repeat(then(*body), times))
             if index == self._decoder_run:
                 steps += self._between_decoder_and_encoder(micro)
         steps += scheme.before_backward(self.embedding, micro)
-        steps += self._lay_backward(record_embedding(model, self.mode).backward, micro, closes=True)
+        steps += self._lay_backward(self.embedding, record_embedding(model, self.mode).backward, micro)
         steps += scheme.after_backward(self.embedding, micro)
         return phase("backward", *steps, *self._inputs(release), *scheme.end_backward(micro))
+
+    @cached_property
+    def stretches(self) -> list[list[tuple[tuple[Part, ...], int]]]:
+        """For each of the model's runs: layers and how often they follow one another, those apart by themselves."""
+        apart, number = self.scheme.layers_apart, 0
+        found: list[list[tuple[tuple[Part, ...], int]]] = []
+        for run in self.model.runs:
+            alike = tuple(Part("layer", layer.parameters, layer) for layer in run.layers)
+            stretches: list[tuple[tuple[Part, ...], int]] = []
+            waiting = 0
+            for _ in range(run.repeats):
+                numbers = range(number, number + len(alike))
+                number += len(alike)
+                if apart.isdisjoint(numbers):
+                    waiting += 1
+                    continue
+                stretches.append((alike, waiting))
+                numbered = zip(alike, numbers, strict=True)
+                stretches.append((tuple(replace(part, number=each) for part, each in numbered), 1))
+                waiting = 0
+            found.append([*stretches, (alike, waiting)])
+        return found
 
     def _record(self, layer: Layer) -> Recording:
         return record_layer(layer, self.model.hidden_size, self.mode, self.checkpointed)
@@ -141,21 +156,19 @@ class _Walk:
         scheme = self.scheme
         return [*scheme.before_forward(part), *lay(events, self.batch), *scheme.after_forward(part)]
 
-    def _forward_layer(self, layer: Layer) -> list[Node]:
-        return self._forward_part(Part("layer", layer.parameters), self._record(layer).forward)
+    def _forward_layer(self, part: Part) -> list[Node]:
+        return self._forward_part(part, self._record(part.of_layer).forward)
 
-    def _backward_layer(self, layer: Layer, micro: MicroStep) -> list[Node]:
-        part = Part("layer", layer.parameters)
+    def _backward_layer(self, part: Part, micro: MicroStep) -> list[Node]:
         return [
             *self.scheme.before_backward(part, micro),
-            *self._lay_backward(self._record(layer).backward, micro),
+            *self._lay_backward(part, self._record(part.of_layer).backward, micro),
             *self.scheme.after_backward(part, micro),
         ]
 
-    def _lay_backward(
-        self, events: tuple[Event, ...], micro: MicroStep, *, opens: bool = False, closes: bool = False
-    ) -> list[Node]:
+    def _lay_backward(self, part: Part, events: tuple[Event, ...], micro: MicroStep) -> list[Node]:
         """Lay *events*, handing gradients to the scheme. A tied matrix's is handed over once both are summed."""
+        opens, closes = part.kind == "head", part.kind == "embedding"
         nodes: list[Node] = []
         opened = False
         tied = self.model.embedding[0] if self.model.tied_embeddings else None
@@ -172,7 +185,7 @@ class _Walk:
                 opened = True
             if closes and parameter == tied:
                 nodes.append(release("tied output gradient", "gradients", event.size_bytes))
-            nodes += self.scheme.gradient(parameter, event.size_bytes, micro)
+            nodes += self.scheme.gradient(part, parameter, event.size_bytes, micro)
         return nodes
 
     def _stretches(self, events: tuple[Event, ...]) -> list[tuple[Sequence, Event | None]]:

@@ -26,7 +26,7 @@ class DataParallel(Scheme):
             hold("Adam moments", "optimizer", MOMENTS * count * element_bytes),
         )
 
-    def gradient(self, parameter: Parameter, size_bytes: int, micro: MicroStep) -> Nodes:
+    def gradient(self, part: Part, parameter: Parameter, size_bytes: int, micro: MicroStep) -> Nodes:
         return (Block("gradients", "gradients", size_bytes * micro.first, size_bytes),)
 
     def after_backward(self, part: Part, micro: MicroStep) -> Nodes:

@@ -120,7 +120,7 @@ class FullyShardedDataParallel(Scheme):
         """From the head on, the next group's gather is under way."""
         return (hold("gather buffer", "buffers", self.layer_bytes if self.reshards else 0),)
 
-    def gradient(self, parameter: Parameter, size_bytes: int, micro: MicroStep) -> Nodes:
+    def gradient(self, part: Part, parameter: Parameter, size_bytes: int, micro: MicroStep) -> Nodes:
         return (Block("unsharded gradients", "gradients", size_bytes * micro.first, size_bytes, "gradients"),)
 
     def after_backward(self, part: Part, micro: MicroStep) -> Nodes:
@@ -129,7 +129,8 @@ class FullyShardedDataParallel(Scheme):
         tied_tail = part.kind == "embedding" and self.model.tied_embeddings
         parameters = self.tail if tied_tail else part.parameters
         done = release(self._label(part), "parameters", self._whole(parameters))
-        return (done, *(self._reduce(part, parameters) if micro.last else ()))
+        reduced = self._reduce(part, parameters) if micro.last else ()
+        return (done, *reduced, *(self._first_reduced(micro) if part.number in self.layers_apart else ()))
 
     def _reduce(self, part: Part, parameters: tuple[Parameter, ...]) -> Nodes:
         """Copy a group's gradients into one buffer, reduce-scatter it, and cast the share to the shards' format.
@@ -146,11 +147,12 @@ class FullyShardedDataParallel(Scheme):
             release("unsharded gradients", "gradients", size),
         )
 
-    @property
-    def turn_after(self) -> int | None:
-        return self.model.head_count + 1
+    @cached_property
+    def layers_apart(self) -> frozenset[int]:
+        """The last layer, whose backward is the first."""
+        return frozenset({len(self.model.layers) - 1})
 
-    def turn(self, micro: MicroStep) -> Nodes:
+    def _first_reduced(self, micro: MicroStep) -> Nodes:
         """After the first layer its reduce-scatter input lives on, through the backward of the layer that follows."""
         if not micro.last:
             return ()

@@ -48,10 +48,10 @@ class OffloadedZeroOneTwo(ZeroOneTwo):
             hold("buffer of the largest tensor", "buffers", self.model.largest_parameter.numel * half),
         )
 
-    def turn(self, micro: MicroStep) -> Nodes:
+    def flush(self, micro: MicroStep) -> Nodes:
         return (scratch("flat copy of a bucket", self.filled_bucket_bytes),)
 
-    def gradient(self, parameter: Parameter, size_bytes: int, micro: MicroStep) -> Nodes:
+    def gradient(self, part: Part, parameter: Parameter, size_bytes: int, micro: MicroStep) -> Nodes:
         # Cast to the optimizer's format on the GPU, one tensor at a time, before it leaves for the host.
         size = parameter.numel * self.state_bytes
         return (scratch("optimizer's gradient on its way to the host", size, "gradients"),)

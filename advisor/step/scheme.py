@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
+from advisor.errors import SpecError
 from advisor.specs.job import Job
-from advisor.specs.model import ModelSpec, Parameter
+from advisor.specs.model import Layer, ModelSpec, Parameter
 from advisor.specs.plan import Plan
 from advisor.step.program import Amount, Node
 
@@ -23,6 +25,16 @@ class Part:
 
     kind: Literal["embedding", "layer", "head"]
     parameters: tuple[Parameter, ...]
+    layer: Layer | None = None
+    number: int | None = None
+    """Which layer it is, counted from the embedding; None where it stands for several that are alike."""
+
+    @property
+    def of_layer(self) -> Layer:
+        """The layer that this part is."""
+        if self.layer is None:
+            raise SpecError(f"the {self.kind} is no layer")
+        return self.layer
 
     @property
     def numel(self) -> int:
@@ -52,6 +64,11 @@ class Scheme:
         """Bytes per element of the weights that the modelling code computes with."""
         return self.job.parameter_bytes
 
+    @cached_property
+    def layers_apart(self) -> frozenset[int]:
+        """Numbers of the layers that fare otherwise than their neighbours of one kind. The others stand together."""
+        return frozenset()
+
     def states(self) -> Nodes:
         """What is held between steps, in the order in which it is made, with what making it takes."""
         return ()
@@ -75,20 +92,11 @@ class Scheme:
         """Before the first weight gradient of a backward pass is handed over."""
         return ()
 
-    def gradient(self, parameter: Parameter, size_bytes: int, micro: MicroStep) -> Nodes:
-        """A weight's gradient of *size_bytes* is handed over; its memory is the scheme's from here on."""
+    def gradient(self, part: Part, parameter: Parameter, size_bytes: int, micro: MicroStep) -> Nodes:
+        """*part*'s gradient of *size_bytes* is handed over; its memory is the scheme's from here on."""
         return ()
 
     def after_backward(self, part: Part, micro: MicroStep) -> Nodes:
-        return ()
-
-    @property
-    def turn_after(self) -> int | None:
-        """Parameters whose gradients have been handed over when :meth:`turn` happens; None for never."""
-        return None
-
-    def turn(self, micro: MicroStep) -> Nodes:
-        """What happens once in the middle of backward, when enough gradients have come together."""
         return ()
 
     def end_backward(self, micro: MicroStep) -> Nodes:

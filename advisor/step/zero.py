@@ -56,9 +56,27 @@ class Zero(Scheme):
         """What a bucket holds when it is reduced: never more than the model."""
         return min(self.bucket_bytes, self.model.parameter_count * self.job.compute_bytes)
 
-    @property
-    def turn_after(self) -> int | None:
-        return self.plan.zero.reduce_bucket
+    @cached_property
+    def filling_layer(self) -> int | None:
+        """The layer whose gradients first fill a bucket in backward; None where none does."""
+        left = self.plan.zero.reduce_bucket - self.model.head_count
+        sizes = [layer.parameter_count for layer in self.model.layers]
+        for number in range(len(sizes) - 1, -1, -1):
+            left -= sizes[number]
+            if left <= 0:
+                return number
+        return None
+
+    @cached_property
+    def layers_apart(self) -> frozenset[int]:
+        return frozenset() if self.filling_layer is None else frozenset({self.filling_layer})
+
+    def after_backward(self, part: Part, micro: MicroStep) -> Nodes:
+        return self.flush(micro) if part.number in self.layers_apart else ()
+
+    def flush(self, micro: MicroStep) -> Nodes:
+        """The first full bucket is reduced."""
+        return ()
 
     def gather_updated(self) -> Block:
         payload = self.model.parameter_count * self.job.compute_bytes
@@ -113,7 +131,7 @@ class ZeroOneTwo(Zero):
         opens = micro.first if self.keeps_gradients else 1
         return (hold("gradient buckets", "buffers", self.buckets * self.bucket_bytes * opens),)
 
-    def gradient(self, parameter: Parameter, size_bytes: int, micro: MicroStep) -> Nodes:
+    def gradient(self, part: Part, parameter: Parameter, size_bytes: int, micro: MicroStep) -> Nodes:
         if self.keeps_gradients:
             return (Block("gradients", "gradients", size_bytes * micro.first, size_bytes, "gradients"),)
         if parameter != self.model.embedding[0] or not self._bypasses(parameter):
@@ -125,7 +143,7 @@ class ZeroOneTwo(Zero):
     def _bypasses(self, parameter: Parameter) -> bool:
         return parameter.numel > self.plan.zero.reduce_bucket
 
-    def turn(self, micro: MicroStep) -> Nodes:
+    def flush(self, micro: MicroStep) -> Nodes:
         if self.keeps_gradients:
             return ()
         return (
@@ -133,14 +151,11 @@ class ZeroOneTwo(Zero):
             hold("gradients of the rank's partition", "gradients", self.early_owned_bytes),
         )
 
-    def _turned(self) -> bool:
-        return self.plan.zero.reduce_bucket <= self.model.parameter_count - self.model.embedding_count
-
     def end_backward(self, micro: MicroStep) -> Nodes:
         if self.keeps_gradients:
             return self._reduce_kept() if micro.last else ()
         owned = self.owned_bytes
-        rest = owned - self.early_owned_bytes if self._turned() else owned
+        rest = owned - self.early_owned_bytes if self.filling_layer is not None else owned
         again = 1 - micro.first
         return (
             scratch("flat copy of a bucket", self.filled_bucket_bytes),
@@ -256,15 +271,16 @@ class ZeroThree(Zero):
         gather = Collective("weights", "all-gather", payload, messages, waits=False)
         return Block("gather of weights", "temporaries", moved_bytes=payload, transfers=(gather,))
 
-    def gradient(self, parameter: Parameter, size_bytes: int, micro: MicroStep) -> Nodes:
+    def gradient(self, part: Part, parameter: Parameter, size_bytes: int, micro: MicroStep) -> Nodes:
         return (scratch("gradients", size_bytes, "gradients"),)
 
     def after_backward(self, part: Part, micro: MicroStep) -> Nodes:
         payload = part.numel * self.job.compute_bytes
         reduce = Collective("gradients", "reduce-scatter", payload, 1, waits=False)
-        return (Block("gradient reduce-scatter", "temporaries", moved_bytes=4 * payload, transfers=(reduce,)),)
+        scattered = Block("gradient reduce-scatter", "temporaries", moved_bytes=4 * payload, transfers=(reduce,))
+        return (scattered, *super().after_backward(part, micro))
 
-    def turn(self, micro: MicroStep) -> Nodes:
+    def flush(self, micro: MicroStep) -> Nodes:
         return (scratch("flat copy of a bucket", self.filled_bucket_bytes),)
 
     def end_backward(self, micro: MicroStep) -> Nodes:
