@@ -18,23 +18,18 @@ from __future__ import annotations
 
 import json
 import logging
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
-from advisor.catalog.huggingface import model_from_config
 from advisor.catalog.profiles import model_profiles
 from advisor.specs.job import Job
 from advisor.specs.model import Experts, ModelSpec
 from advisor.specs.plan import Checkpointing, Plan, Strategy, zero_settings
-from advisor.validation.accuracy import Comparison, beside, compare
+from advisor.validation.accuracy import Case, Comparison, beside, compare, score, table, with_fewer_layers
 from advisor.validation.deepspeed_rank import request
 from advisor.validation.trace import Trace
 
-LAYER_SETTINGS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers")
 MOST_LAYERS = 4
 ONE_OF_EACH_FAMILY = [
     "EleutherAI__gpt-neox-20b",
@@ -68,31 +63,12 @@ ONE_OF_EACH_FAMILY = [
 FSDP_MODELS = ("Qwen__Qwen2.5-1.5B", "meta-llama__Llama-3.1-8B", "Qwen__Qwen3-0.6B")
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One comparison to make."""
-
-    profile: str
-    job: Job
-    plan: Plan
-
-    @property
-    def title(self) -> str:
-        weights = "autocast" if self.job.parameter_format == "fp32" and self.plan.strategy is Strategy.DDP else "bf16"
-        bucket = f", bucket {self.plan.zero.reduce_bucket:.0e}" if self.plan.strategy.zero_stage else ""
-        return (
-            f"{self.profile.split('__')[1]}, {self.plan.strategy.value} x {self.plan.gpus}, {weights}, "
-            f"checkpointing {self.plan.checkpointing.value}, {self.plan.micro_batch} x {self.job.sequence_length}, "
-            f"accumulation {self.plan.accumulation_steps}{bucket}"
-        )
-
-
 def one_rank(profiles: list[str]) -> Iterator[Case]:
     for profile in profiles:
         for parameter_format in ("bf16", "fp32"):
             for checkpointing in Checkpointing:
                 job = Job(sequence_length=512, global_batch=2, parameter_format=parameter_format)  # type: ignore[arg-type]
-                yield Case(
+                yield shrunken(
                     profile, job, Plan(strategy=Strategy.DDP, gpus=1, micro_batch=2, checkpointing=checkpointing)
                 )
 
@@ -104,7 +80,7 @@ def sharded(profiles: list[str]) -> Iterator[Case]:
                 for checkpointing in Checkpointing:
                     for length in (128, 2048):
                         plan = Plan(strategy=strategy, gpus=ranks, micro_batch=1, checkpointing=checkpointing)
-                        yield Case(profile, Job(sequence_length=length, global_batch=ranks), plan)
+                        yield shrunken(profile, Job(sequence_length=length, global_batch=ranks), plan)
 
 
 SMALL_QWEN2 = {
@@ -121,7 +97,7 @@ DEFAULT_BUCKET = 500_000_000
 DEEPSPEED_RANKS = 4
 
 
-def deepspeed_cases() -> Iterator[tuple[dict[str, Any], Case]]:
+def deepspeed_cases() -> Iterator[Case]:
     for strategy in (Strategy.ZERO1, Strategy.ZERO2, Strategy.ZERO3):
         for tied in (True, False):
             for steps in (1, 2):
@@ -139,37 +115,30 @@ def deepspeed_cases() -> Iterator[tuple[dict[str, Any], Case]]:
                         zero=zero_settings(strategy, bucket),
                     )
                     job = Job(sequence_length=length, global_batch=2 * steps * DEEPSPEED_RANKS)
-                    yield SMALL_QWEN2 | {"tie_word_embeddings": tied}, Case("small__Qwen2", job, plan)
+                    yield Case("Qwen2", SMALL_QWEN2 | {"tie_word_embeddings": tied}, job, plan)
 
 
-def worst_rank(config: dict[str, Any], case: Case) -> Comparison:
+def worst_rank(case: Case) -> Comparison:
     """The prediction beside the rank whose peak is highest."""
-    model = model_from_config(config, "small Qwen2", "benchmarks/accuracy.py")
     # ZeRO-3 cuts every tensor evenly, so its first rank holds as much as any.
     ranks = range(DEEPSPEED_RANKS if case.plan.strategy.zero_stage != 3 else 1)
     return max(
-        (beside(model, case.job, case.plan, _traced_rank(config, case, rank)) for rank in ranks),
-        key=lambda comparison: comparison.peak_bytes[1],
+        (beside(case.model, case.job, case.plan, _traced_rank(case, rank)) for rank in ranks),
+        key=lambda comparison: comparison.true["peak"],
     )
 
 
-def _traced_rank(config: dict[str, Any], case: Case, rank: int) -> Trace:
-    command = [sys.executable, "-m", "advisor.validation.deepspeed_rank", request(config, case.job, case.plan, rank)]
+def _traced_rank(case: Case, rank: int) -> Trace:
+    asked = request(case.config, case.job, case.plan, rank)
+    command = [sys.executable, "-m", "advisor.validation.deepspeed_rank", asked]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return Trace(**json.loads(printed.splitlines()[-1]))
 
 
-def shrunken(profile: str) -> tuple[dict[str, Any], ModelSpec]:
-    """A profile's configuration cut to few layers, and the catalog's model of it."""
-    config = dict(json.loads((model_profiles() / f"{profile}.json").read_text())["config"])
-    for name in LAYER_SETTINGS:
-        if name in config:
-            config[name] = min(config[name], MOST_LAYERS)
-    if "layer_types" in config:
-        config["layer_types"] = config["layer_types"][:MOST_LAYERS]
-    if "first_k_dense_replace" in config:
-        config["first_k_dense_replace"] = min(1, config["first_k_dense_replace"])
-    return config, model_from_config(config, profile, "profiles/models")
+def shrunken(profile: str, job: Job, plan: Plan) -> Case:
+    """A case of a profile cut to few layers."""
+    config = json.loads((model_profiles() / f"{profile}.json").read_text(encoding="utf-8"))["config"]
+    return Case(profile.rpartition("__")[2], with_fewer_layers(config, MOST_LAYERS), job, plan)
 
 
 def traceable(model: ModelSpec, job: Job) -> bool:
@@ -187,45 +156,31 @@ def run(cases: Iterator[Case]) -> tuple[list[tuple[Case, Comparison]], list[tupl
     """Comparisons with the kernels of a GPU, and those with others."""
     alike, apart = [], []
     for case in cases:
-        config, model = shrunken(case.profile)
+        model = case.model
         if case.plan.strategy is Strategy.DDP and not traceable(model, case.job):
             continue
-        found = compare(config, model, case.job, case.plan)
+        found = compare(case)
         (apart if other_kernel(model) else alike).append((case, found))
-        print(f"{100 * found.peak_error:+8.3f} %  {case.title}", flush=True)
+        print(f"{100 * found.error():+8.3f} %  {case.title}", flush=True)
     return alike, apart
-
-
-def summary(title: str, found: list[tuple[Case, Comparison]]) -> str:
-    errors = [abs(comparison.peak_error) for _, comparison in found]
-    states = [abs(comparison.states_bytes[0] - comparison.states_bytes[1]) for _, comparison in found]
-    saved = [abs(comparison.saved_error) for _, comparison in found]
-    worst = max(found, key=lambda pair: abs(pair[1].peak_error))
-    return (
-        f"{title}: n {len(found)}\n"
-        f"  peak error mean {100 * statistics.mean(errors):.3f} %, max {100 * max(errors):.3f} %; "
-        f"saved for backward mean {100 * statistics.mean(saved):.2f} %, max {100 * max(saved):.2f} %; "
-        f"states off by at most {max(states):,} B\n"
-        f"  worst peak: {worst[0].title}"
-    )
 
 
 def main() -> None:
     logging.disable(logging.WARNING)
     quick = "--quick" in sys.argv
     alike, apart = run(one_rank(ONE_OF_EACH_FAMILY[3:4] if quick else list(ONE_OF_EACH_FAMILY)))
-    lines = [summary("One rank, traced step", alike)]
+    scores = [*score("One rank, traced step", alike)]
     if apart:
-        lines.append(summary("One rank, where a CPU takes another attention kernel", apart))
+        scores += score("One rank, where a CPU takes another attention kernel", apart)
     fsdp, _ = run(sharded(list(FSDP_MODELS[:1] if quick else FSDP_MODELS)))
-    lines.append(summary("FSDP2, rank 0 of 8 and 64", fsdp))
+    scores += score("FSDP2, rank 0 of 8 and 64", fsdp)
     if not quick:
         found = []
-        for config, case in deepspeed_cases():
-            found.append((case, worst_rank(config, case)))
-            print(f"{100 * found[-1][1].peak_error:+8.3f} %  {case.title}", flush=True)
-        lines.append(summary("DeepSpeed ZeRO-1/2/3, worst of 4 ranks", found))
-    print("\n" + "\n".join(lines))
+        for case in deepspeed_cases():
+            found.append((case, worst_rank(case)))
+            print(f"{100 * found[-1][1].error():+8.3f} %  {case.title}", flush=True)
+        scores += score("DeepSpeed ZeRO-1/2/3, worst of 4 ranks", found)
+    print("\n" + "\n".join(table(scores)))
 
 
 if __name__ == "__main__":

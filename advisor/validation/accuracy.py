@@ -1,11 +1,17 @@
-"""Predicted beside traced: the same model, job and plan, once through the step program and once through torch."""
+"""Predicted beside true: the same model, job and plan through the step program and through the frameworks' own code.
+
+A :class:`Case` is what is compared, a :class:`Comparison` its bytes by counter, a :class:`Score` what many of them
+amount to. An accuracy always names its truth, its counter, mean, maximum, number of cases, and the worst of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from advisor.catalog.huggingface import model_from_config
 from advisor.specs.job import Job
 from advisor.specs.model import FeedForward, Layer, ModelSpec, Run
 from advisor.specs.plan import Plan
@@ -15,46 +21,170 @@ from advisor.step.program import phase_peaks
 if TYPE_CHECKING:
     from advisor.validation.trace import Trace
 
-STEP_PHASES = ("forward", "loss", "backward", "step")
+Counter = Literal[
+    "between steps",
+    "end of forward",
+    "saved for backward",
+    "peak in forward",
+    "peak in backward",
+    "peak in step",
+    "peak",
+]
+COUNTERS: tuple[Counter, ...] = (
+    "between steps",
+    "end of forward",
+    "saved for backward",
+    "peak in forward",
+    "peak in backward",
+    "peak in step",
+    "peak",
+)
+"""Live bytes of one rank. The loss belongs to forward; what is saved for backward is the end of forward less what is
+held between steps."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Case:
+    """One comparison to make."""
+
+    name: str
+    config: Mapping[str, Any]
+    """The ``config.json`` that transformers builds the model from."""
+    job: Job
+    plan: Plan
+    rank: int = 0
+
+    @property
+    def model(self) -> ModelSpec:
+        """What the catalog makes of the configuration."""
+        return model_from_config(self.config, self.name, "the case's configuration")
+
+    @property
+    def title(self) -> str:
+        job, plan = self.job, self.plan
+        weights = "autocast" if job.parameter_bytes > job.compute_bytes else job.precision
+        bucket = f", bucket {plan.zero.reduce_bucket:.3g}" if plan.strategy.zero_stage else ""
+        return (
+            f"{self.name}, {plan.strategy.value} x {plan.gpus}, {weights}, checkpointing {plan.checkpointing.value}, "
+            f"{plan.micro_batch} x {job.sequence_length}, accumulation {plan.accumulation_steps}{bucket}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Bytes of one case, as predicted and as traced."""
+    """Bytes of one case by counter, as predicted and as they were."""
 
-    states_bytes: tuple[int, int]
-    saved_bytes: tuple[int, int]
-    """What forward leaves for backward."""
-    peak_bytes: tuple[int, int]
+    predicted: Mapping[Counter, int]
+    true: Mapping[Counter, int]
 
-    @property
-    def peak_error(self) -> float:
-        """Predicted over traced peak, less one."""
-        return self.peak_bytes[0] / self.peak_bytes[1] - 1
+    def error(self, counter: Counter = "peak") -> float:
+        """Predicted over true, less one."""
+        return self.predicted[counter] / self.true[counter] - 1
 
-    @property
-    def saved_error(self) -> float:
-        return self.saved_bytes[0] / self.saved_bytes[1] - 1
+    def difference_bytes(self, counter: Counter) -> int:
+        return self.predicted[counter] - self.true[counter]
 
 
-def compare(config: Mapping[str, Any], model: ModelSpec, job: Job, plan: Plan) -> Comparison:
-    """One case. *model* is what the catalog made of *config*; dropout is left out on both sides. Needs torch."""
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How far the predictions of one counter are from one truth."""
+
+    truth: str
+    counter: Counter
+    count: int
+    mean_error: float
+    """Mean of the errors' magnitudes."""
+    max_error: float
+    max_difference_bytes: int
+    worst: str
+    """Title of the case whose error is largest."""
+
+
+def score(truth: str, found: Sequence[tuple[Case, Comparison]]) -> tuple[Score, ...]:
+    """One score for each counter over the comparisons *found* with *truth*."""
+    return tuple(_scored(truth, counter, found) for counter in COUNTERS)
+
+
+def _scored(truth: str, counter: Counter, found: Sequence[tuple[Case, Comparison]]) -> Score:
+    errors = [abs(comparison.error(counter)) for _, comparison in found]
+    worst = max(range(len(found)), key=errors.__getitem__)
+    return Score(
+        truth=truth,
+        counter=counter,
+        count=len(found),
+        mean_error=statistics.mean(errors),
+        max_error=errors[worst],
+        max_difference_bytes=max(abs(comparison.difference_bytes(counter)) for _, comparison in found),
+        worst=found[worst][0].title,
+    )
+
+
+def table(scores: Iterable[Score]) -> list[str]:
+    """Lines of text, one a score under a line for its truth; the worst case is named for the highest peak."""
+    lines: list[str] = []
+    truth = ""
+    for each in scores:
+        if each.truth != truth:
+            truth = each.truth
+            lines.append(f"{truth}: n {each.count}")
+        lines.append(
+            f"  {each.counter:18}  mean {100 * each.mean_error:6.3f} %  max {100 * each.max_error:6.3f} %  "
+            f"at most {each.max_difference_bytes:,} B"
+        )
+        if each.counter == "peak":
+            lines.append(f"  worst peak: {each.worst}")
+    return lines
+
+
+def compare(case: Case) -> Comparison:
+    """One case, traced in this process. Dropout is left out on both sides. Needs torch and transformers."""
     from advisor.validation.trace import trace_step
 
+    model = case.model
     eager = any(layer.attention.eager_only for layer in model.layers)
-    traced = trace_step(config, model.objective, replace(job, attention="eager") if eager else job, plan)
-    return beside(model, job, plan, traced)
+    job = replace(case.job, attention="eager") if eager else case.job
+    return beside(model, case.job, case.plan, trace_step(case.config, model.objective, job, case.plan))
 
 
 def beside(model: ModelSpec, job: Job, plan: Plan, traced: Trace) -> Comparison:
     """The prediction for *model* beside what was *traced*."""
+    return Comparison(predicted=predicted(model, job, plan), true=counted(traced))
+
+
+def predicted(model: ModelSpec, job: Job, plan: Plan) -> Mapping[Counter, int]:
+    """Bytes of every counter for the rank that holds most, without dropout and without what only a GPU allocates."""
     phases = phase_peaks(build(without_dropout(model), job, plan).device)
-    states = int(phases["init"][1])
-    return Comparison(
-        states_bytes=(states, traced.states_bytes),
-        saved_bytes=(int(phases["loss"][1]) - states, traced.after_forward_bytes - traced.states_bytes),
-        peak_bytes=(max(int(phases[name][0]) for name in STEP_PHASES), traced.peak_bytes),
+    peaks = {name: int(most) for name, (most, _) in phases.items()}
+    return _counters(
+        states=int(phases["init"][1]),
+        after_forward=int(phases["loss"][1]),
+        forward=max(peaks["forward"], peaks["loss"]),
+        backward=peaks["backward"],
+        step=peaks["step"],
     )
+
+
+def counted(traced: Trace) -> Mapping[Counter, int]:
+    """Bytes of every counter as traced."""
+    return _counters(
+        states=traced.states_bytes,
+        after_forward=traced.after_forward_bytes,
+        forward=traced.forward_peak_bytes,
+        backward=traced.backward_peak_bytes,
+        step=traced.step_peak_bytes,
+    )
+
+
+def _counters(*, states: int, after_forward: int, forward: int, backward: int, step: int) -> Mapping[Counter, int]:
+    return {
+        "between steps": states,
+        "end of forward": after_forward,
+        "saved for backward": after_forward - states,
+        "peak in forward": forward,
+        "peak in backward": backward,
+        "peak in step": step,
+        "peak": max(forward, backward, step),
+    }
 
 
 def without_dropout(model: ModelSpec) -> ModelSpec:
@@ -72,3 +202,16 @@ def _dry(layer: Layer) -> Layer:
         cross_attention=replace(crossing, dropout=0.0) if crossing else None,
         feed_forward=replace(block, dropout=0.0) if isinstance(block, FeedForward) else block,
     )
+
+
+LAYER_SETTINGS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers")
+
+
+def with_fewer_layers(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """*config* cut to at most so many layers; widths, heads, vocabulary and experts stay as they are."""
+    cut = dict(config) | {name: min(config[name], layers) for name in LAYER_SETTINGS if name in config}
+    if "layer_types" in cut:
+        cut["layer_types"] = cut["layer_types"][:layers]
+    if "first_k_dense_replace" in cut:
+        cut["first_k_dense_replace"] = min(1, cut["first_k_dense_replace"])
+    return cut

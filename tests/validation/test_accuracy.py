@@ -8,12 +8,20 @@ from typing import Any
 
 import pytest
 
-from advisor.catalog.huggingface import model_from_config
 from advisor.catalog.profiles import model_profiles
 from advisor.specs.job import Job
-from advisor.specs.model import Experts, ModelSpec
+from advisor.specs.model import Experts
 from advisor.specs.plan import Checkpointing, Plan, Strategy
-from advisor.validation.accuracy import Comparison, compare, without_dropout
+from advisor.validation.accuracy import (
+    COUNTERS,
+    Case,
+    Comparison,
+    compare,
+    score,
+    table,
+    with_fewer_layers,
+    without_dropout,
+)
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -22,7 +30,6 @@ pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 
 MOST_LAYERS = 2
-LAYER_SETTINGS = ("num_hidden_layers", "n_layer")
 PEAK_ERROR = 0.002
 STATES_ERROR_BYTES = 64 * 2**10
 """Adam's step counters (4 B per tensor) and tables that are no parameters, such as rotary frequencies."""
@@ -49,19 +56,15 @@ def a_process_as_it_was() -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-def shrunken(profile: str) -> tuple[dict[str, Any], ModelSpec]:
-    """A profile's configuration cut to few layers, whose widths stay, and the catalog's model of it."""
-    config = dict(json.loads((model_profiles() / f"{profile}.json").read_text())["config"])
-    config |= {name: MOST_LAYERS for name in LAYER_SETTINGS if name in config}
-    if "layer_types" in config:
-        config["layer_types"] = config["layer_types"][:MOST_LAYERS]
-    return config, model_from_config(config, profile, "profiles/models")
+def shrunken(profile: str, job: Job, plan: Plan) -> Case:
+    """A profile cut to few layers, whose widths stay."""
+    config = json.loads((model_profiles() / f"{profile}.json").read_text(encoding="utf-8"))["config"]
+    return Case(profile, with_fewer_layers(config, MOST_LAYERS), job, plan)
 
 
 def assert_close(found: Comparison) -> None:
-    predicted, traced = found.states_bytes
-    assert abs(predicted - traced) < STATES_ERROR_BYTES
-    assert abs(found.peak_error) < PEAK_ERROR
+    assert abs(found.difference_bytes("between steps")) < STATES_ERROR_BYTES
+    assert abs(found.error("peak")) < PEAK_ERROR
 
 
 @pytest.mark.parametrize("checkpointing", list(Checkpointing))
@@ -74,7 +77,7 @@ def test_one_rank_is_predicted(profile: str, parameter_format: Any, checkpointin
     job = Job(sequence_length=256, global_batch=2, parameter_format=parameter_format)
     plan = Plan(strategy=Strategy.DDP, gpus=1, micro_batch=2, checkpointing=checkpointing)
 
-    assert_close(compare(*shrunken(profile), job, plan))
+    assert_close(compare(shrunken(profile, job, plan)))
 
 
 @pytest.mark.parametrize("checkpointing", list(Checkpointing))
@@ -83,7 +86,7 @@ def test_one_rank_is_predicted(profile: str, parameter_format: Any, checkpointin
 def test_a_rank_of_fsdp_2_is_predicted(profile: str, strategy: Strategy, checkpointing: Checkpointing) -> None:
     plan = Plan(strategy=strategy, gpus=8, micro_batch=1, checkpointing=checkpointing)
 
-    assert_close(compare(*shrunken(profile), Job(sequence_length=512, global_batch=8), plan))
+    assert_close(compare(shrunken(profile, Job(sequence_length=512, global_batch=8), plan)))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw-fused", "adamw-foreach", "adamw-loop"])
@@ -91,20 +94,20 @@ def test_each_optimizer_s_own_tensors_are_predicted(optimizer: Any) -> None:
     """A sequence so short that the update is the peak."""
     job = Job(sequence_length=8, global_batch=1, parameter_format="bf16", optimizer=optimizer)
 
-    assert_close(compare(*shrunken(TIED), job, Plan(strategy=Strategy.DDP, gpus=1, micro_batch=1)))
+    assert_close(compare(shrunken(TIED, job, Plan(strategy=Strategy.DDP, gpus=1, micro_batch=1))))
 
 
 def test_the_scores_matrix_is_predicted() -> None:
     job = Job(sequence_length=512, global_batch=2, parameter_format="bf16", attention="eager")
 
-    found = compare(*shrunken(TIED), job, Plan(strategy=Strategy.DDP, gpus=1, micro_batch=2))
+    found = compare(shrunken(TIED, job, Plan(strategy=Strategy.DDP, gpus=1, micro_batch=2)))
 
     assert_close(found)
-    assert abs(found.saved_error) < PEAK_ERROR
+    assert abs(found.error("saved for backward")) < PEAK_ERROR
 
 
 def test_dropout_is_left_out_of_a_comparison_and_of_nothing_else() -> None:
-    _, model = shrunken("openai-community__gpt2")
+    model = shrunken("openai-community__gpt2", Job(), Plan(strategy=Strategy.DDP, gpus=1, micro_batch=1)).model
     dry = without_dropout(model)
 
     assert any(layer.dropout or layer.attention.dropout for layer in model.layers)
@@ -114,8 +117,35 @@ def test_dropout_is_left_out_of_a_comparison_and_of_nothing_else() -> None:
     assert list(dry.parameters()) == list(model.parameters())
 
 
-def test_errors_are_relative_to_what_was_traced() -> None:
-    found = Comparison(states_bytes=(0, 0), saved_bytes=(90, 100), peak_bytes=(303, 300))
+def measured(**bytes_by_counter: int) -> Comparison:
+    """A comparison in which every counter is predicted to be 100 bytes, and was so where nothing else is said."""
+    alike = dict.fromkeys(COUNTERS, 100)
+    return Comparison(alike, alike | {"peak": bytes_by_counter["peak"]})
 
-    assert found.peak_error == pytest.approx(0.01)
-    assert found.saved_error == pytest.approx(-0.1)
+
+def test_an_error_is_relative_to_what_was_true() -> None:
+    assert measured(peak=80).error("peak") == pytest.approx(0.25)
+    assert measured(peak=125).error("peak") == pytest.approx(-0.2)
+    assert measured(peak=125).difference_bytes("peak") == -25
+
+
+def test_a_score_says_how_far_how_often_and_where() -> None:
+    job, plan = Job(), Plan(strategy=Strategy.ZERO2, gpus=8, micro_batch=1)
+    near, far = (Case(name, {}, job, plan) for name in ("near", "far"))
+
+    *others, peak = score("runs", [(near, measured(peak=100)), (far, measured(peak=125))])
+
+    assert (peak.truth, peak.counter, peak.count, peak.worst) == ("runs", "peak", 2, far.title)
+    assert (peak.mean_error, peak.max_error) == (pytest.approx(0.1), pytest.approx(0.2))
+    assert peak.max_difference_bytes == 25
+    assert {each.max_error for each in others} == {0.0}
+    assert table([*others, peak])[-1] == f"  worst peak: {far.title}"
+
+
+def test_fewer_layers_leave_the_widths_alone() -> None:
+    whole = {"num_hidden_layers": 28, "hidden_size": 1536, "layer_types": ["full_attention"] * 28}
+
+    cut = with_fewer_layers(whole, 4)
+
+    assert (cut["num_hidden_layers"], len(cut["layer_types"]), cut["hidden_size"]) == (4, 4, 1536)
+    assert with_fewer_layers(cut, 8) == cut
