@@ -13,6 +13,7 @@ from advisor.catalog.families.gemma import gemma, gemma2, gemma3, gemma3_text
 from advisor.catalog.families.gpt import bloom, falcon, gpt2, gpt_neox, opt, starcoder2
 from advisor.catalog.families.llama import llama, mistral, olmo2, qwen2, qwen3, smollm3
 from advisor.catalog.families.mixtures import gpt_oss, llama4, llama4_text, mixtral, qwen2_moe, qwen3_moe
+from advisor.catalog.families.tables import tables
 from advisor.errors import ConfigError
 from advisor.specs.model import ModelSpec
 
@@ -65,6 +66,7 @@ def model_from_config(config: Mapping[str, object], name: str, source: str) -> M
 
         return undescribed_model(configuration, family, FAMILIES)
     model = describe(configuration)
+    model = replace(model, buffers=tables(model, configuration))
     if not configuration.defaulted:
         return model
     listed = ", ".join(f"{key} {value}" for key, value in configuration.defaulted.items())

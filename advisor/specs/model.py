@@ -44,6 +44,16 @@ class Parameter:
         return prod(self.shape)
 
 
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """A table that is no parameter; every rank holds it whole."""
+
+    name: str
+    numel: int
+    number_format: Literal["fp32", "int64", "weights"]
+    """``weights``: as the model's weights are built."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentAttention:
     """DeepSeek's multi-head latent attention: low-rank projections of queries and of keys and values."""
@@ -93,6 +103,11 @@ class Attention:
             )
         if self.heads % self.key_value_heads:
             raise SpecError(f"{self.heads} attention heads do not divide by {self.key_value_heads} key-value heads")
+
+    @property
+    def rotary_dimensions(self) -> int:
+        """Dimensions of each head that are rotated."""
+        return self.latent.rotary_head_dim if self.latent else int(self.head_dim * self.rotary_fraction)
 
     @property
     def query_width(self) -> int:
@@ -204,6 +219,7 @@ class ModelSpec:
     head_activation: str | None = None
     """Activation of the transform before the output matrix (BERT, RoBERTa)."""
     logit_soft_cap: bool = False
+    buffers: tuple[Buffer, ...] = ()
     source: str = ""
     notes: tuple[str, ...] = ()
 
@@ -232,6 +248,12 @@ class ModelSpec:
         for layer in self.layers:
             yield from layer.parameters
         yield from self.head
+
+    @cached_property
+    def tensor_count(self) -> int:
+        """Trainable tensors, a tied matrix counted once."""
+        per_run = sum(run.repeats * sum(len(layer.parameters) for layer in run.layers) for run in self.runs)
+        return len(self.embedding) + per_run + len(self.head)
 
     @cached_property
     def largest_parameter(self) -> Parameter:

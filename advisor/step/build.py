@@ -53,7 +53,7 @@ def build(model: ModelSpec, job: Job, plan: Plan) -> StepProgram:
     if np.any(several):
         micro_steps.insert(0, repeat(walk.micro_step(MicroStep(first=1, last=False)), several))
     return StepProgram(
-        init=phase("init", *scheme.states()),
+        init=phase("init", *scheme.states(), hold("tables of the model", "buffers", scheme.tables_bytes)),
         step=then(*micro_steps, phase("step", *scheme.update())),
         host=then(*scheme.host()),
         host_once=then(*scheme.host_once()),
@@ -205,10 +205,8 @@ class _Walk:
         """Token ids, labels and shifted labels (int64), and the rotary tables that every layer reads."""
         length, layer = self.mode.sequence_length, self.model.layers[0]
         nodes: list[Node] = [act("token ids and labels", "activations", 3 * 8 * length * self.batch)]
-        spec = layer.attention
-        if spec.rotary_fraction:
-            width = spec.latent.rotary_head_dim if spec.latent else int(spec.head_dim * spec.rotary_fraction)
-            table_bytes = 2 * length * width * self.mode.parameter_bytes
+        if layer.attention.rotary_dimensions:
+            table_bytes = 2 * length * layer.attention.rotary_dimensions * self.mode.parameter_bytes
             nodes.append(act("rotary tables", "activations", table_bytes))
         return nodes
 

@@ -7,7 +7,7 @@ import numpy as np
 from advisor.specs.model import Parameter
 from advisor.step.program import Block, Collective, hold, release, scratch
 from advisor.step.scheme import MicroStep, Nodes, Part, Scheme
-from advisor.step.states import ADAM_MOVES, MOMENTS, adam_temporaries
+from advisor.step.states import ADAM_MOVES, MOMENTS, adam_step_counters, adam_temporaries
 
 BUCKET_BYTES = 25 * 2**20
 """``bucket_cap_mb``: gradients are reduced in pieces of this size."""
@@ -24,6 +24,7 @@ class DataParallel(Scheme):
             # Flat buckets cover every gradient from construction on and are never freed; p.grad is beside them.
             hold("DDP buckets", "buffers", count * element_bytes * several),
             hold("Adam moments", "optimizer", MOMENTS * count * element_bytes),
+            hold("Adam step counters", "optimizer", adam_step_counters(self.job, self.model.tensor_count)),
         )
 
     def gradient(self, part: Part, parameter: Parameter, size_bytes: int, micro: MicroStep) -> Nodes:

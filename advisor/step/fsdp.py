@@ -15,7 +15,7 @@ from advisor.specs.model import Parameter
 from advisor.specs.plan import Strategy
 from advisor.step.program import Amount, Block, Collective, hold, release, scratch
 from advisor.step.scheme import MicroStep, Nodes, Part, Scheme
-from advisor.step.states import ADAM_MOVES, MOMENTS, adam_temporaries, row_shards
+from advisor.step.states import ADAM_MOVES, MOMENTS, adam_step_counters, adam_temporaries, row_shards
 
 
 class FullyShardedDataParallel(Scheme):
@@ -51,6 +51,7 @@ class FullyShardedDataParallel(Scheme):
         return (
             hold("weights, rank's share", "parameters", shard * element_bytes),
             hold("Adam moments, rank's share", "optimizer", MOMENTS * shard * element_bytes),
+            hold("Adam step counters", "optimizer", adam_step_counters(self.job, self.model.tensor_count)),
         )
 
     def before_forward(self, part: Part) -> Nodes:

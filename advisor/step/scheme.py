@@ -64,6 +64,12 @@ class Scheme:
         """Bytes per element of the weights that the modelling code computes with."""
         return self.job.parameter_bytes
 
+    @property
+    def tables_bytes(self) -> int:
+        """Bytes of the model's buffers, which keep the formats that they are built in."""
+        sizes = {"fp32": 4, "int64": 8, "weights": self.job.parameter_bytes}
+        return sum(buffer.numel * sizes[buffer.number_format] for buffer in self.model.buffers)
+
     @cached_property
     def layers_apart(self) -> frozenset[int]:
         """Numbers of the layers that fare otherwise than their neighbours of one kind. The others stand together."""

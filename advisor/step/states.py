@@ -102,6 +102,14 @@ def _owned(sizes: tuple[int, ...], ranks: int) -> tuple[int, int, int]:
     return int(whole.max()), int(whole[-1]), int((whole + NORM_COPIES * largest).max())
 
 
+def adam_step_counters(job: Job, tensors: int) -> int:
+    """Bytes of the step counts of *tensors* that Adam updates.
+
+    torch 2.13, optim/adam.py ``_init_group``: fp32 scalars, on the GPU if fused, else on the host.
+    """
+    return FP32_BYTES * tensors if job.optimizer == "adamw-fused" else 0
+
+
 def adam_temporaries(job: Job, elements: Amount, largest: Amount, element_bytes: int) -> Amount:
     """Bytes that the update itself takes for *elements* held in tensors of at most *largest* elements.
 

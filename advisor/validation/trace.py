@@ -60,6 +60,7 @@ class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.sizes: dict[int, int] = {}
+        self.on_host: set[int] = set()
         self.live_bytes = 0
         self.peak_bytes = 0
         self.in_backward = False
@@ -87,13 +88,21 @@ class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def resized(self, storage: torch.UntypedStorage) -> None:
         """Take note of a storage's size, which FSDP2 changes to free gathered weights."""
         key = storage._cdata
-        if key in self.sizes:
+        if key in self.sizes and key not in self.on_host:
             self.live_bytes += storage.nbytes() - self.sizes[key]
             self.sizes[key] = storage.nbytes()
             self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
+    def leave_out(self, tensor: torch.Tensor) -> None:
+        """Take *tensor* out of the count: a GPU run keeps it in host memory."""
+        key = tensor.untyped_storage()._cdata
+        self.live_bytes -= self.sizes.get(key, 0)
+        self.on_host.add(key)
+
     def _forget(self, key: int) -> None:
-        self.live_bytes -= self.sizes.pop(key)
+        size = self.sizes.pop(key)
+        self.live_bytes -= 0 if key in self.on_host else size
+        self.on_host.discard(key)
 
     @contextmanager
     def phase(self) -> Iterator[None]:
@@ -219,6 +228,9 @@ def _step(counter: StorageCounter, model: Any, optimizer: Any, ids: torch.Tensor
     with counter.phase():
         optimizer.step()
     step_peak = counter.peak_bytes
+    if not optimizer.defaults["fused"]:
+        for state in optimizer.state.values():
+            counter.leave_out(getattr(state["step"], "_local_tensor", state["step"]))
     optimizer.zero_grad(set_to_none=True)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Trace(parameters, states, forward_peak, after_forward, backward_peak, step_peak)

@@ -57,6 +57,23 @@ def test_a_profile_has_exactly_the_parameters_that_transformers_registers(profil
     assert described(model) == as_described(model.family, parameters_of(built))
 
 
+def bytes_of_tables(model: ModelSpec, weight_bytes: int) -> int:
+    sizes = {"fp32": 4, "int64": 8, "weights": weight_bytes}
+    return sum(buffer.numel * sizes[buffer.number_format] for buffer in model.buffers)
+
+
+@pytest.mark.parametrize("profile", BUILT, ids=lambda profile: profile.stem)
+def test_a_profile_has_the_tables_that_transformers_registers(profile: Path) -> None:
+    pytest.importorskip("transformers")
+    config = config_of(profile)
+    model, built = model_from_config(config, profile.stem, "profile"), built_model(config)
+    made_in_forward = [each for each in model.buffers if each.name == "long rotary frequencies"]
+
+    registered = sum(each.numel() * each.element_size() for each in built.buffers())
+    weight_bytes = next(built.parameters()).element_size()
+    assert bytes_of_tables(model, weight_bytes) == registered + 4 * sum(each.numel for each in made_in_forward)
+
+
 @pytest.mark.parametrize(("family", "fields"), every_configuration(), ids=str)
 def test_a_variant_has_exactly_the_parameters_that_transformers_registers(family: str, fields: dict[str, Any]) -> None:
     pytest.importorskip("transformers")

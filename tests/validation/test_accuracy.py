@@ -31,8 +31,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` 
 
 MOST_LAYERS = 2
 PEAK_ERROR = 0.002
-STATES_ERROR_BYTES = 64 * 2**10
-"""Adam's step counters (4 B per tensor) and tables that are no parameters, such as rotary frequencies."""
 
 DENSE = ("Qwen__Qwen2.5-1.5B", "meta-llama__Llama-3.2-1B", "openai-community__gpt2", "google-bert__bert-base-uncased")
 MIXTURE = "Qwen__Qwen3-30B-A3B-Base"
@@ -63,7 +61,7 @@ def shrunken(profile: str, job: Job, plan: Plan) -> Case:
 
 
 def assert_close(found: Comparison) -> None:
-    assert abs(found.difference_bytes("between steps")) < STATES_ERROR_BYTES
+    assert found.difference_bytes("between steps") == 0
     assert abs(found.error("peak")) < PEAK_ERROR
 
 
