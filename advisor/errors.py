@@ -27,3 +27,7 @@ class ConfigError(AdvisorError):
 
 class WriteError(AdvisorError):
     """A folder or file that cannot be written, or that would be overwritten."""
+
+
+class RunError(AdvisorError):
+    """A training run that failed, took too long, or was not the one that was asked for."""

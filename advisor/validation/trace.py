@@ -153,8 +153,8 @@ def trace_step(config: Mapping[str, Any], objective: Objective, job: Job, plan: 
             if plan.checkpointing is Checkpointing.FULL:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             if mesh is not None:
-                _shard(model, mesh, plan.strategy is Strategy.FSDP)
-            optimizer = torch.optim.AdamW(model.parameters(), **_adamw(job))
+                shard(model, mesh, plan.strategy is Strategy.FSDP)
+            optimizer = torch.optim.AdamW(model.parameters(), **adamw(job))
             ids = torch.zeros(int(plan.micro_batch), job.sequence_length, dtype=torch.long)
             autocast = job.parameter_format == "fp32" and job.precision != "fp32"
             _step(counter, model, optimizer, ids, autocast)
@@ -177,7 +177,7 @@ def _mesh(ranks: int) -> Any:
     return init_device_mesh("cpu", (ranks,))
 
 
-def _shard(model: Any, mesh: Any, reshards: bool) -> None:
+def shard(model: Any, mesh: Any, reshards: bool) -> None:
     """FSDP2's groups as accelerate 1.15 makes them (utils/fsdp_utils.py ``fsdp2_prepare_model``)."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -236,7 +236,7 @@ def _step(counter: StorageCounter, model: Any, optimizer: Any, ids: torch.Tensor
     return Trace(parameters, states, forward_peak, after_forward, backward_peak, step_peak)
 
 
-def _adamw(job: Job) -> dict[str, Any]:
+def adamw(job: Job) -> dict[str, Any]:
     return {
         "adamw-fused": {"fused": True},
         "adamw-foreach": {"foreach": True},
