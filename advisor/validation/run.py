@@ -11,7 +11,6 @@ import contextlib
 import json
 import math
 import os
-import pickle
 import socket
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from advisor.launch.accelerate import accelerate_yaml
 from advisor.launch.deepspeed import deepspeed_json
 from advisor.specs.job import Job
 from advisor.specs.plan import Plan, Strategy
+from advisor.validation.record import plain
 
 if TYPE_CHECKING:
     from advisor.validation.trace import Trace
@@ -73,7 +73,7 @@ def run(
         _write_inputs(folder, config, job, plan, launcher, timeout_s)
         output = _finish(_command(folder, plan, launcher), timeout_s)
         records = _records(folder, plan, output)
-    _check(records, plan)
+    check_ran(records, plan)
     return tuple(Trace(**record["trace"]) for record in records)
 
 
@@ -81,8 +81,8 @@ def _write_inputs(
     folder: Path, config: Mapping[str, Any], job: Job, plan: Plan, launcher: Launcher, timeout_s: float
 ) -> None:
     (folder / "config.json").write_text(json.dumps(dict(config)))
-    with (folder / "request.pickle").open("wb") as file:
-        pickle.dump((dict(config), job, plan, launcher, timeout_s), file)
+    request = {"job": plain(job), "plan": plain(plan), "launcher": launcher, "timeout_s": timeout_s}
+    (folder / "request.json").write_text(json.dumps(request))
     if plan.strategy.zero_stage is not None:
         (folder / "ds_config.json").write_text(deepspeed_json(job, plan))
     if launcher == "accelerate":
@@ -92,16 +92,14 @@ def _write_inputs(
 
 
 def _command(folder: Path, plan: Plan, launcher: Launcher) -> list[str]:
-    ranks, port = str(plan.gpus), _free_port()
-    python = [sys.executable, "-m"]
+    """The launcher's own program, and what its documentation gives it."""
+    ranks, port, yaml = str(plan.gpus), _free_port(), str(folder / "accelerate.yaml")
     starts = {
-        "deepspeed": ["deepspeed.launcher.runner", "--num_gpus", ranks, "--master_port", port, "--no_local_rank"]
-        + ["--module", WORKER],
-        "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", ranks, "-m", WORKER],
-        "accelerate": ["accelerate.commands.accelerate_cli", "launch"]
-        + ["--config_file", str(folder / "accelerate.yaml"), "--main_process_port", port, "-m", WORKER],
+        "deepspeed": f"deepspeed.launcher.runner --num_gpus {ranks} --master_port {port} --no_local_rank --module",
+        "torchrun": f"torch.distributed.run --standalone --nproc-per-node {ranks} -m",
+        "accelerate": f"accelerate.commands.accelerate_cli launch --config_file {yaml} --main_process_port {port} -m",
     }
-    return [*python, *starts[launcher], str(folder)]
+    return [sys.executable, "-m", *starts[launcher].split(" "), WORKER, str(folder)]
 
 
 def _free_port() -> str:
@@ -181,7 +179,7 @@ def _records(folder: Path, plan: Plan, output: str) -> list[dict[str, Any]]:
     return records
 
 
-def _check(records: list[dict[str, Any]], plan: Plan) -> None:
+def check_ran(records: list[dict[str, Any]], plan: Plan) -> None:
     """Refuse a run that was another than the one asked for."""
     engine, optimizer = CLASSES[plan.strategy]
     for rank, record in enumerate(records):

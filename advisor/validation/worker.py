@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pickle
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -26,6 +25,7 @@ import torch.distributed as distributed
 
 from advisor.specs.job import Job
 from advisor.specs.plan import Checkpointing, Plan, Strategy
+from advisor.validation.record import from_plain
 from advisor.validation.trace import DROPOUT_SETTINGS, StorageCounter, Trace, adamw, resizes_counted, shard
 
 STEPS = 3
@@ -127,7 +127,10 @@ def by_torch(model: Any, job: Job, plan: Plan, folder: Path) -> Engine:
             return contextlib.nullcontext()
         return contextlib.nullcontext() if last else wrapper.no_sync()
 
-    return Engine(wrapper, optimizer, forward, lambda loss: loss.backward(), update, micro_step)
+    def backward(loss: Any) -> None:
+        loss.backward()
+
+    return Engine(wrapper, optimizer, forward, backward, update, micro_step)
 
 
 def by_accelerate(model: Any, job: Job, plan: Plan, folder: Path) -> Engine:
@@ -222,15 +225,16 @@ def _optimizer_step(
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    with (folder / "request.pickle").open("rb") as file:
-        config, job, plan, launcher, timeout_s = pickle.load(file)
-    signal.alarm(int(timeout_s) + 10)  # ends this rank even where nobody is left to end it
+    config = json.loads((folder / "config.json").read_text())
+    request = json.loads((folder / "request.json").read_text())
+    job, plan = from_plain(Job, request["job"]), from_plain(Plan, request["plan"])
+    signal.alarm(int(request["timeout_s"]) + 10)  # ends this rank even where nobody is left to end it
     torch.set_num_threads(1)
     ways = {"deepspeed": by_deepspeed, "torchrun": by_torch, "accelerate": by_accelerate}
     with StorageCounter() as counter, resizes_counted(counter):
         model = build_model(config, job, plan)
         vocabulary = model.config.vocab_size
-        engine = ways[launcher](model, job, plan, folder)
+        engine = ways[request["launcher"]](model, job, plan, folder)
         del model
         trace, losses = train(counter, engine, vocabulary, job, plan)
     answered = torch.ones(())

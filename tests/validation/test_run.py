@@ -1,0 +1,112 @@
+"""Real runs of two ranks on the CPU, and what is refused of them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from advisor.errors import RunError
+from advisor.specs.job import Job
+from advisor.specs.plan import Plan, Strategy, zero_settings
+from advisor.validation.accuracy import Case, beside
+from advisor.validation.run import Launcher, check_ran, run
+
+for package in ("torch", "transformers", "accelerate", "psutil"):
+    pytest.importorskip(package)
+
+QWEN2 = {
+    "model_type": "qwen2",
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 4096,
+    "tie_word_embeddings": True,
+}
+STATES_ERROR_BYTES = 2**10
+"""Adam's step counters, 4 B a tensor, and the rotary frequencies."""
+PEAK_ERROR = 0.001
+
+
+def case(strategy: Strategy) -> Case:
+    plan = Plan(
+        strategy=strategy,
+        gpus=2,
+        micro_batch=2,
+        accumulation_steps=2,
+        zero=zero_settings(strategy, 2_000_000),
+    )
+    return Case("Qwen2", QWEN2, Job(sequence_length=128, global_batch=8), plan)
+
+
+@pytest.mark.parametrize(("strategy", "launcher"), [(Strategy.ZERO2, "deepspeed"), (Strategy.FSDP, "accelerate")])
+def test_what_two_real_ranks_hold_is_predicted(strategy: Strategy, launcher: Launcher) -> None:
+    if launcher == "deepspeed":
+        pytest.importorskip("deepspeed")
+    asked = case(strategy)
+
+    traces = run(asked.config, asked.job, asked.plan, launcher)
+
+    assert len(traces) == 2
+    found = beside(asked.model, asked.job, asked.plan, max(traces, key=lambda trace: trace.peak_bytes))
+    assert abs(found.difference_bytes("between steps")) < STATES_ERROR_BYTES
+    assert abs(found.error("peak")) < PEAK_ERROR
+
+
+def test_a_run_that_takes_too_long_is_ended_with_all_its_processes() -> None:
+    asked = case(Strategy.DDP)
+
+    with pytest.raises(RunError, match="did not end within 2 s"):
+        run(asked.config, asked.job, asked.plan, "torchrun", timeout_s=2)
+
+    assert not workers_of_this_process()
+
+
+def workers_of_this_process() -> list[str]:
+    """Command lines of living workers that carry this process's mark."""
+    own = os.environ.get("PYTEST_CURRENT_TEST", "").encode()
+    return [
+        line
+        for folder in Path("/proc").glob("[0-9]*")
+        if own
+        and own in read(folder / "environ")
+        and "validation.worker" in (line := read(folder / "cmdline").decode())
+    ]
+
+
+def read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # it has just ended, or is another user's
+        return b""
+
+
+def test_a_run_that_fails_says_its_last_words() -> None:
+    asked = case(Strategy.DDP)
+    no_activation = QWEN2 | {"hidden_act": "none of these"}
+
+    with pytest.raises(RunError, match=r"exit code 1; its last lines: .*"):
+        run(no_activation, asked.job, asked.plan, "torchrun", timeout_s=60)
+
+
+RECORD = {"ranks": 2, "engine": "DistributedDataParallel", "optimizer": "AdamW", "losses": [5.0, 4.0]}
+
+
+@pytest.mark.parametrize(
+    ("changed", "complaint"),
+    [
+        ({"ranks": 1}, "ranks that answered 1, expected 2"),
+        ({"engine": "Qwen2ForCausalLM"}, "class around the model Qwen2ForCausalLM"),
+        ({"optimizer": "SGD"}, "optimizer SGD, expected AdamW"),
+        ({"losses": [5.0, float("nan")]}, "rank 1 lost its loss"),
+    ],
+)
+def test_a_run_that_was_another_than_asked_is_refused(changed: dict[str, object], complaint: str) -> None:
+    plan = case(Strategy.DDP).plan
+    check_ran([RECORD, RECORD], plan)
+
+    with pytest.raises(RunError, match=complaint):
+        check_ran([RECORD, RECORD | changed], plan)
