@@ -20,8 +20,14 @@ if TYPE_CHECKING:
 plan_options = options(
     option(
         "The plan",
+        "--config",
+        metavar="FILE",
+        type=click.Path(),
+        help="A DeepSpeed JSON, accelerate YAML or launch script to read; flags win over it.",
+    ),
+    option(
+        "The plan",
         "--strategy",
-        required=True,
         type=click.Choice([strategy.value for strategy in Strategy]),
         help="Who keeps which share of weights, gradients and optimizer.",
     ),
@@ -79,6 +85,7 @@ def estimate(context: click.Context, /, *, as_json: bool, as_csv: bool, **questi
     Examples:
       advisor estimate --model Qwen2.5-1.5B --gpus 4 --strategy zero2
       advisor estimate --model Llama-3.1-8B --gpus 8 --gpu H100 --strategy fsdp
+      advisor estimate --model Llama-3.1-8B --gpu H100 --config accelerate.yaml
     """
     from advisor.cost.estimate import estimate as price
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from enum import Enum
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from advisor.catalog.request import Words, resolve
+from advisor.catalog.training_config.read import read_config
+from advisor.catalog.training_config.settle import batch, fsdp_of, settle, shown, zero_of
 from advisor.cost.memory import memory, short_by
 from advisor.cost.results import Estimate, Memory, Verdict
 from advisor.cost.schedule import step_time
 from advisor.errors import SpecError
 from advisor.specs.model import ModelSpec
 from advisor.specs.plan import Checkpointing, Offload, Plan, Strategy, zero_settings
-from advisor.specs.question import Question
+from advisor.specs.question import Input, Question
 from advisor.step.build import build
 
 Choice = TypeVar("Choice", bound=Enum)
@@ -34,19 +37,27 @@ class PlanWords(Words, total=False):
     checkpointing: str
     bucket_size: int | None
     """DeepSpeed's ``reduce_bucket_size`` in elements."""
+    config: str | None
+    """A DeepSpeed JSON, accelerate YAML or launch script to read; the other words win over it."""
 
 
-def estimate(model: str, *, strategy: str, **words: Unpack[PlanWords]) -> Estimate:
+def estimate(model: str, *, strategy: str | None = None, **words: Unpack[PlanWords]) -> Estimate:
     """One plan for *model*, priced.
 
     Words: those of :func:`advisor.recommend`, and ``offload``, ``micro_batch``, ``grad_accum``, ``checkpointing``,
-    ``bucket_size``. Raises SpecError for a plan that contradicts itself or the job.
+    ``bucket_size``, ``config``. Raises SpecError for a plan that contradicts itself or the job, ConfigError for a
+    configuration that cannot be read.
     """
     return price(*plan_of(model, strategy=strategy, **words))
 
 
-def plan_of(model: str, *, strategy: str, **words: Unpack[PlanWords]) -> tuple[Question, Plan]:
+def plan_of(model: str, *, strategy: str | None = None, **words: Unpack[PlanWords]) -> tuple[Question, Plan]:
     """The question and the one plan that *words* describe."""
+    config = words.pop("config", None)
+    if config is not None:
+        return _plan_from_config(model, config, {"strategy": strategy, **words})
+    if strategy is None:
+        raise SpecError(f"no strategy; give --strategy ({_choices(Strategy)}), or --config with a file that says it")
     own = PlanWords.__annotations__.keys() - Words.__annotations__.keys()
     question = resolve(model, **cast(Words, {name: value for name, value in words.items() if name not in own}))
     micro_batch, steps = words.get("micro_batch", 1), words.get("grad_accum")
@@ -61,6 +72,67 @@ def plan_of(model: str, *, strategy: str, **words: Unpack[PlanWords]) -> tuple[Q
         checkpointing=_member(Checkpointing, "--checkpointing", words.get("checkpointing", "none")),
         offload=_member(Offload, "--offload", words.get("offload", "none")),
         zero=zero_settings(kind, words.get("bucket_size")),
+    )
+
+
+def _plan_from_config(model: str, config: str, words: Mapping[str, Any]) -> tuple[Question, Plan]:
+    """The question and the plan of a training configuration, with *words* over it."""
+    settled = settle(read_config(config), words)
+    found = dict(settled.found)
+    known = {name: found[name].value for name in Words.__annotations__ if name in found and name != "global_batch"}
+    question = resolve(model, **cast(Words, known))
+    sizes = batch(found, question.cluster.gpus)
+    found |= sizes.found
+    if "global_batch" in found:
+        question = replace(question, job=replace(question.job, global_batch=int(found["global_batch"].value)))
+    if "strategy" not in found:
+        raise SpecError(f"{config} does not say the strategy; give --strategy")
+    kind = _member(Strategy, "the strategy", str(found["strategy"].value))
+    if reason := unsupported(question.model, kind):
+        raise SpecError(f"{kind.title} cannot train {question.model.name}: {reason}")
+
+    def chosen(name: str, usual: Any) -> Any:
+        return found[name].value if name in found else usual
+
+    width, job = question.model.hidden_size, question.job
+    micro_batch = int(chosen("micro_batch", 1))
+    plan = Plan(
+        strategy=kind,
+        gpus=question.cluster.gpus,
+        micro_batch=micro_batch,
+        accumulation_steps=int(found["grad_accum"].value)
+        if "grad_accum" in found
+        else _accumulation(question, micro_batch),
+        checkpointing=_member(Checkpointing, "--checkpointing", chosen("checkpointing", "none")),
+        offload=_member(Offload, "--offload", chosen("offload", "none")),
+        offload_to=chosen("offload_to", "cpu"),
+        zero=zero_of(found, kind, width, job.precision),
+        fsdp=fsdp_of(found),
+    )
+    question = replace(
+        question,
+        inputs=_with_sources(question.inputs, shown(found, width)),
+        warnings=(*question.warnings, *settled.warnings, *sizes.warnings, *_beyond_the_model(plan)),
+    )
+    return question, plan
+
+
+def _beyond_the_model(plan: Plan) -> Iterator[str]:
+    """What a configuration may ask for and the step program has no terms for."""
+    if plan.zero.gradient_format is not None:
+        yield f"gradients in {plan.zero.gradient_format} are not modelled; what follows assumes the model's own format"
+    if plan.offload.optimizer and plan.offload_to == "nvme":
+        yield "offload to NVMe is not modelled; what follows assumes host memory"
+    if plan.strategy.is_fsdp and plan.fsdp.version == 1:
+        yield "FSDP of version 1 is not modelled; what follows assumes version 2"
+
+
+def _with_sources(resolved: tuple[Input, ...], settled: list[Input]) -> tuple[Input, ...]:
+    """The *resolved* inputs, each as *settled* where it was, and what else was settled after them."""
+    by_name = {each.name: each for each in settled}
+    names = {each.name for each in resolved}
+    return tuple(by_name.get(each.name, each) for each in resolved) + tuple(
+        each for each in settled if each.name not in names
     )
 
 
@@ -88,7 +160,11 @@ def _member(kind: type[Choice], flag: str, value: str) -> Choice:
     try:
         return kind(value)
     except ValueError:
-        raise SpecError(f"{flag} must be one of {', '.join(each.value for each in kind)}, got {value!r}") from None
+        raise SpecError(f"{flag} must be one of {_choices(kind)}, got {value!r}") from None
+
+
+def _choices(kind: type[Enum]) -> str:
+    return ", ".join(each.value for each in kind)
 
 
 def price(question: Question, plan: Plan) -> Estimate:

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from advisor.cost.results import Estimate, Memory, StepTime, TrafficLine
 from advisor.report.numbers import GB, GIB, aligned, bar, gib, percent, rate, seconds
-from advisor.report.question import assumed_line, question_line, sentence
+from advisor.report.question import assumed_line, question_line, read_lines, sentence
 from advisor.report.tables import INDENT, Column, faint, fitting, list_of, section, table_of
 from advisor.step.program import Line
 
@@ -32,6 +32,7 @@ def estimate_report(estimate: Estimate, *, width: int) -> list[RenderableType]:
             f"{plan.title}: micro-batch {plan.micro_batch} × {plan.accumulation_steps} accumulation steps, "
             f"{checkpointing}."
         ),
+        *read_lines(estimate.inputs),
         *assumed_line(estimate.inputs),
         *section(f"Memory of the fullest GPU (rank {memory.worst_rank})", _totals(memory)),
         *section(

@@ -106,7 +106,10 @@ NUMBER_FORMATS = ("fp32", "tf32", "fp16", "bf16", "fp8")
 
 
 def _inputs(inputs: Iterable[Input]) -> Json:
-    return {given.name: {"value": given.value, "origin": given.origin} for given in inputs}
+    return {
+        each.name: {"value": each.value, "origin": each.origin} | ({"source": each.source} if each.source else {})
+        for each in inputs
+    }
 
 
 def _model(model: ModelSpec) -> Json:

@@ -31,6 +31,16 @@ def assumed_line(inputs: Iterable[Input]) -> list[Text]:
     return [Text(f"Assumed (flags of these names change it): {', '.join(assumed)}.", style="yellow")]
 
 
+def read_lines(inputs: Iterable[Input]) -> list[Text]:
+    """What was read from a training configuration, and what its frameworks take where it is silent."""
+    lines = []
+    for origin, title in (("file", "Read"), ("default", "By default")):
+        said = [f"{_named(each)} ({each.source})" for each in inputs if each.origin == origin]
+        if said:
+            lines.append(Text(f"{title}: {', '.join(said)}."))
+    return lines
+
+
 def _named(each: Input) -> str:
     if each.name.endswith("_gib"):
         return f"{each.name.removesuffix('_gib').replace('_', '-')} {each.value} GiB"

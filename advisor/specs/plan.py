@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from advisor.errors import SpecError
+
+GradientFormat = Literal["fp32", "bf16", "fp16"]
 
 Count = int | NDArray[Any]
 """A whole number, or many of them side by side."""
@@ -84,6 +86,8 @@ class ZeroSettings:
     max_reuse_distance: int = 1_000_000_000
     sub_group: int = 1_000_000_000
     overlap_communication: bool = False
+    gradient_format: GradientFormat | None = None
+    """``data_types.grad_accum_dtype``: what gradients are summed in; None for the format the model computes in."""
 
     def __post_init__(self) -> None:
         for name in ("reduce_bucket", "max_live_parameters", "sub_group"):
@@ -100,6 +104,23 @@ def zero_settings(strategy: Strategy, reduce_bucket: int | None = None) -> ZeroS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FsdpSettings:
+    """How PyTorch's fully sharded data parallelism is run."""
+
+    version: int = 2
+    """2: ``fully_shard``, each tensor cut by rows. 1: ``FullyShardedDataParallel``, a module's tensors cut as one."""
+    syncs_each_micro_batch: bool = False
+    """accelerate's ``sync_each_batch``: every micro-batch reduces its gradients, instead of the last one alone.
+
+    Without it, whole gradients stay on every rank until the last micro-batch.
+    """
+
+    def __post_init__(self) -> None:
+        if self.version not in (1, 2):
+            raise SpecError(f"FSDP has versions 1 and 2, got {self.version}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """How one training step is split over GPUs. Counts only; no cost."""
 
@@ -109,7 +130,10 @@ class Plan:
     accumulation_steps: Count = 1
     checkpointing: Checkpointing = Checkpointing.NONE
     offload: Offload = Offload.NONE
+    offload_to: Literal["cpu", "nvme"] = "cpu"
+    """Where what is offloaded lives."""
     zero: ZeroSettings = ZeroSettings()
+    fsdp: FsdpSettings = FsdpSettings()
 
     def __post_init__(self) -> None:
         for name in _COUNTS:

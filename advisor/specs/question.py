@@ -10,7 +10,9 @@ from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
 
-Origin = Literal["given", "found", "assumed"]
+Origin = Literal["given", "found", "assumed", "file", "default"]
+"""``given``: by a flag or an argument. ``found``: on this machine. ``assumed``: because nobody said. ``file``: read
+from a training configuration. ``default``: what a framework takes where that configuration is silent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +22,8 @@ class Input:
     name: str
     value: str | int | float
     origin: Origin
+    source: str = ""
+    """File and key, or whose default it is, for the last two origins."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

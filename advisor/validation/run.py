@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -37,6 +38,8 @@ LAST_LINES = 8
 """Lines of a failed run's output that its error repeats."""
 GRACE_S = 5.0
 """What processes are given to end by themselves before they are killed."""
+RAISED = re.compile(r"(\[\w+\]: ?)*[\w.]*(Error|Exception): ")
+"""How the last line of a traceback begins, with the rank before it or not."""
 MARK = "ADVISOR_RUN"
 """Environment variable by which a run's processes are found, wherever a launcher put them."""
 
@@ -164,7 +167,10 @@ def _end(launcher: subprocess.Popen[bytes], mark: str) -> None:
 
 
 def _last(output: str) -> str:
+    """The last lines up to the last error that a rank raised: launchers add summaries of their own."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
+    raised = [index for index, line in enumerate(lines) if RAISED.match(line) and "ChildFailedError" not in line]
+    lines = lines[: raised[-1] + 1] if raised else lines
     return "; its last lines: " + " | ".join(lines[-LAST_LINES:]) if lines else ", without a word"
 
 

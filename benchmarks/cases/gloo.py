@@ -94,8 +94,8 @@ def _configuration(chance: random.Random, family: str) -> dict[str, Any]:
     settings["num_key_value_heads"] = chance.choice((heads, heads // 2))
     if family in ("gemma", "qwen3", "qwen3_moe"):
         settings["head_dim"] = 32
-    if family == "phi3":
-        settings["pad_token_id"] = 0
+    if family in ("phi3", "smollm3"):
+        settings["pad_token_id"] = 0  # theirs lies beyond a small vocabulary
     if family == "mixtral":
         settings |= {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": width}
     if family == "qwen3_moe":

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
@@ -72,8 +73,37 @@ def test_a_bucket_of_no_whole_size_is_refused(api: Api, run: Run, size: str) -> 
     assert "500000000 or 5e8" in result.stderr
 
 
-def test_a_strategy_is_required_and_its_choices_are_named(api: Api, run: Run) -> None:
+def test_a_strategy_or_a_file_is_required_and_the_choices_are_named(run: Run) -> None:
     result = run(*ONE_PLAN[:-2])
 
     assert result.exit_code == 2
-    assert "zero3" in result.stderr
+    assert "give --strategy (ddp, " in result.stderr
+    assert "zero3), or --config" in result.stderr
+
+
+def test_a_configuration_takes_the_place_of_the_plan_s_flags(run: Run, tmp_path: Path) -> None:
+    config = tmp_path / "ds.json"
+    config.write_text(json.dumps({"train_batch_size": 8, "bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}))
+    asked = ("estimate", "--model", "Qwen2.5-1.5B", "--gpu", "A100-80GB", "--gpus", "4", "--config", str(config))
+
+    page = run(*asked, "--micro-batch", "1", columns=300)
+    answer = json.loads(run(*asked, "--json").stdout)
+
+    assert "strategy zero2 (ds.json: zero_optimization.stage)" in page.stdout
+    assert "By default: reduce-bucket 500000000 (DeepSpeed's default)" in page.stdout
+    assert answer["plan"]["micro_batch"] == 2
+    assert answer["inputs"]["strategy"] == {
+        "value": "zero2",
+        "origin": "file",
+        "source": "ds.json: zero_optimization.stage",
+    }
+
+
+def test_a_configuration_with_an_error_is_told_in_one_line(run: Run, tmp_path: Path) -> None:
+    config = tmp_path / "ds.json"
+    config.write_text('{"zero_optimization": {"stage": "two"}}')
+
+    result = run("estimate", "--model", "Qwen2.5-1.5B", "--config", str(config))
+
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "Error: ds.json: zero_optimization.stage must be a whole number of at least 0, got 'two'\n"

@@ -88,7 +88,7 @@ def test_a_run_that_fails_says_its_last_words() -> None:
     asked = case(Strategy.DDP)
     no_activation = QWEN2 | {"hidden_act": "none of these"}
 
-    with pytest.raises(RunError, match=r"exit code 1; its last lines: .*"):
+    with pytest.raises(RunError, match=r"exit code 1; its last lines: .*KeyError: 'none of these'$"):
         run(no_activation, asked.job, asked.plan, "torchrun", timeout_s=60)
 
 

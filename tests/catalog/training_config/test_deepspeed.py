@@ -1,0 +1,261 @@
+"""DeepSpeed's JSON as DeepSpeed, accelerate and the Trainer resolve it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from advisor.catalog.training_config.deepspeed import (
+    OFFLOAD_HARMLESS,
+    OFFLOAD_UNMODELLED,
+    SIZES,
+    ZERO_HARMLESS,
+    ZERO_UNMODELLED,
+    from_deepspeed,
+)
+from advisor.catalog.training_config.settings import Settings
+from advisor.cost.estimate import plan_of
+from advisor.errors import AdvisorError, ConfigError
+from advisor.specs.plan import Offload, Plan, Strategy, ZeroSettings
+from advisor.specs.question import Question
+from catalog.training_config.examples import PLAIN_ZERO2, TRAINER_ZERO3, changed
+
+MODEL, WIDTH = "Qwen2.5-1.5B", 1536
+
+
+def read(config: dict[str, Any]) -> Settings:
+    return from_deepspeed("ds.json", config)
+
+
+def planned(folder: Path, config: dict[str, Any], **words: Any) -> tuple[Question, Plan]:
+    (folder / "ds.json").write_text(json.dumps(config))
+    return plan_of(MODEL, gpu="A100-80GB", config=str(folder / "ds.json"), **words)
+
+
+def test_auto_buckets_follow_the_model_s_width(tmp_path: Path) -> None:
+    """transformers 5.23, integrations/deepspeed.py ``trainer_config_finalize``."""
+    _, plan = planned(tmp_path, TRAINER_ZERO3, gpus=4)
+
+    assert plan.strategy is Strategy.ZERO3
+    assert plan.zero == ZeroSettings(
+        reduce_bucket=WIDTH * WIDTH,
+        prefetch_bucket=int(0.9 * WIDTH * WIDTH),
+        persistence_threshold=10 * WIDTH,
+        overlap_communication=True,
+    )
+
+
+def test_absent_keys_have_deepspeed_s_defaults(tmp_path: Path) -> None:
+    _, plan = planned(tmp_path, {"train_batch_size": 8, "zero_optimization": {"stage": 2}}, gpus=4)
+
+    assert plan.zero == ZeroSettings()
+    assert (plan.micro_batch, plan.accumulation_steps) == (2, 1)
+
+
+def test_communication_overlaps_by_default_in_stage_3_alone() -> None:
+    overlaps = {
+        stage: read({"zero_optimization": {"stage": stage}}).found["overlap_communication"].value for stage in range(4)
+    }
+
+    assert overlaps == {0: False, 1: False, 2: False, 3: True}
+
+
+def test_a_tutorial_s_file_is_understood(tmp_path: Path) -> None:
+    """``cpu_offload``, which DeepSpeed still takes, and a bucket in quotes."""
+    question, plan = planned(tmp_path, PLAIN_ZERO2, gpus=8)
+
+    assert (plan.strategy, plan.offload, plan.offload_to) == (Strategy.ZERO2, Offload.OPTIMIZER, "cpu")
+    assert plan.zero == ZeroSettings(reduce_bucket=200_000_000, overlap_communication=True)
+    assert (plan.micro_batch, plan.accumulation_steps, question.job.global_batch) == (4, 2, 64)
+    assert (question.job.precision, question.job.optimizer) == ("bf16", "adamw-fused")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({"train_batch_size": 32, "train_micro_batch_size_per_gpu": 2}, (2, 4, 32)),
+        ({"train_batch_size": 32, "gradient_accumulation_steps": 2}, (4, 2, 32)),
+        ({"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3}, (2, 3, 24)),
+        ({"train_batch_size": 32}, (8, 1, 32)),
+        ({"train_micro_batch_size_per_gpu": 2}, (2, 1, 8)),
+    ],
+)
+def test_missing_batch_sizes_follow_as_in_deepspeed(
+    sizes: dict[str, int], expected: tuple[int, int, int], tmp_path: Path
+) -> None:
+    """deepspeed 0.19.8, runtime/config.py ``_set_batch_related_parameters``."""
+    question, plan = planned(tmp_path, {"zero_optimization": {"stage": 2}, **sizes}, gpus=4)
+
+    assert (plan.micro_batch, plan.accumulation_steps, question.job.global_batch) == expected
+
+
+def test_the_gpu_count_follows_from_all_three_batch_sizes(tmp_path: Path) -> None:
+    config = changed(PLAIN_ZERO2, "gradient_accumulation_steps", 2)
+
+    assert planned(tmp_path, config)[1].gpus == 8
+
+
+def test_batch_sizes_that_disagree_are_told_with_their_values(tmp_path: Path) -> None:
+    config = changed(PLAIN_ZERO2, "gradient_accumulation_steps", 3)
+
+    with pytest.raises(ConfigError, match=r"global_batch 64 .*train_batch_size\) is not 8 GPUs x .* = 96"):
+        planned(tmp_path, config, gpus=8)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "precision", "param_dtype", "gradients"),
+    [
+        ({"bf16": {"enabled": True}}, "bf16", "fp32", None),
+        ({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}, "bf16", "fp32", "fp32"),
+        ({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "bf16"}}, "bf16", "fp32", None),
+        ({"fp16": {"enabled": True}}, "fp16", "fp32", None),
+        ({"fp16": {"enabled": False}}, "fp32", "fp32", None),
+        ({}, "fp32", "fp32", None),
+        (
+            {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}},
+            "bf16",
+            "bf16",
+            None,
+        ),
+    ],
+)
+def test_number_formats(
+    blocks: dict[str, Any], precision: str, param_dtype: str, gradients: str | None, tmp_path: Path
+) -> None:
+    config = {"train_batch_size": 8, "zero_optimization": {"stage": 2}, **blocks}
+
+    question, plan = planned(tmp_path, config, gpus=4)
+
+    assert (question.job.precision, question.job.parameter_format) == (precision, param_dtype)
+    assert plan.zero.gradient_format == gradients
+
+
+def test_flags_win_and_say_so(tmp_path: Path) -> None:
+    question, plan = planned(tmp_path, PLAIN_ZERO2, gpus=8, bucket_size=1000, micro_batch=2)
+
+    assert plan.zero.reduce_bucket == 1000
+    assert (plan.micro_batch, plan.accumulation_steps) == (2, 4)
+    assert "--micro-batch 2 wins over 4 of ds.json: train_micro_batch_size_per_gpu" in question.warnings
+    assert (
+        "--bucket-size 1000 wins over 200000000 of ds.json: zero_optimization.reduce_bucket_size" in question.warnings
+    )
+
+
+def test_another_stage_by_flag_takes_its_own_defaults(tmp_path: Path) -> None:
+    _, plan = planned(tmp_path, {"train_batch_size": 8, "zero_optimization": {"stage": 2}}, gpus=4, strategy="zero3")
+
+    assert plan.zero == ZeroSettings(overlap_communication=True)
+
+
+def test_each_setting_shows_where_it_comes_from(tmp_path: Path) -> None:
+    question, _ = planned(tmp_path, TRAINER_ZERO3, gpus=4)
+
+    shown = {each.name: (each.origin, each.source) for each in question.inputs}
+    assert shown["gpus"] == ("given", "")
+    assert shown["strategy"] == ("file", "ds.json: zero_optimization.stage")
+    assert shown["reduce_bucket"] == (
+        "file",
+        "ds.json: zero_optimization.reduce_bucket_size auto, for a width of 1536",
+    )
+    assert shown["offload"] == ("default", "DeepSpeed's default")
+    assert shown["gpu"] == ("given", "")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (f"zero_optimization.{key}", value)
+        for key, value in (("round_robin_gradients", True), ("zero_hpz_partition_size", 4))
+    ]
+    + [
+        ("zero_optimization.offload_optimizer", {"device": "cpu", "ratio": 0.5}),
+        ("activation_checkpointing.cpu_checkpointing", True),
+        ("torch_autocast.enabled", True),
+        ("optimizer.type", "OneBitAdam"),
+        ("bf16.immediate_grad_update", True),
+    ],
+)
+def test_what_changes_memory_and_is_not_modelled_is_named(path: str, value: Any) -> None:
+    config = changed(PLAIN_ZERO2, path, value)
+    key = f"{path}.ratio" if isinstance(value, dict) else path
+
+    assert any(f"ds.json: {key}" in warning and "not modelled" in warning for warning in read(config).warnings)
+    assert not any("not modelled" in warning for warning in read(PLAIN_ZERO2).warnings)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "complaint"),
+    [
+        (
+            "zero_optimization.reduce_bucket_siz",
+            1,
+            "reduce_bucket_siz is not a known key; did you mean reduce_bucket_size",
+        ),
+        ("zero_optimisation", {}, "zero_optimisation is not a known key; did you mean zero_optimization"),
+        ("zero_optimization.stage", 4, "zero_optimization.stage must be 0, 1, 2 or 3, got 4"),
+        (
+            "zero_optimization.reduce_bucket_size",
+            "big",
+            "reduce_bucket_size must be a whole number of at least 1, got 'big'",
+        ),
+        ("zero_optimization.overlap_comm", 7, "overlap_comm must be true or false, got 7"),
+        ("zero_optimization", 2, "ds.json: zero_optimization must be a mapping of keys to values, got int '2'"),
+        ("train_batch_size", True, "train_batch_size must be a whole number of at least 1, got True"),
+        ("fp16.enabled", True, "bf16.enabled and ds.json: fp16.enabled are both true"),
+        ("data_types.grad_accum_dtype", "int8", "grad_accum_dtype must be one of fp32"),
+        (
+            "zero_optimization.offload_optimizer",
+            {"device": "disk"},
+            "device must be one of none, cpu, nvme, got 'disk'",
+        ),
+    ],
+)
+def test_nonsense_is_told_with_file_and_key(path: str, value: Any, complaint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(changed(PLAIN_ZERO2, path, value))
+
+    assert str(caught.value).startswith("ds.json: ")
+    assert complaint in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"bf16": {}, "bf16": {}}', "\0"])
+def test_a_file_that_is_no_mapping_is_told(text: str, tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(text)
+
+    with pytest.raises(AdvisorError, match=r"ds\.json"):
+        plan_of(MODEL, config=str(tmp_path / "ds.json"))
+
+
+def test_every_key_of_deepspeed_s_zero_block_is_known() -> None:
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
+
+    def names(kind: Any) -> set[str]:
+        return {field.alias or name for name, field in kind.model_fields.items()} | set(kind.model_fields)
+
+    read_keys = {key for keys in SIZES.values() for key in keys}
+    read_keys |= {"stage", "overlap_comm", "offload_param", "offload_optimizer", "cpu_offload", "cpu_offload_param"}
+    assert names(DeepSpeedZeroConfig) - read_keys == ZERO_UNMODELLED.keys() | set(ZERO_HARMLESS)
+    offload = names(DeepSpeedZeroOffloadOptimizerConfig) | names(DeepSpeedZeroOffloadParamConfig)
+    assert offload - {"device"} == OFFLOAD_UNMODELLED.keys() | set(OFFLOAD_HARMLESS)
+
+
+def test_the_defaults_are_deepspeed_s_own() -> None:
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    theirs, ours = DeepSpeedZeroConfig(), ZeroSettings()
+    for name, keys in SIZES.items():
+        field = keys[-1]
+        assert getattr(theirs, field) == getattr(ours, name), field
+    for key, usual in ZERO_UNMODELLED.items():
+        if usual is not None and hasattr(theirs, key):
+            assert getattr(theirs, key) == usual, key
