@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from advisor.specs.job import Job
+from advisor.specs.job import Job, ParameterFormat, Precision
 from advisor.specs.plan import Checkpointing, Plan, Strategy, zero_settings
 from advisor.validation.accuracy import Case
 from advisor.validation.run import Launcher
@@ -55,13 +55,31 @@ def _case(chance: random.Random, strategy: Strategy, launcher: Launcher) -> Case
         checkpointing=checkpointing,
         zero=zero_settings(strategy, bucket),
     )
+    precision, parameter_format = _formats(chance, family, strategy)
     job = Job(
         sequence_length=chance.choice((32, 128, 384)),
         global_batch=ranks * steps * micro_batch,
-        parameter_format="bf16" if strategy is Strategy.DDP and family not in RMS_FAMILIES else "fp32",
+        precision=precision,
+        parameter_format=parameter_format,
         optimizer=chance.choice(("adamw-fused", "adamw-fused", "adamw-foreach", "adamw-loop")),
     )
     return Case(family, _configuration(chance, family), job, plan)
+
+
+def _formats(chance: random.Random, family: str, strategy: Strategy) -> tuple[Precision, ParameterFormat]:
+    if strategy is Strategy.DDP and family not in RMS_FAMILIES:
+        return "bf16", "bf16"
+    if not strategy.zero_stage or family in MIXTURES:
+        return "bf16", "fp32"
+    kinds: tuple[tuple[Precision, ParameterFormat], ...] = (
+        ("bf16", "fp32"),
+        ("bf16", "fp32"),
+        ("bf16", "fp32"),
+        ("fp16", "fp32"),
+        ("fp32", "fp32"),
+        ("bf16", "fp32" if strategy is Strategy.ZERO3 else "bf16"),
+    )
+    return chance.choice(kinds)
 
 
 def _families(strategy: Strategy) -> tuple[str, ...]:
