@@ -57,7 +57,7 @@ class Launch:
         return " ".join([*settings, shlex.join(self.command)])
 
 
-def launch_files(model: str, *, strategy: str, **words: Unpack[PlanWords]) -> Launch:
+def launch_files(model: str, *, strategy: str | None = None, **words: Unpack[PlanWords]) -> Launch:
     """The files and the command that train *model* by the plan that the words of :func:`advisor.estimate` describe."""
     question, plan = plan_of(model, strategy=strategy, **words)
     return render(

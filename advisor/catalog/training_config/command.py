@@ -93,6 +93,7 @@ PROGRAM_UNMODELLED: dict[str, Any] = {
     "use_liger_kernel": False,
     "use_liger": False,
     "use_peft": False,
+    "config": None,
     "load_in_4bit": False,
     "load_in_8bit": False,
     "packing": False,

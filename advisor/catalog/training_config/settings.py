@@ -137,10 +137,8 @@ class Table:
             held = self.raw(key)
             if held is None or held in (AUTO, value) or _same(held, value):
                 continue
-            modelled = "its absence" if value is None else f"{value}"
-            yield f"{self.place(key)} is not modelled; what follows assumes {modelled}".replace("True", "true").replace(
-                "False", "false"
-            )
+            modelled = "its absence" if value is None else str(value).lower()
+            yield f"{self.place(key)} is not modelled; what follows assumes {modelled}"
 
     def refuse_others(self, harmless: tuple[str, ...]) -> None:
         """Raise ConfigError for a key that nobody asked for and that is not among the *harmless*."""

@@ -248,6 +248,28 @@ def test_every_key_of_deepspeed_s_zero_block_is_known() -> None:
     assert offload - {"device"} == OFFLOAD_UNMODELLED.keys() | set(OFFLOAD_HARMLESS)
 
 
+def test_every_key_that_deepspeed_asks_for_is_known() -> None:
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    asked: set[str] = set()
+
+    class Noting(dict[str, Any]):
+        def get(self, key: Any, default: Any = None) -> Any:
+            asked.add(key)
+            return super().get(key, default)
+
+        def __contains__(self, key: object) -> bool:
+            asked.add(str(key))
+            return super().__contains__(key)
+
+    DeepSpeedConfig(Noting(train_batch_size=1, zero_optimization={"stage": 2}))
+
+    assert len(asked) > 50
+    for key in asked:
+        read({key: None})
+
+
 def test_the_defaults_are_deepspeed_s_own() -> None:
     pytest.importorskip("deepspeed")
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
