@@ -141,7 +141,17 @@ def by_accelerate(model: Any, job: Job, plan: Plan, folder: Path) -> Engine:
     accelerator = Accelerator(gradient_accumulation_steps=int(plan.accumulation_steps))
     wrapper, optimizer = accelerator.prepare(model, _adamw(model, job))
 
+    def backward(loss: Any) -> None:
+        """accelerate's own, less the update that it makes within DeepSpeed's (utils/deepspeed.py)."""
+        if plan.strategy.zero_stage is None:
+            accelerator.backward(loss)
+            return
+        wrapper.set_gradient_accumulation_boundary(is_boundary=accelerator.sync_gradients)
+        wrapper.backward(loss)
+
     def update(last: bool) -> None:
+        if plan.strategy.zero_stage is not None and last:
+            wrapper.step()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -149,7 +159,7 @@ def by_accelerate(model: Any, job: Job, plan: Plan, folder: Path) -> Engine:
         wrapper,
         optimizer.optimizer,
         forward=lambda ids, labels: wrapper(input_ids=ids, labels=labels).loss,
-        backward=accelerator.backward,
+        backward=backward,
         update=update,
         micro_step=lambda last: accelerator.accumulate(wrapper),
     )
@@ -218,7 +228,8 @@ def _optimizer_step(
             del loss, labels
             with counter.phase():
                 engine.update(last)
-            step_peak = max(step_peak, counter.peak_bytes)
+            if last:
+                step_peak = counter.peak_bytes
     parameters = sum(getattr(each, "ds_numel", each.numel()) for each in engine.wrapper.parameters())
     return Trace(parameters, states, forward_peak, after_forward, backward_peak, step_peak)
 
