@@ -96,8 +96,9 @@ class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def leave_out(self, tensor: torch.Tensor) -> None:
         """Take *tensor* out of the count: a GPU run keeps it in host memory."""
         key = tensor.untyped_storage()._cdata
-        self.live_bytes -= self.sizes.get(key, 0)
-        self.on_host.add(key)
+        if key not in self.on_host:
+            self.live_bytes -= self.sizes.get(key, 0)
+            self.on_host.add(key)
 
     def _forget(self, key: int) -> None:
         size = self.sizes.pop(key)
@@ -228,12 +229,17 @@ def _step(counter: StorageCounter, model: Any, optimizer: Any, ids: torch.Tensor
     with counter.phase():
         optimizer.step()
     step_peak = counter.peak_bytes
-    if not optimizer.defaults["fused"]:
-        for state in optimizer.state.values():
-            counter.leave_out(getattr(state["step"], "_local_tensor", state["step"]))
+    leave_out_step_counters(counter, optimizer)
     optimizer.zero_grad(set_to_none=True)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Trace(parameters, states, forward_peak, after_forward, backward_peak, step_peak)
+
+
+def leave_out_step_counters(counter: StorageCounter, optimizer: Any) -> None:
+    """Only a fused AdamW keeps its step counters on the GPU."""
+    if not optimizer.defaults["fused"]:
+        for state in optimizer.state.values():
+            counter.leave_out(getattr(state["step"], "_local_tensor", state["step"]))
 
 
 def adamw(job: Job) -> dict[str, Any]:

@@ -26,7 +26,15 @@ import torch.distributed as distributed
 from advisor.specs.job import Job
 from advisor.specs.plan import Checkpointing, Plan, Strategy
 from advisor.validation.record import from_plain
-from advisor.validation.trace import DROPOUT_SETTINGS, StorageCounter, Trace, adamw, resizes_counted, shard
+from advisor.validation.trace import (
+    DROPOUT_SETTINGS,
+    StorageCounter,
+    Trace,
+    adamw,
+    leave_out_step_counters,
+    resizes_counted,
+    shard,
+)
 
 STEPS = 3
 """ZeRO-3 records its trace in the first step, and Adam's moments are made in it."""
@@ -230,6 +238,7 @@ def _optimizer_step(
                 engine.update(last)
             if last:
                 step_peak = counter.peak_bytes
+                leave_out_step_counters(counter, getattr(engine.optimizer, "optimizer", engine.optimizer))
     parameters = sum(getattr(each, "ds_numel", each.numel()) for each in engine.wrapper.parameters())
     return Trace(parameters, states, forward_peak, after_forward, backward_peak, step_peak)
 
