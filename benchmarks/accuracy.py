@@ -1,186 +1,129 @@
-"""Predicted beside traced memory, for every family of the catalog, for FSDP2 and for DeepSpeed ZeRO.
+"""How far predicted memory is from what frameworks really hold: truth x counter x mean, max, n, worst case.
 
-    python benchmarks/accuracy.py            # about ten minutes on two cores; needs the extra "run"
-    python benchmarks/accuracy.py --quick    # one model, without DeepSpeed
+    python benchmarks/accuracy.py                                # recorded truths beside the present model; seconds
+    python benchmarks/accuracy.py --measure deepspeed            # run one kind of truth anew and record it
+    python benchmarks/accuracy.py --measure one-rank --seed 7 --count 20 --nowhere    # other cases, not recorded
 
-Truths: the real transformers model, autograd, FSDP2 and optimizer run on fake tensors
-(``advisor/validation/trace.py``), and real DeepSpeed on real tensors, one rank of four at a time
-(``advisor/validation/deepspeed_rank.py``); the prediction is for the worst rank and is held against the worst of the
-four. Counter: bytes of live storages. For the first two, each model is its profile cut to at most four layers, which
-keeps widths, heads, vocabulary and experts as they are; DeepSpeed runs a small Qwen2. No constant is fitted to these
-runs. The last lines are kept in ``benchmarks/accuracy.txt``.
-
-Kept apart are cases in which the CPU takes another attention kernel than a GPU would: latent attention (DeepSeek) and
-T5's position bias fall back to a scores matrix there. Mixtures under autocast cannot be traced on a CPU at all.
+Measuring needs the extra "run" and takes from minutes (deepspeed) to an hour (real runs) on two cores. Cases are drawn
+at random by a seed (``benchmarks/cases``); no constant of the model is fitted to them. What was true lies in
+``profiles/measured/memory``, and the table that the first command prints in ``benchmarks/accuracy.txt``; a test holds
+the two together, so that a change of the model shows. Counter: live bytes of tensors on one rank. Kernel scratch, the
+allocator's rounding, the CUDA context and NCCL are in neither side.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 
-from advisor.catalog.profiles import model_profiles
-from advisor.specs.job import Job
-from advisor.specs.model import Experts, ModelSpec
-from advisor.specs.plan import Checkpointing, Plan, Strategy, zero_settings
-from advisor.validation.accuracy import Case, Comparison, beside, compare, score, table, with_fewer_layers
-from advisor.validation.deepspeed_rank import request
-from advisor.validation.trace import Trace
+import click
+from cases import deepspeed, gloo, one_rank, sharded
 
-MOST_LAYERS = 4
-ONE_OF_EACH_FAMILY = [
-    "EleutherAI__gpt-neox-20b",
-    "FacebookAI__roberta-base",
-    "HuggingFaceTB__SmolLM3-3B",
-    "Qwen__Qwen2.5-1.5B",
-    "Qwen__Qwen3-0.6B",
-    "Qwen__Qwen3-30B-A3B-Base",
-    "allenai__OLMo-2-1124-7B",
-    "bigcode__starcoder2-3b",
-    "bigscience__bloom-7b1",
-    "deepseek-ai__DeepSeek-V2-Lite",
-    "deepseek-ai__DeepSeek-V3",
-    "facebook__opt-125m",
-    "google-bert__bert-base-uncased",
-    "google-t5__t5-small",
-    "google__flan-t5-large",
-    "google__gemma-2-2b",
-    "google__gemma-3-1b-it",
-    "meta-llama__Llama-3.2-1B",
-    "meta-llama__Llama-4-Scout-17B-16E",
-    "microsoft__Phi-3-mini-4k-instruct",
-    "microsoft__Phi-4-mini-instruct",
-    "mistralai__Mistral-7B-v0.1",
-    "mistralai__Mixtral-8x7B-v0.1",
-    "openai-community__gpt2",
-    "openai__gpt-oss-20b",
-    "tiiuae__falcon-40b",
-    "tiiuae__falcon-7b",
-]
-FSDP_MODELS = ("Qwen__Qwen2.5-1.5B", "meta-llama__Llama-3.1-8B", "Qwen__Qwen3-0.6B")
+from advisor.catalog.profiles import profiles_folder
+from advisor.errors import AdvisorError
+from advisor.validation.accuracy import Case, compare, counted, score, table
+from advisor.validation.deepspeed_rank import trace_ranks
+from advisor.validation.record import Record, read, versions, write
+from advisor.validation.run import Launcher, run
+
+RECORDED = profiles_folder() / "measured" / "memory"
+SEED = 2026
+BATCH = 6
+"""DeepSpeed cases that share one start of the frameworks."""
+TIMEOUT_S = 300
 
 
-def one_rank(profiles: list[str]) -> Iterator[Case]:
-    for profile in profiles:
-        for parameter_format in ("bf16", "fp32"):
-            for checkpointing in Checkpointing:
-                job = Job(sequence_length=512, global_batch=2, parameter_format=parameter_format)  # type: ignore[arg-type]
-                yield shrunken(
-                    profile, job, Plan(strategy=Strategy.DDP, gpus=1, micro_batch=2, checkpointing=checkpointing)
-                )
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """A kind of run that says what is true."""
+
+    look: Callable[[int, int], Iterator[Record]]
+    """Runs as many cases as asked, drawn by a seed; those that fail are told on stderr."""
+    count: int
 
 
-def sharded(profiles: list[str]) -> Iterator[Case]:
-    for profile in profiles:
-        for strategy in (Strategy.FSDP, Strategy.FSDP_GRAD_OP):
-            for ranks in (8, 64):
-                for checkpointing in Checkpointing:
-                    for length in (128, 2048):
-                        plan = Plan(strategy=strategy, gpus=ranks, micro_batch=1, checkpointing=checkpointing)
-                        yield shrunken(profile, Job(sequence_length=length, global_batch=ranks), plan)
+def traced(title: str, draw: Callable[[int, int], Sequence[Case]]) -> Callable[[int, int], Iterator[Record]]:
+    def look(seed: int, count: int) -> Iterator[Record]:
+        for case in draw(seed, count):
+            try:
+                yield Record(title, case, compare(case).true, versions())
+            except AdvisorError as error:
+                failed(case, error)
+
+    return look
 
 
-SMALL_QWEN2 = {
-    "model_type": "qwen2",
-    "hidden_size": 512,
-    "intermediate_size": 1408,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "vocab_size": 8192,
+def on_real_tensors(seed: int, count: int) -> Iterator[Record]:
+    """DeepSpeed's ranks, one at a time."""
+    drawn = deepspeed.cases(seed, count)
+    for start in range(0, count, BATCH):
+        some = drawn[start : start + BATCH]
+        traces = trace_ranks([(case.config, case.job, case.plan, case.rank or 0) for case in some])
+        for case, trace in zip(some, traces, strict=True):
+            yield Record("DeepSpeed, one rank of 2 to 64, real tensors", case, counted(trace), versions())
+
+
+def for_real(seed: int, count: int) -> Iterator[Record]:
+    """Real ranks through the real launchers; the fullest is recorded."""
+    for case, launcher in gloo.cases(seed, count):
+        try:
+            yield fullest(case, launcher)
+        except AdvisorError as error:
+            failed(case, error)
+
+
+def fullest(case: Case, launcher: Launcher) -> Record:
+    traces = run(case.config, case.job, case.plan, launcher, timeout_s=TIMEOUT_S)
+    found = max(traces, key=lambda each: each.peak_bytes)
+    framework = "DeepSpeed" if case.plan.strategy.zero_stage else case.plan.strategy.value.split("-")[0].upper()
+    title = f"Real ranks on gloo, {framework} by {launcher}"
+    return Record(title, case, counted(found), versions())
+
+
+def failed(case: Case, error: AdvisorError) -> None:
+    print(f"failed: {case.title}: {error}", file=sys.stderr, flush=True)
+
+
+TRUTHS = {
+    "one-rank": Truth(traced("One rank, real sizes, traced", one_rank.cases), 84),
+    "sharded": Truth(traced("FSDP2, FSDP1 and DDP, rank 0 of 2 to 64, traced", sharded.cases), 60),
+    "deepspeed": Truth(on_real_tensors, 60),
+    "real-runs": Truth(for_real, 60),
 }
-SMALL_BUCKET = 4_000_000
-DEFAULT_BUCKET = 500_000_000
-DEEPSPEED_RANKS = 4
 
 
-def deepspeed_cases() -> Iterator[Case]:
-    for strategy in (Strategy.ZERO1, Strategy.ZERO2, Strategy.ZERO3):
-        for tied in (True, False):
-            for steps in (1, 2):
-                for checkpointing, bucket, length in (
-                    (Checkpointing.NONE, SMALL_BUCKET, 512),
-                    (Checkpointing.FULL, SMALL_BUCKET, 64),
-                    (Checkpointing.NONE, DEFAULT_BUCKET, 512),
-                ):
-                    plan = Plan(
-                        strategy=strategy,
-                        gpus=DEEPSPEED_RANKS,
-                        micro_batch=2,
-                        accumulation_steps=steps,
-                        checkpointing=checkpointing,
-                        zero=zero_settings(strategy, bucket),
-                    )
-                    job = Job(sequence_length=length, global_batch=2 * steps * DEEPSPEED_RANKS)
-                    yield Case("Qwen2", SMALL_QWEN2 | {"tie_word_embeddings": tied}, job, plan)
+def printed(records: Sequence[Record]) -> list[str]:
+    """The table of *records*, those of one truth together, each held against the present model."""
+    ordered = sorted(records, key=lambda record: record.truth)
+    lines: list[str] = []
+    for truth, group in groupby(ordered, key=lambda record: record.truth):
+        lines += table(score(truth, [(record.case, record.comparison()) for record in group]))
+    return lines
 
 
-def worst_rank(case: Case) -> Comparison:
-    """The prediction beside the rank whose peak is highest."""
-    # ZeRO-3 cuts every tensor evenly, so its first rank holds as much as any.
-    ranks = range(DEEPSPEED_RANKS if case.plan.strategy.zero_stage != 3 else 1)
-    return max(
-        (beside(case.model, case.job, case.plan, _traced_rank(case, rank)) for rank in ranks),
-        key=lambda comparison: comparison.true["peak"],
-    )
-
-
-def _traced_rank(case: Case, rank: int) -> Trace:
-    asked = request(case.config, case.job, case.plan, rank)
-    command = [sys.executable, "-m", "advisor.validation.deepspeed_rank", asked]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return Trace(**json.loads(printed.splitlines()[-1]))
-
-
-def shrunken(profile: str, job: Job, plan: Plan) -> Case:
-    """A case of a profile cut to few layers."""
-    config = json.loads((model_profiles() / f"{profile}.json").read_text(encoding="utf-8"))["config"]
-    return Case(profile.rpartition("__")[2], with_fewer_layers(config, MOST_LAYERS), job, plan)
-
-
-def traceable(model: ModelSpec, job: Job) -> bool:
-    has_experts = any(isinstance(layer.feed_forward, Experts) for layer in model.layers)
-    return not (has_experts and job.parameter_format == "fp32")
-
-
-def other_kernel(model: ModelSpec) -> bool:
-    """Whether a CPU runs another attention kernel than a GPU."""
-    attention = model.layers[0].attention
-    return attention.latent is not None or (attention.additive_bias and not attention.eager_only)
-
-
-def run(cases: Iterator[Case]) -> tuple[list[tuple[Case, Comparison]], list[tuple[Case, Comparison]]]:
-    """Comparisons with the kernels of a GPU, and those with others."""
-    alike, apart = [], []
-    for case in cases:
-        model = case.model
-        if case.plan.strategy is Strategy.DDP and not traceable(model, case.job):
-            continue
-        found = compare(case)
-        (apart if other_kernel(model) else alike).append((case, found))
-        print(f"{100 * found.error():+8.3f} %  {case.title}", flush=True)
-    return alike, apart
-
-
-def main() -> None:
+@click.command()
+@click.option("--measure", type=click.Choice(list(TRUTHS)), help="Run the cases of this truth.")
+@click.option("--seed", default=SEED, show_default=True)
+@click.option("--count", type=int, help="How many cases.  [default: as recorded]")
+@click.option("--nowhere", is_flag=True, help="Record nothing.")
+def main(measure: str | None, seed: int, count: int | None, nowhere: bool) -> None:
+    """Predicted memory beside what is true."""
     logging.disable(logging.WARNING)
-    quick = "--quick" in sys.argv
-    alike, apart = run(one_rank(ONE_OF_EACH_FAMILY[3:4] if quick else list(ONE_OF_EACH_FAMILY)))
-    scores = [*score("One rank, traced step", alike)]
-    if apart:
-        scores += score("One rank, where a CPU takes another attention kernel", apart)
-    fsdp, _ = run(sharded(list(FSDP_MODELS[:1] if quick else FSDP_MODELS)))
-    scores += score("FSDP2, rank 0 of 8 and 64", fsdp)
-    if not quick:
-        found = []
-        for case in deepspeed_cases():
-            found.append((case, worst_rank(case)))
-            print(f"{100 * found[-1][1].error():+8.3f} %  {case.title}", flush=True)
-        scores += score("DeepSpeed ZeRO-1/2/3, worst of 4 ranks", found)
-    print("\n" + "\n".join(table(scores)))
+    if measure is None:
+        print("\n".join(printed([record for path in sorted(RECORDED.glob("*.jsonl")) for record in read(path)])))
+        return
+    truth = TRUTHS[measure]
+    found: list[Record] = []
+    for record in truth.look(seed, count or truth.count):
+        found.append(record)
+        print(f"{100 * record.comparison().error():+8.3f} %  {record.case.title}", flush=True)
+        if not nowhere:
+            RECORDED.mkdir(parents=True, exist_ok=True)
+            write(RECORDED / f"{measure}.jsonl", found)
+    print("\n" + "\n".join(printed(found)))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,13 +22,20 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True, slots=True)
-class FoundModel:
-    """A model, and what the user should know about how it was found."""
+class FoundConfiguration:
+    """A model's configuration, and what the user should know about how it was found."""
 
-    model: ModelSpec
+    config: Mapping[str, object]
+    name: str
+    source: str
     weights_from: str
     """What transformers loads its weights from: a Hub id, a folder, or a file that holds only the configuration."""
     note: str | None = None
+
+    @property
+    def model(self) -> ModelSpec:
+        """The model as its family's function describes it."""
+        return model_from_config(self.config, self.name, self.source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +51,8 @@ class ModelRow:
     maximum_positions: int | None
 
 
-def find_model(name_or_path: str) -> FoundModel:
-    """The model called *name_or_path*.
+def find_model(name_or_path: str) -> FoundConfiguration:
+    """The configuration of the model called *name_or_path*.
 
     In this order: a folder with a ``config.json`` or such a file, a profile, a profile of the same shape under
     another variant's name, the Hub's local cache, the Hub.
@@ -62,13 +69,14 @@ def find_model(name_or_path: str) -> FoundModel:
         missing = f"{wanted} holds no config.json" if os.path.isdir(path) else f"there is no file {wanted}"
         raise UnknownNameError(f"{missing}; give a folder with a config.json, such a file, or a model's name")
     if profile := _profiles().get(wanted.casefold()):
-        return FoundModel(_from_profile(profile), _name(profile))
+        return _from_profile(profile)
     if profile := _variant(wanted) or _completed(wanted):
-        model = _from_profile(profile)
-        note = f"{wanted} has the shape of {model.name}, whose configuration was taken"
+        found = _from_profile(profile)
+        note = f"{wanted} has the shape of {found.name}, whose configuration was taken"
         organisation, _, name = _name(profile).partition("/")
         shortened = name.casefold().startswith(f"{wanted.casefold().rpartition('/')[2]}-")
-        return FoundModel(model, f"{organisation}/{name if shortened else wanted.rpartition('/')[2]}", note)
+        weights_from = f"{organisation}/{name if shortened else wanted.rpartition('/')[2]}"
+        return replace(found, weights_from=weights_from, note=note)
     return _from_hub(wanted)
 
 
@@ -89,7 +97,7 @@ def model_index() -> tuple[ModelRow, ...]:
             vocabulary_size=model.vocabulary_size,
             maximum_positions=model.maximum_positions,
         )
-        for model in map(_from_profile, _profile_files())
+        for model in (_from_profile(path).model for path in _profile_files())
     )
 
 
@@ -112,16 +120,16 @@ def _name(path: Path) -> str:
     return path.stem.replace("__", "/", 1)
 
 
-def _from_profile(path: Path) -> ModelSpec:
+def _from_profile(path: Path) -> FoundConfiguration:
     profile = read_json(path)
     config, source = profile.get("config"), profile.get("source")
     if not isinstance(config, dict) or not isinstance(source, str):
         raise ConfigError(f"{path} needs the fields source and config")
-    return model_from_config(config, _name(path).partition("/")[2], source)
+    return FoundConfiguration(config, _name(path).partition("/")[2], source, weights_from=_name(path))
 
 
-def _from_file(path: Path, name: str, weights_from: str) -> FoundModel:
-    return FoundModel(model_from_config(read_json(path), name, str(path)), weights_from)
+def _from_file(path: Path, name: str, weights_from: str) -> FoundConfiguration:
+    return FoundConfiguration(read_json(path), name, str(path), weights_from)
 
 
 def _looks_like_a_path(wanted: str) -> bool:
@@ -159,14 +167,15 @@ def _split(name: str) -> tuple[tuple[str, ...], frozenset[str]]:
     return tuple(word for word in words if word not in VARIANT_WORDS), frozenset(words) & VARIANT_WORDS
 
 
-def _from_hub(wanted: str) -> FoundModel:
+def _from_hub(wanted: str) -> FoundConfiguration:
     if not _HUB_ID.fullmatch(wanted):
         raise UnknownNameError(f"{wanted!r} is neither a model's name nor a Hub id; {_near(wanted)}")
     from advisor.catalog.hub import config_file
 
     path = config_file(wanted, _near(wanted))
-    model = model_from_config(read_json(path), wanted.rpartition("/")[2], f"config.json of {wanted} on the Hub")
-    return FoundModel(model, wanted)
+    return FoundConfiguration(
+        read_json(path), wanted.rpartition("/")[2], f"config.json of {wanted} on the Hub", weights_from=wanted
+    )
 
 
 def _near(wanted: str) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypedDict
 
 from advisor.catalog.calibrations import find_calibration
 from advisor.catalog.detect import Detected, detect
 from advisor.catalog.gpus import find_gpu
 from advisor.catalog.links import find_link
-from advisor.catalog.models import find_model
+from advisor.catalog.models import FoundConfiguration, find_model
 from advisor.errors import SpecError
 from advisor.specs.hardware import Cluster, Gpu
 from advisor.specs.job import Job
@@ -40,20 +41,31 @@ class Words(TypedDict, total=False):
     optimizer: str
     attention: str
     loss: str
+    padded: bool
     margin: float | str
 
 
-def resolve(model: str, **words: Unpack[Words]) -> Question:
+Describe = Callable[[FoundConfiguration, Job], ModelSpec]
+"""What makes a model of its configuration, for a job."""
+
+
+def by_formulas(found: FoundConfiguration, job: Job) -> ModelSpec:
+    """The model as its family's function describes it, whatever the job."""
+    return found.model
+
+
+def resolve(model: str, *, describe: Describe = by_formulas, **words: Unpack[Words]) -> Question:
     """The question that *words* ask of *model*: a profile name, Hub id, folder or ``config.json``."""
     if unknown := words.keys() - Words.__annotations__.keys():
         raise TypeError(f"unknown words {', '.join(sorted(unknown))}; known: {', '.join(Words.__annotations__)}")
-    found_model = find_model(model)
+    found = find_model(model)
     calibration = find_calibration()
     machine = None if words.get("gpu") and words.get("gpus") else detect()
     gpu, gpu_origin = _gpu(words.get("gpu"), machine)
     gpus, gpus_origin = _gpus(words.get("gpus"), machine)
     nodes = words.get("nodes", 1)
     job = _job(words, gpu)
+    described = describe(found, job)
     link, network = words.get("link"), words.get("network")
     gpus_per_node = max(1, gpus // max(1, nodes))
     host_memory_bytes, host_origin = _host_memory(
@@ -70,7 +82,7 @@ def resolve(model: str, **words: Unpack[Words]) -> Question:
         cpu_memory_bandwidth_bytes_per_s=calibration.host_bandwidth_bytes_per_s_per_gpu * gpus_per_node,
     )
     inputs = [
-        Input("model", found_model.weights_from, "given"),
+        Input("model", found.weights_from, "given"),
         Input("gpu", gpu.name, gpu_origin),
         Input("gpus", gpus, gpus_origin),
         Input("link", cluster.link.name, "given" if link else "assumed"),
@@ -83,18 +95,21 @@ def resolve(model: str, **words: Unpack[Words]) -> Question:
         Input("attention", job.attention, _origin(words, "attention")),
         Input("calibration", calibration.name, "found"),
     ]
+    if job.padded:
+        inputs.insert(-1, Input("padded", True, "given"))
     if nodes > 1:
         network_origin: Origin = "given" if network else "assumed"
         inputs[3:3] = [Input("nodes", nodes, "given"), Input("network", cluster.network.name, network_origin)]
     return Question(
-        model=found_model.model,
-        weights_from=found_model.weights_from,
+        model=described,
+        config=found.config,
+        weights_from=found.weights_from,
         job=job,
         cluster=cluster,
         calibration=calibration,
         margin_share=_margin(words.get("margin", "auto"), calibration.margin_share),
         inputs=tuple(inputs),
-        warnings=tuple(_warnings(found_model.note, found_model.model, job)),
+        warnings=tuple(_warnings(found.note, described, job)),
     )
 
 
@@ -138,6 +153,7 @@ def _job(words: Words, gpu: Gpu) -> Job:
         optimizer=words.get("optimizer", "adamw-fused"),  # type: ignore[arg-type]
         attention=words.get("attention", "sdpa"),  # type: ignore[arg-type]
         loss=words.get("loss", "full"),  # type: ignore[arg-type]
+        padded=words.get("padded", False),
     )
 
 

@@ -25,8 +25,8 @@ def undescribed_model(
         import transformers
     except ImportError as error:
         raise ConfigError(
-            f"{config.name} is of family {family}, which is not described; pip install 'advisor[run]' to have "
-            f"transformers count its parameters, or take another model; {supported}"
+            f"{config.name} is of family {family}, which is not described; pip install 'advisor[run]' and give "
+            f"--trace to run transformers' own code for it, or take another model; {supported}"
         ) from error
     built = _built(config, family, torch, transformers, supported)
     for known, describe in described.items():
@@ -37,7 +37,7 @@ def undescribed_model(
     total = sum(parameter.numel() for parameter in built.parameters())
     raise ConfigError(
         f"{config.name} is of family {family}, which is not described: transformers counts {total:,} parameters, "
-        f"but what its layers save for backward is not known; {supported}"
+        f"but what its layers save for backward is not known; --trace runs their code to see; {supported}"
     )
 
 
@@ -82,7 +82,7 @@ def _has_the_parameters_of(model: ModelSpec, built: Any) -> bool:
 
 def _computes_like(model: ModelSpec, built: Any) -> bool:
     """Whether fused attention is supported alike, the same layers have windows, and the activation is the same."""
-    settings, layers = built.config, model.layers
+    settings, layers = built.config, model.described_layers
     kinds = getattr(settings, "layer_types", None) or ["full_attention"] * len(layers)
     return (
         layers[0].attention.eager_only is not built._supports_sdpa

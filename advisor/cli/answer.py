@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Literal
 
 import click
@@ -40,6 +41,24 @@ def print_answer(
         from advisor.report.machine import csv_text, json_text
 
         click.echo(json_text(whole()) + "\n" if form == "json" else csv_text(rows()), nl=False)
+
+
+def traced_first(traces: bool) -> AbstractContextManager[object]:
+    """While a model is traced, say so on a terminal's stderr, with the time that has passed."""
+    return working("Running the model's code without its data") if traces else nullcontext()
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Say on stderr what is going on and for how long; nothing where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        progress.add_task(what, total=None)
+        yield
 
 
 def note(text: str) -> None:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from advisor.cli.answer import NOTHING_FITS, form_of, notes, print_answer
-from advisor.cli.options import SectionCommand, elements, form_options, given, option, options, question_options
-from advisor.specs.plan import Checkpointing, Offload, Strategy
+from advisor.cli.answer import NOTHING_FITS, form_of, notes, print_answer, traced_first
+from advisor.cli.options import (
+    SectionCommand,
+    elements,
+    form_options,
+    given,
+    option,
+    options,
+    question_options,
+    trace_options,
+)
+from advisor.specs.plan import Checkpointing, GradientFormat, Offload, Strategy
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -68,12 +77,30 @@ plan_options = options(
         metavar="ELEMENTS",
         help="DeepSpeed's reduce bucket, such as 5e8.  [default: DeepSpeed's own]",
     ),
+    option(
+        "The plan",
+        "--grad-accum-dtype",
+        type=click.Choice(get_args(GradientFormat)),
+        help="What DeepSpeed accumulates gradients in.  [default: the precision]",
+    ),
+    option(
+        "The plan",
+        "--fsdp-version",
+        type=click.IntRange(1, 2),
+        default=2,
+        show_default=True,
+        help="PyTorch's FSDP: 2 cuts each tensor by rows, 1 all of a layer as one.",
+    ),
 )
+
+rank_option = option("The plan", "--rank", type=int, help="Whose memory to show.  [default: the fullest rank's]")
 
 
 @click.command(cls=SectionCommand)
 @question_options
+@trace_options
 @plan_options
+@rank_option
 @form_options
 @click.pass_context
 def estimate(context: click.Context, /, *, as_json: bool, as_csv: bool, **question: Any) -> None:
@@ -90,7 +117,8 @@ def estimate(context: click.Context, /, *, as_json: bool, as_csv: bool, **questi
     from advisor.cost.estimate import estimate as price
 
     form = form_of(as_json, as_csv)
-    answer = price(**given(context, question))
+    with traced_first(question["trace"]):
+        answer = price(**given(context, question))
     notes(answer.warnings)
     print_answer(
         form,

@@ -164,6 +164,7 @@ question_options = options(
         show_default=True,
         help="Attention kernel, in transformers' words.",
     ),
+    option(_HOW, "--padded", is_flag=True, help="Sequences of a batch are padded to one length, not joined and cut."),
     option(
         _HOW,
         "--loss",
@@ -184,6 +185,25 @@ question_options = options(
 )
 """The job and the machine, as `recommend` and `estimate` both ask for them."""
 
+
+trust_option = option(
+    _TRAIN,
+    "--trust-remote-code",
+    is_flag=True,
+    help="Let the model's repository bring the code that is run.",
+)
+"""For whatever runs transformers."""
+
+trace_options = options(
+    option(
+        _TRAIN,
+        "--trace",
+        is_flag=True,
+        help="Run the model's own code on tensors without memory in place of formulas: any causal model, needs torch.",
+    ),
+    trust_option,
+)
+"""Where what the layers do is taken from."""
 
 form_options = options(
     option(_ANSWER, "--json", "as_json", is_flag=True, help="Print one JSON object, in base units."),

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from advisor.cli.answer import NOTHING_FITS, form_of, note, notes, print_answer
-from advisor.cli.options import SectionCommand, form_options, given, option, question_options
+from advisor.cli.answer import NOTHING_FITS, form_of, note, notes, print_answer, traced_first
+from advisor.cli.options import SectionCommand, form_options, given, option, question_options, trace_options
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=SectionCommand)
 @question_options
+@trace_options
 @option(
     "The answer",
     "--out",
@@ -46,7 +47,8 @@ def recommend(
     from advisor.search.recommend import recommend as search
 
     form = form_of(as_json, as_csv)
-    answer = search(**given(context, question))
+    with traced_first(question["trace"]):
+        answer = search(**given(context, question))
     launch = _launch(answer)
     written = write(launch, out, force) if launch and out else ()
     notes(answer.warnings)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
-from advisor.catalog.request import Words, resolve
+from advisor.catalog.request import Describe, Words, by_formulas
 from advisor.catalog.training_config.read import read_config
 from advisor.catalog.training_config.settle import batch, fsdp_of, settle, shown, zero_of
 from advisor.cost.memory import memory, short_by
+from advisor.cost.question import ask, program
 from advisor.cost.results import Estimate, Memory, Verdict
 from advisor.cost.schedule import step_time
 from advisor.errors import SpecError
+from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
-from advisor.specs.plan import Checkpointing, Offload, Plan, Strategy, zero_settings
+from advisor.specs.plan import Checkpointing, FsdpSettings, GradientFormat, Offload, Plan, Strategy, zero_settings
 from advisor.specs.question import Input, Question
-from advisor.step.build import build
+from advisor.step.build import gradients_modelled
 
 Choice = TypeVar("Choice", bound=Enum)
 
@@ -37,29 +40,46 @@ class PlanWords(Words, total=False):
     checkpointing: str
     bucket_size: int | None
     """DeepSpeed's ``reduce_bucket_size`` in elements."""
+    grad_accum_dtype: str | None
+    """DeepSpeed's ``data_types.grad_accum_dtype``; None for the format that the model computes in."""
+    fsdp_version: int
     config: str | None
     """A DeepSpeed JSON, accelerate YAML or launch script to read; the other words win over it."""
+    trace: bool
+    """Whether transformers' own code stands in for formulas; needs the extra ``run``."""
+    trust_remote_code: bool
+    """Whether that code may come from the model's repository."""
 
 
-def estimate(model: str, *, strategy: str | None = None, **words: Unpack[PlanWords]) -> Estimate:
-    """One plan for *model*, priced.
+def estimate(
+    model: str, *, strategy: str | None = None, rank: int | None = None, **words: Unpack[PlanWords]
+) -> Estimate:
+    """One plan for *model*, priced for *rank*, or for the rank that holds most.
 
     Words: those of :func:`advisor.recommend`, and ``offload``, ``micro_batch``, ``grad_accum``, ``checkpointing``,
-    ``bucket_size``, ``config``. Raises SpecError for a plan that contradicts itself or the job, ConfigError for a
-    configuration that cannot be read.
+    ``bucket_size``, ``grad_accum_dtype``, ``fsdp_version``, ``config``, ``trace``, ``trust_remote_code``. Raises
+    SpecError for a plan that contradicts itself or the job, ConfigError for a configuration that cannot be read.
     """
-    return price(*plan_of(model, strategy=strategy, **words))
+    return price(*plan_of(model, strategy=strategy, **words), rank)
 
 
-def plan_of(model: str, *, strategy: str | None = None, **words: Unpack[PlanWords]) -> tuple[Question, Plan]:
-    """The question and the one plan that *words* describe."""
+def plan_of(
+    model: str, *, strategy: str | None = None, describe: Describe = by_formulas, **words: Unpack[PlanWords]
+) -> tuple[Question, Plan]:
+    """The question and the one plan that *words* describe. *describe* makes the model where it is not traced."""
+    ask_about = partial(
+        ask,
+        describe=describe,
+        trace=words.pop("trace", False),
+        trust_remote_code=words.pop("trust_remote_code", False),
+    )
     config = words.pop("config", None)
     if config is not None:
-        return _plan_from_config(model, config, {"strategy": strategy, **words})
+        return _plan_from_config(model, config, {"strategy": strategy, **words}, ask_about)
     if strategy is None:
         raise SpecError(f"no strategy; give --strategy ({_choices(Strategy)}), or --config with a file that says it")
     own = PlanWords.__annotations__.keys() - Words.__annotations__.keys()
-    question = resolve(model, **cast(Words, {name: value for name, value in words.items() if name not in own}))
+    question = ask_about(model, **cast(Words, {name: value for name, value in words.items() if name not in own}))
     micro_batch, steps = words.get("micro_batch", 1), words.get("grad_accum")
     kind = _member(Strategy, "--strategy", strategy)
     if reason := unsupported(question.model, kind):
@@ -71,16 +91,19 @@ def plan_of(model: str, *, strategy: str | None = None, **words: Unpack[PlanWord
         accumulation_steps=steps if steps is not None else _accumulation(question, micro_batch),
         checkpointing=_member(Checkpointing, "--checkpointing", words.get("checkpointing", "none")),
         offload=_member(Offload, "--offload", words.get("offload", "none")),
-        zero=zero_settings(kind, words.get("bucket_size")),
+        zero=zero_settings(kind, words.get("bucket_size"), _gradient_format(words.get("grad_accum_dtype"))),
+        fsdp=FsdpSettings(version=words.get("fsdp_version", 2)),
     )
 
 
-def _plan_from_config(model: str, config: str, words: Mapping[str, Any]) -> tuple[Question, Plan]:
+def _plan_from_config(
+    model: str, config: str, words: Mapping[str, Any], ask_about: Callable[..., Question]
+) -> tuple[Question, Plan]:
     """The question and the plan of a training configuration, with *words* over it."""
     settled = settle(read_config(config), words)
     found = dict(settled.found)
     known = {name: found[name].value for name in Words.__annotations__ if name in found and name != "global_batch"}
-    question = resolve(model, **cast(Words, known))
+    question = ask_about(model, **cast(Words, known))
     sizes = batch(found, question.cluster.gpus)
     found |= sizes.found
     if "global_batch" in found:
@@ -112,19 +135,19 @@ def _plan_from_config(model: str, config: str, words: Mapping[str, Any]) -> tupl
     question = replace(
         question,
         inputs=_with_sources(question.inputs, shown(found, width)),
-        warnings=(*question.warnings, *settled.warnings, *sizes.warnings, *_beyond_the_model(plan)),
+        warnings=(*question.warnings, *settled.warnings, *sizes.warnings, *_beyond_the_model(job, plan)),
     )
+    if not gradients_modelled(job, plan):
+        plan = replace(plan, zero=replace(plan.zero, gradient_format=None))
     return question, plan
 
 
-def _beyond_the_model(plan: Plan) -> Iterator[str]:
+def _beyond_the_model(job: Job, plan: Plan) -> Iterator[str]:
     """What a configuration may ask for and the step program has no terms for."""
-    if plan.zero.gradient_format is not None:
+    if not gradients_modelled(job, plan):
         yield f"gradients in {plan.zero.gradient_format} are not modelled; what follows assumes the model's own format"
     if plan.offload.optimizer and plan.offload_to == "nvme":
         yield "offload to NVMe is not modelled; what follows assumes host memory"
-    if plan.strategy.is_fsdp and plan.fsdp.version == 1:
-        yield "FSDP of version 1 is not modelled; what follows assumes version 2"
 
 
 def _with_sources(resolved: tuple[Input, ...], settled: list[Input]) -> tuple[Input, ...]:
@@ -134,6 +157,12 @@ def _with_sources(resolved: tuple[Input, ...], settled: list[Input]) -> tuple[In
     return tuple(by_name.get(each.name, each) for each in resolved) + tuple(
         each for each in settled if each.name not in names
     )
+
+
+def _gradient_format(name: str | None) -> GradientFormat | None:
+    if name is not None and name not in get_args(GradientFormat):
+        raise SpecError(f"--grad-accum-dtype must be one of {', '.join(get_args(GradientFormat))}, got {name!r}")
+    return cast("GradientFormat | None", name)
 
 
 def unsupported(model: ModelSpec, strategy: Strategy) -> str | None:
@@ -167,11 +196,11 @@ def _choices(kind: type[Enum]) -> str:
     return ", ".join(each.value for each in kind)
 
 
-def price(question: Question, plan: Plan) -> Estimate:
-    """All readings of a single plan."""
-    program = build(question.model, question.job, plan)
-    held = memory(program, plan, question.cluster, question.calibration)
-    timed = step_time(program.step, question.job, plan, question.cluster, question.calibration)
+def price(question: Question, plan: Plan, rank: int | None = None) -> Estimate:
+    """All readings of a single plan, for *rank* or the rank that holds most."""
+    step = program(question, plan, rank)
+    held = memory(step, plan, question.cluster, question.calibration, fullest=rank is None)
+    timed = step_time(step.step, question.job, plan, question.cluster, question.calibration)
     verdict, why = judge(held, question.margin_share)
     return Estimate(
         model=question.model,

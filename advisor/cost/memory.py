@@ -21,7 +21,7 @@ GEMM_THREADS = 2
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Footprint:
-    """Bytes on the worst rank's device and on one machine's host, for every plan of a program."""
+    """Bytes on the program's rank's device and on one machine's host, for every plan of a program."""
 
     states_bytes: Amount
     peak_allocated_bytes: Amount
@@ -64,7 +64,9 @@ def _host_bytes(program: StepProgram, plan: Plan, cluster: Cluster, calibration:
     return ranks * each + fold(program.host_once).peak_bytes
 
 
-def memory(program: StepProgram, plan: Plan, cluster: Cluster, calibration: Calibration) -> Memory:
+def memory(
+    program: StepProgram, plan: Plan, cluster: Cluster, calibration: Calibration, fullest: bool = True
+) -> Memory:
     """The same for a single plan, with the ledger at the peak and the phases on the way to it."""
     found = footprint(program, plan, cluster, calibration)
     device = on_device(program, cluster, calibration)
@@ -81,7 +83,8 @@ def memory(program: StepProgram, plan: Plan, cluster: Cluster, calibration: Cali
         high_bytes=int(used * calibration.high_memory_share),
         peak_phase=peak.phase,
         peak_label=peak.label,
-        worst_rank=program.worst_rank,
+        rank=int(program.rank),
+        fullest=fullest,
         ledger=peak.ledger,
         timeline=tuple(PhaseMemory(name, int(most), int(left)) for name, (most, left) in phase_peaks(device).items()),
         host_bytes=int(found.host_bytes),

@@ -28,7 +28,7 @@ class PhaseMemory:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """Bytes of the worst rank's device, and of one machine's host. Fields as torch and NVML count them."""
+    """Bytes of one rank's device, and of its machine's host. Fields as torch and NVML count them."""
 
     capacity_bytes: int
     states_bytes: int
@@ -40,7 +40,9 @@ class Memory:
     """Range in which the measured device use may lie."""
     peak_phase: str
     peak_label: str
-    worst_rank: int
+    rank: int
+    fullest: bool
+    """Whether the rank was chosen because it holds most; else it was asked for."""
     ledger: tuple[Line, ...]
     """What is held at the peak of allocated memory; sums to ``peak_allocated_bytes``."""
     timeline: tuple[PhaseMemory, ...]

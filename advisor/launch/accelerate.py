@@ -104,13 +104,14 @@ def _deepspeed(plan: Plan, cluster: Cluster) -> dict[str, Any]:
 
 
 def _fsdp(model: ModelSpec, plan: Plan) -> dict[str, Any]:
+    efficient_loading = model.family not in WHOLE_IN_EVERY_PROCESS
     settings: dict[str, Any] = {
-        "fsdp_version": 2,
-        "fsdp_reshard_after_forward": plan.strategy is Strategy.FSDP,
+        "fsdp_version": plan.fsdp.version,
+        **(_version_one(plan, efficient_loading) if plan.fsdp.version == 1 else _version_two(plan)),
         "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
         "fsdp_offload_params": False,
         # Only the first process reads the checkpoint; the others receive their shards from it.
-        "fsdp_cpu_ram_efficient_loading": model.family not in WHOLE_IN_EVERY_PROCESS,
+        "fsdp_cpu_ram_efficient_loading": efficient_loading,
         "fsdp_state_dict_type": "SHARDED_STATE_DICT",
         # train.py checkpoints activations itself, alike for every strategy.
         "fsdp_activation_checkpointing": False,
@@ -119,3 +120,19 @@ def _fsdp(model: ModelSpec, plan: Plan) -> dict[str, Any]:
     if model.family in LAYER_CLASSES:
         settings["fsdp_transformer_layer_cls_to_wrap"] = LAYER_CLASSES[model.family]
     return settings
+
+
+def _version_two(plan: Plan) -> dict[str, Any]:
+    return {"fsdp_reshard_after_forward": plan.strategy is Strategy.FSDP}
+
+
+def _version_one(plan: Plan, efficient_loading: bool) -> dict[str, Any]:
+    return {
+        # Version 1 reads this one, though accelerate calls it deprecated (utils/dataclasses.py).
+        "fsdp_sharding_strategy": "FULL_SHARD" if plan.strategy is Strategy.FSDP else "SHARD_GRAD_OP",
+        "fsdp_backward_prefetch": "NO_PREFETCH",
+        "fsdp_forward_prefetch": False,
+        "fsdp_use_orig_params": True,
+        # What the first process has read reaches the others.
+        "fsdp_sync_module_states": efficient_loading,
+    }

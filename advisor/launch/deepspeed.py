@@ -37,9 +37,8 @@ def deepspeed_json(job: Job, plan: Plan) -> str:
         "gradient_clipping": GRADIENT_CLIPPING,
         "bf16": _bf16(job),
         "fp16": {"enabled": True, **_LOSS_SCALING} if job.precision == "fp16" else {"enabled": False},
-        # Gradients stay in the format that the weights compute in. Said here because fp32 would select another
-        # optimizer class with 4 bytes more per parameter.
-        "data_types": {"grad_accum_dtype": job.precision},
+        # Said here because it selects DeepSpeed's optimizer class, and what gradients take.
+        "data_types": {"grad_accum_dtype": plan.zero.gradient_format or job.precision},
         "zero_allow_untested_optimizer": True,
         "zero_optimization": _zero_optimization(plan),
     }

@@ -32,12 +32,13 @@ def train_arguments(model: ModelSpec, job: Job, plan: Plan, weights_from: str) -
         "optimizer": job.optimizer,
     }
     arguments = tuple(f"--{name}={value}" for name, value in flags.items())
-    return (*arguments, "--random-weights") if holds_no_weights(weights_from) else arguments
+    switches = {"--padded": job.padded, "--random-weights": holds_no_weights(weights_from)}
+    return (*arguments, *(name for name, on in switches.items() if on))
 
 
 def attention_kernel(model: ModelSpec, job: Job) -> str:
     """The job's kernel, or eager for a model whose attention transformers computes no other way."""
-    return "eager" if any(layer.attention.eager_only for layer in model.layers) else job.attention
+    return "eager" if model.eager_only else job.attention
 
 
 def holds_no_weights(weights_from: str) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import time
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, DummyOptim, set_seed
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -49,6 +51,8 @@ TEXT_PART = {
     r"^language_model\.lm_head\.": "lm_head.",
 }
 
+PADDING = -1  # stands for no token until the batch is made
+IGNORED = -100  # the label that the loss leaves out
 MASKED_SHARE = 0.15  # of the tokens that a masked or sequence-to-sequence model has to restore; Devlin et al., 2019
 
 
@@ -60,10 +64,11 @@ def parse_arguments() -> argparse.Namespace:
     model.add_argument("--objective", choices=MODEL_CLASSES, default="causal")
     model.add_argument("--weights", choices=FORMATS, default="fp32", help="number format the weights are built in")
     model.add_argument("--attention", choices=ATTENTION, default="sdpa")
-    model.add_argument("--checkpointing", choices=["none", "full"], default="none", help="of activations")
+    model.add_argument("--checkpointing", choices=["none", "selective", "full"], default="none", help="of activations")
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", help="text file, JSONL file with a field 'text', or Hub dataset; else random tokens")
     data.add_argument("--sequence-length", type=int, default=2048)
+    data.add_argument("--padded", action="store_true", help="each text a sequence, padded; else joined and cut")
     data.add_argument("--micro-batch", type=int, default=1, help="sequences per GPU and forward pass")
     data.add_argument("--accumulation-steps", type=int, default=1, help="micro-batches per optimizer step")
     training = parser.add_argument_group("training")
@@ -145,11 +150,25 @@ def build_model(accelerator: Accelerator, arguments: argparse.Namespace) -> Any:
             raise SystemExit(
                 f"{arguments.model} lacks {len(names)} weights of {type(model).__name__}, first {names[0]}"
             )
-    if arguments.checkpointing == "full":
+    if arguments.checkpointing != "none":
         # transformers is renaming gradient checkpointing to activation checkpointing.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable({"use_reentrant": False} | checkpointing_contexts(arguments.checkpointing))
     return model
+
+
+def checkpointing_contexts(checkpointing: str) -> dict[str, Any]:
+    """Selective checkpointing keeps what matrix products and fused attention return; all else is computed again."""
+    if checkpointing != "selective":
+        return {}
+    kept = [
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    ]
+    return {"context_fn": functools.partial(create_selective_checkpoint_contexts, kept)}
 
 
 def has_other_parts(arguments: argparse.Namespace) -> bool:
@@ -177,7 +196,7 @@ def build_optimizer(accelerator: Accelerator, arguments: argparse.Namespace, mod
 def make_batches(
     accelerator: Accelerator, arguments: argparse.Namespace, tokenizer: Any, vocabulary_size: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless micro-batches of this process, on its device, without padding and so without an attention mask."""
+    """Endless micro-batches of this process, on its device. An attention mask comes with padding alone."""
     if tokenizer is None:
         sequences = random_sequences(accelerator, arguments, vocabulary_size)
         mask_token = 0
@@ -192,25 +211,40 @@ def make_batches(
             hidden[:, 0] = True  # at least one token to restore in each sequence
             inputs = tokens.masked_fill(hidden, mask_token)
         if arguments.objective == "masked":
-            labels = tokens.masked_fill(~hidden, -100)  # the index that the loss ignores
-        yield {"input_ids": inputs.to(accelerator.device), "labels": labels.to(accelerator.device)}
+            labels = tokens.masked_fill(~hidden, IGNORED)
+        batch = {"input_ids": inputs, "labels": labels}
+        if arguments.padded:
+            seen = tokens != PADDING
+            batch = {
+                "input_ids": inputs.masked_fill(~seen, 0),
+                "labels": labels.masked_fill(~seen, IGNORED),
+                "attention_mask": seen.long(),
+            }
+        yield {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
 
 
 def random_sequences(
     accelerator: Accelerator, arguments: argparse.Namespace, vocabulary_size: int
 ) -> Iterator[torch.Tensor]:
     generator = torch.Generator().manual_seed(arguments.seed + accelerator.process_index)
+    shape = (arguments.micro_batch, arguments.sequence_length)
     while True:
-        yield torch.randint(vocabulary_size, (arguments.micro_batch, arguments.sequence_length), generator=generator)
+        tokens = torch.randint(vocabulary_size, shape, generator=generator)
+        if arguments.padded:
+            lengths = torch.randint(1, arguments.sequence_length, (arguments.micro_batch, 1), generator=generator)
+            tokens[torch.arange(arguments.sequence_length) >= lengths] = PADDING
+        yield tokens
 
 
 def text_sequences(accelerator: Accelerator, arguments: argparse.Namespace, tokenizer: Any) -> Iterator[torch.Tensor]:
-    """The dataset's tokens, joined and cut into sequences of equal length, in a new order on every pass."""
+    """The dataset's tokens in a new order on every pass: joined and cut into equal sequences, or padded one by one."""
     separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     tokens: list[int] = []
     for text in read_texts(arguments.dataset):
         tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         tokens += [separator] if separator is not None else []
+        if arguments.padded:
+            tokens += [PADDING] * (-len(tokens) % arguments.sequence_length)
     count = len(tokens) // arguments.sequence_length
     together = arguments.micro_batch * accelerator.num_processes
     if count < together:

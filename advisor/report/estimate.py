@@ -34,7 +34,7 @@ def estimate_report(estimate: Estimate, *, width: int) -> list[RenderableType]:
         ),
         *read_lines(estimate.inputs),
         *assumed_line(estimate.inputs),
-        *section(f"Memory of the fullest GPU (rank {memory.worst_rank})", _totals(memory)),
+        *section(f"Memory of {'the fullest GPU, ' if memory.fullest else ''}rank {memory.rank}", _totals(memory)),
         *section(
             f"What is allocated at the peak: {memory.peak_phase}, {memory.peak_label}", _ledger(memory.ledger, width)
         ),

@@ -44,9 +44,9 @@ def estimate_object(estimate: Estimate) -> Json:
     """One priced plan."""
     return {
         "schema": SCHEMA,
-        "inputs": _inputs(estimate.inputs),
+        "inputs": inputs_object(estimate.inputs),
         "model": _model(estimate.model),
-        "plan": _plan(estimate.plan),
+        "plan": plan_object(estimate.plan),
         "memory": _memory(estimate.memory),
         "traffic": [_traffic(line) for line in estimate.traffic],
         "time": _time(estimate.time),
@@ -62,13 +62,13 @@ def recommendation_object(recommendation: Recommendation, launch: Launch | None)
     return {
         "schema": SCHEMA,
         "headline": recommendation.headline,
-        "inputs": _inputs(recommendation.inputs),
+        "inputs": inputs_object(recommendation.inputs),
         "model": _model(recommendation.model),
         "best": plans[0] if plans else None,
         "plans": plans,
         "rejected": [
             {
-                "plan": _plan(rejected.plan),
+                "plan": plan_object(rejected.plan),
                 "why": rejected.why,
                 "short_by_bytes": rejected.short_by_bytes,
                 "remedy": rejected.remedy,
@@ -105,7 +105,8 @@ NUMBER_FORMATS = ("fp32", "tf32", "fp16", "bf16", "fp8")
 """Number formats whose dense peak a GPU may have."""
 
 
-def _inputs(inputs: Iterable[Input]) -> Json:
+def inputs_object(inputs: Iterable[Input]) -> Json:
+    """Each input with its value and its origin."""
     return {
         each.name: {"value": each.value, "origin": each.origin} | ({"source": each.source} if each.source else {})
         for each in inputs
@@ -121,7 +122,8 @@ def _model(model: ModelSpec) -> Json:
     }
 
 
-def _plan(plan: Plan) -> Json:
+def plan_object(plan: Plan) -> Json:
+    """One plan's choices."""
     return {
         "strategy": plan.strategy.value,
         "gpus": int(plan.gpus),
@@ -150,7 +152,8 @@ def _memory(memory: Memory) -> Json:
         "high_bytes": memory.high_bytes,
         "peak_phase": memory.peak_phase,
         "peak_label": memory.peak_label,
-        "worst_rank": memory.worst_rank,
+        "rank": memory.rank,
+        "fullest_rank": memory.fullest,
         "ledger": [_line(*line) for line in memory.ledger],
         "timeline": [
             {"phase": phase.phase, "bytes": phase.peak_bytes, "end_bytes": phase.end_bytes} for phase in memory.timeline

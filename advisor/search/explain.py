@@ -11,14 +11,15 @@ from numpy.typing import NDArray
 from advisor.catalog.gpus import all_gpus
 from advisor.cost.estimate import judge, shortages
 from advisor.cost.memory import footprint, memory, short_by
+from advisor.cost.question import program
 from advisor.cost.results import Estimate
+from advisor.errors import ConfigError
 from advisor.search.results import Rejected
 from advisor.search.sheet import shortfall
 from advisor.search.space import VARIANTS, Barred, bar, nearest_batch
 from advisor.specs.hardware import Cluster
 from advisor.specs.plan import Checkpointing, Count, Offload, Plan, Strategy, zero_settings
 from advisor.specs.question import Question
-from advisor.step.build import build
 
 GIB = 2**30
 GB = 10**9
@@ -76,10 +77,13 @@ def barred(question: Question, found: Barred) -> Rejected:
 
 def refused(question: Question, nearest: Plan) -> Rejected:
     """A strategy of which nothing fits, with its nearest miss and the cheapest way out."""
-    held = memory(build(question.model, question.job, nearest), nearest, question.cluster, question.calibration)
+    held = memory(program(question, nearest), nearest, question.cluster, question.calibration)
     device, host = shortages(held, question.margin_share)
     _, why = judge(held, question.margin_share)
-    remedy = next(remedies(question, nearest), None)
+    try:
+        remedy = next(remedies(question, nearest), None)
+    except ConfigError:  # a traced model whose code knows no checkpointing, which every remedy counts on
+        remedy = None
     return Rejected(plan=nearest, why=why, short_by_bytes=max(device, host), remedy=remedy)
 
 
@@ -99,7 +103,7 @@ def remedies(question: Question, nearest: Plan) -> Iterator[str]:
         yield f"{more} GPUs{_with_batch(question, more)}"
     leanest = _leanest(question, *variant, cluster.gpus)
     held = [
-        footprint(build(question.model, question.job, plan), plan, cluster, question.calibration)
+        footprint(program(question, plan), plan, cluster, question.calibration)
         for plan in (leanest.at(0), leanest.at(1))
     ]
     least = min(held, key=lambda found: float(found.device_used_bytes))
@@ -175,7 +179,7 @@ def _leanest(question: Question, strategy: Strategy, offload: Offload, gpus: Cou
 
 def _short_by(question: Question, plan: Plan) -> NDArray[np.float64]:
     """What each of the plans lacks."""
-    found = footprint(build(question.model, question.job, plan), plan, question.cluster, question.calibration)
+    found = footprint(program(question, plan), plan, question.cluster, question.calibration)
     return np.broadcast_to(shortfall(found, question.cluster, question.margin_share), np.shape(plan.gpus))
 
 

@@ -6,9 +6,10 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from advisor.catalog.request import resolve
 from advisor.cost.estimate import explained, price
+from advisor.cost.question import ask
 from advisor.cost.results import Estimate
+from advisor.errors import ConfigError
 from advisor.search.explain import barred, headline, lost, refused, won
 from advisor.search.results import Recommendation, Rejected
 from advisor.search.sheet import Sheet, fastest, nearest_miss, price_sheet
@@ -29,26 +30,42 @@ OFFLOAD_LEAD = 0.1
 """By how much an offloading plan has to be faster to come first: it rests on the host's speed, which is assumed."""
 
 
-def recommend(model: str, **words: Unpack[Words]) -> Recommendation:
+def recommend(
+    model: str, *, trace: bool = False, trust_remote_code: bool = False, **words: Unpack[Words]
+) -> Recommendation:
     """The best plan for *model* on a cluster, the best of each strategy, and why each other lost.
 
     Words: ``gpus``, ``nodes``, ``gpu``, ``link``, ``network``, ``host_memory`` (GiB per machine), ``seq_len``,
-    ``global_batch``, ``precision``, ``param_dtype``, ``optimizer``, ``attention``, ``loss``, ``margin``. Raises
+    ``global_batch``, ``precision``, ``param_dtype``, ``optimizer``, ``attention``, ``loss``, ``margin``. With *trace*,
+    transformers' own code on tensors without memory stands in for formulas, which takes any causal language model and
+    the extra ``run``; *trust_remote_code* lets that code come from the model's repository. Raises
     SpecError or UnknownNameError for words that make no sense, ConfigError for a model that cannot be read.
     """
-    return search(resolve(model, **words))
+    return search(ask(model, trace=trace, trust_remote_code=trust_remote_code, **words))
 
 
 def search(question: Question) -> Recommendation:
     """Every legal plan, exhaustively."""
     started = time.perf_counter()
     priced: dict[tuple[Strategy, Offload], list[Sheet]] = {}
+    untraceable: dict[tuple[Strategy, Offload], str] = {}
     ruled_out: list[Rejected] = []
     for each in sheets(question):
         if isinstance(each, Barred):
             ruled_out.append(barred(question, each))
+            continue
+        try:
+            sheet = price_sheet(question, each)
+        except ConfigError as error:
+            # A traced model's code does not run in every number format, or knows no checkpointing.
+            untraceable[each.strategy, each.offload] = str(error)
         else:
-            priced.setdefault((each.strategy, each.offload), []).append(price_sheet(question, each))
+            priced.setdefault((each.strategy, each.offload), []).append(sheet)
+    if untraceable and not priced:
+        raise ConfigError(next(iter(untraceable.values())))
+    ruled_out += [
+        barred(question, Barred(*variant, why)) for variant, why in untraceable.items() if variant not in priced
+    ]
     chosen: list[Plan] = []
     for variant in priced.values():
         best = fastest(variant)

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advisor.cost.memory import Footprint, footprint, short_by
+from advisor.cost.question import program
 from advisor.cost.schedule import step_time
 from advisor.specs.hardware import Cluster
 from advisor.specs.plan import Plan
 from advisor.specs.question import Question
-from advisor.step.build import build
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,9 +34,9 @@ class Sheet:
 
 def price_sheet(question: Question, plan: Plan) -> Sheet:
     """Memory and time of every plan that *plan* stands for, in one pass over one program."""
-    program = build(question.model, question.job, plan)
-    found = footprint(program, plan, question.cluster, question.calibration)
-    timed = step_time(program.step, question.job, plan, question.cluster, question.calibration)
+    step = program(question, plan)
+    found = footprint(step, plan, question.cluster, question.calibration)
+    timed = step_time(step.step, question.job, plan, question.cluster, question.calibration)
     shape = np.broadcast_shapes(*(np.shape(each) for each in (plan.gpus, plan.micro_batch, plan.accumulation_steps)))
     short = np.broadcast_to(shortfall(found, question.cluster, question.margin_share), shape or (1,))
     return Sheet(plan, found, np.broadcast_to(timed.tokens_per_s, shape or (1,)), short)

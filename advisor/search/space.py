@@ -26,6 +26,9 @@ VARIANTS: tuple[tuple[Strategy, Offload], ...] = (
 )
 """From the simplest to the most involved: the order in which ties are broken."""
 
+SEARCHED_CHECKPOINTING = (Checkpointing.NONE, Checkpointing.FULL)
+"""Selective checkpointing is priced where it is asked for: no run has yet shown what it costs a GPU in time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Barred:
@@ -44,7 +47,7 @@ def sheets(question: Question) -> Iterator[Plan | Barred]:
         if reason:
             yield Barred(strategy, offload, reason)
             continue
-        for checkpointing in Checkpointing:
+        for checkpointing in SEARCHED_CHECKPOINTING:
             yield Plan(
                 strategy=strategy,
                 gpus=question.cluster.gpus,

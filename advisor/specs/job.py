@@ -29,6 +29,8 @@ class Job:
     optimizer: Optimizer = "adamw-fused"
     attention: AttentionKernel = "sdpa"
     loss: LossKernel = "full"
+    padded: bool = False
+    """Whether sequences of a batch differ in length and are padded to one, so that attention needs a mask."""
 
     def __post_init__(self) -> None:
         for name, value in (("sequence_length", self.sequence_length), ("global_batch", self.global_batch)):

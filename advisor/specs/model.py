@@ -15,11 +15,12 @@ from typing import Literal
 
 from advisor.errors import SpecError
 
-NormKind = Literal["rms", "rms-fp32-weight", "layer"]
+NormKind = Literal["rms", "rms-narrow", "rms-fp32-weight", "layer"]
 """How a norm computes in low precision.
 
-``rms``: upcasts to fp32, casts back, then multiplies by the weight (Llama). ``rms-fp32-weight``: multiplies by
-the weight in fp32, then casts back (Gemma, OLMo-2, gpt-oss). ``layer``: torch's fused LayerNorm.
+``rms``: upcasts to fp32, casts back, then multiplies by the weight (Llama). ``rms-narrow``: upcasts for the variance
+alone (T5). ``rms-fp32-weight``: multiplies by the weight in fp32, then casts back (Gemma, OLMo-2, gpt-oss).
+``layer``: torch's fused LayerNorm.
 """
 
 Placement = Literal["pre", "post-branch", "sandwich", "post-sum", "parallel"]
@@ -50,8 +51,10 @@ class Buffer:
 
     name: str
     numel: int
-    number_format: Literal["fp32", "int64", "weights"]
+    number_format: Literal["fp32", "int64", "weights", "bool"]
     """``weights``: as the model's weights are built."""
+    registered: bool = True
+    """Whether what casts a model's buffers casts this one too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,12 +89,20 @@ class Attention:
     additive_bias: bool = False
     """ALiBi or relative positions: a bias of heads x length x length is added to the scores."""
     soft_cap: bool = False
+    narrow_softmax: bool = False
+    """transformers' own code computes probabilities in the format of the scores, not in fp32 (BERT, GPT-2)."""
     sinks: bool = False
     latent: LatentAttention | None = None
     dropout: float = 0.0
     causal: bool = True
     broadcast_heads: bool = False
     """Keys and values of one head are broadcast, which no fused kernel takes: torch falls back to fp32 (Falcon-7B)."""
+    expanded_heads: bool = False
+    """Keys and values are copied out for every query head before they are rotated (Falcon-40B)."""
+    rotates_by_head: bool = False
+    """The rotation ends in a concatenation, which lays queries and keys out head by head (Phi-3, GPT-NeoX)."""
+    always_masked: bool = False
+    """transformers builds a mask tensor for torch's fused kernels whatever the batch (Falcon)."""
     eager_only: bool = False
     """transformers has no fused kernel for this block and computes the scores matrix (BLOOM, Gemma 2, gpt-oss)."""
 
@@ -134,6 +145,8 @@ class FeedForward:
     """Gate and up projections are one matrix product (Phi-3)."""
     dropout: float = 0.0
     """Dropout between activation and the last projection (T5)."""
+    widened: bool = False
+    """The last projection's input is first brought to the format of its weight, autocast or not (T5)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,6 +186,29 @@ class Layer:
     """In a parallel layer: attention and MLP read the same normalised input (Falcon-7B)."""
     dropout: float = 0.0
     """Dropout on each branch before it is added to the residual stream."""
+    transposed_weights: bool = False
+    """Products read a transposed view of their weight, whose copy autocast does not keep for later (Falcon)."""
+    closes_stack: bool = False
+    """The last parameter is the encoder's final norm, which runs behind the layer and is not checkpointed with it."""
+    parameters: tuple[Parameter, ...]
+
+    @cached_property
+    def parameter_count(self) -> int:
+        return sum(parameter.numel for parameter in self.parameters)
+
+    @property
+    def eager_only(self) -> bool:
+        return self.attention.eager_only
+
+
+@dataclass(frozen=True, kw_only=True)
+class UndescribedLayer:
+    """A layer of which only the parameters are known; what it computes has to be traced."""
+
+    number: int
+    """Index in the model of the first layer that is like it."""
+    eager_only: bool = False
+    """transformers has no fused kernel for its attention."""
     parameters: tuple[Parameter, ...]
 
     @cached_property
@@ -180,11 +216,14 @@ class Layer:
         return sum(parameter.numel for parameter in self.parameters)
 
 
+AnyLayer = Layer | UndescribedLayer
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """A pattern of layers that stands *repeats* times in a row, as in Gemma's local and global layers."""
 
-    layers: tuple[Layer, ...]
+    layers: tuple[AnyLayer, ...]
     repeats: int
 
     def __post_init__(self) -> None:
@@ -212,8 +251,11 @@ class ModelSpec:
     """Embeddings are multiplied by a constant (Gemma)."""
     runs: tuple[Run, ...]
     final_norm: NormKind | None
+    final_dropout: float = 0.0
     head: tuple[Parameter, ...]
     """What stands after the layers: final norm, head transform, and the output matrix unless tied."""
+    early_head: int = 0
+    """How many of the head's tensors transformers registers before the layers (OPT's final norm)."""
     decoder_start: int = 0
     """Index of the first decoder layer of a sequence-to-sequence model; the layers before it encode."""
     head_activation: str | None = None
@@ -224,9 +266,19 @@ class ModelSpec:
     notes: tuple[str, ...] = ()
 
     @cached_property
-    def layers(self) -> tuple[Layer, ...]:
+    def layers(self) -> tuple[AnyLayer, ...]:
         """Every layer in order."""
         return tuple(layer for run in self.runs for _ in range(run.repeats) for layer in run.layers)
+
+    @cached_property
+    def described_layers(self) -> tuple[Layer, ...]:
+        """Every layer in order of which it is known what it computes; all of them, or none in a traced model."""
+        return tuple(layer for layer in self.layers if isinstance(layer, Layer))
+
+    @property
+    def eager_only(self) -> bool:
+        """Whether transformers has no fused kernel for the attention of some layer."""
+        return any(layer.eager_only for run in self.runs for layer in run.layers)
 
     @cached_property
     def parameter_count(self) -> int:
@@ -243,7 +295,7 @@ class ModelSpec:
         return sum(parameter.numel for parameter in self.head)
 
     def parameters(self) -> Iterator[Parameter]:
-        """Every trainable tensor in registration order: embedding, layers, head."""
+        """Every trainable tensor in registration order, but for ``early_head``: embedding, layers, head."""
         yield from self.embedding
         for layer in self.layers:
             yield from layer.parameters

@@ -27,6 +27,7 @@ class Strategy(Enum):
     DDP = "ddp"
     FSDP = "fsdp"
     FSDP_GRAD_OP = "fsdp-grad-op"
+    ZERO0 = "zero0"
     ZERO1 = "zero1"
     ZERO2 = "zero2"
     ZERO3 = "zero3"
@@ -34,7 +35,7 @@ class Strategy(Enum):
     @property
     def zero_stage(self) -> int | None:
         """DeepSpeed's stage; None where DeepSpeed does not run."""
-        return {"zero1": 1, "zero2": 2, "zero3": 3}.get(self.value)
+        return {"zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3}.get(self.value)
 
     @property
     def is_fsdp(self) -> bool:
@@ -46,6 +47,7 @@ class Strategy(Enum):
             "ddp": "DDP",
             "fsdp": "FSDP full shard",
             "fsdp-grad-op": "FSDP grad-op",
+            "zero0": "DeepSpeed stage 0",
             "zero1": "ZeRO-1",
             "zero2": "ZeRO-2",
             "zero3": "ZeRO-3",
@@ -72,6 +74,8 @@ class Checkpointing(Enum):
     """Which activations are recomputed in backward."""
 
     NONE = "none"
+    SELECTIVE = "selective"
+    """All of a layer but what its matrix products and its fused attention kernel returned."""
     FULL = "full"
 
 
@@ -95,12 +99,12 @@ class ZeroSettings:
                 raise SpecError(f"{name} must be at least 1 element, got {getattr(self, name)}")
 
 
-def zero_settings(strategy: Strategy, reduce_bucket: int | None = None) -> ZeroSettings:
+def zero_settings(
+    strategy: Strategy, reduce_bucket: int | None = None, gradient_format: GradientFormat | None = None
+) -> ZeroSettings:
     """DeepSpeed's defaults; it overlaps communication from stage 3 on (zero/config.py ``overlap_comm_valid``)."""
-    overlaps = strategy is Strategy.ZERO3
-    if reduce_bucket is None:
-        return ZeroSettings(overlap_communication=overlaps)
-    return ZeroSettings(overlap_communication=overlaps, reduce_bucket=reduce_bucket)
+    settings = ZeroSettings(overlap_communication=strategy is Strategy.ZERO3, gradient_format=gradient_format)
+    return settings if reduce_bucket is None else replace(settings, reduce_bucket=reduce_bucket)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,8 +161,9 @@ class Plan:
             Offload.OPTIMIZER: " + optimizer offload",
             Offload.OPTIMIZER_AND_PARAMETERS: " + optimizer and parameter offload",
         }[self.offload]
+        name = self.strategy.title.replace("FSDP", "FSDP1") if self.fsdp.version == 1 else self.strategy.title
         alone = self.strategy is Strategy.DDP and bool(np.all(np.asarray(self.gpus) == 1))
-        return f"{'one GPU' if alone else self.strategy.title}{extra}"
+        return f"{'one GPU' if alone else name}{extra}"
 
     def at(self, index: int) -> Plan:
         """The plan at *index* of a plan whose counts are arrays."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from advisor.specs.calibration import Calibration
@@ -33,6 +34,8 @@ class Question:
     model: ModelSpec
     weights_from: str
     """What transformers loads the model from: a Hub id, a folder, or a file that holds only its configuration."""
+    config: Mapping[str, object] = field(default_factory=dict)
+    """The fields of its ``config.json``."""
     job: Job
     cluster: Cluster
     calibration: Calibration

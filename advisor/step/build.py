@@ -5,21 +5,45 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import groupby
 
 import numpy as np
 
 from advisor.errors import SpecError
 from advisor.specs.job import Job
-from advisor.specs.model import Layer, ModelSpec
-from advisor.specs.plan import Checkpointing, Plan, Strategy
+from advisor.specs.model import AnyLayer, Layer, ModelSpec
+from advisor.specs.plan import Checkpointing, Count, Plan, Strategy
 from advisor.step.ddp import DataParallel
+from advisor.step.deepspeed_fp32_gradients import Bf16Optimizer, ZeroTwoFp32Gradients
 from advisor.step.fsdp import FullyShardedDataParallel
-from advisor.step.offload import OffloadedZeroOneTwo, OffloadedZeroThree
-from advisor.step.program import Amount, Block, Category, Matmul, Node, Sequence, hold, phase, release, repeat, then
-from advisor.step.recording import Mode, Recording, mode_of, record_embedding, record_head, record_layer
-from advisor.step.scheme import MicroStep, Part, Scheme
+from advisor.step.fsdp_one import FullyShardedDataParallelOne
+from advisor.step.masks import Shared, shared_by
+from advisor.step.offload import OffloadedZeroThree, OffloadedZeroTwo
+from advisor.step.program import (
+    Amount,
+    Block,
+    Category,
+    Matmul,
+    Node,
+    Sequence,
+    fold,
+    hold,
+    phase,
+    release,
+    repeat,
+    then,
+)
+from advisor.step.recording import FORMULAS, STREAM, HeadRecording, Mode, Recording, Source, mode_of
+from advisor.step.scheme import MicroStep, Nodes, Part, Scheme
+from advisor.step.stage_zero import StageZero
 from advisor.step.tape import Event, Product, Work
-from advisor.step.zero import ZeroOneTwo, ZeroThree
+from advisor.step.zero_flat import ZeroOne, ZeroTwo
+from advisor.step.zero_three import ZeroThree
+
+MASKS = "attention masks"
+BIAS_GRADIENT = "position bias gradient"
+
+EMBEDDED = "embeddings"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,18 +56,30 @@ class StepProgram:
     """What one rank holds in host memory; no phases."""
     host_once: Node
     """What only one rank of a machine holds there besides."""
-    worst_rank: int = 0
+    rank: Count = 0
+    """Whose step it is."""
 
     @property
     def device(self) -> Node:
         return then(self.init, self.step)
 
 
-def build(model: ModelSpec, job: Job, plan: Plan) -> StepProgram:
-    """The program of the rank that holds most. The plan's counts may be arrays."""
-    scheme = scheme_of(model, job, plan)
+def build(model: ModelSpec, job: Job, plan: Plan, rank: int | None = None, source: Source = FORMULAS) -> StepProgram:
+    """The program of *rank*, or of the rank that holds most. The plan's counts may be arrays.
+
+    *source* says what the parts of *model* do.
+    """
+    if rank is not None:
+        most = int(np.min(np.asarray(plan.gpus)))
+        if not 0 <= rank < most:
+            raise SpecError(f"rank must be 0 to {most - 1} of {most} GPUs, got {rank}")
+    chosen = _fullest_rank(model, job, plan, source) if rank is None else rank
+    return _program(scheme_of(model, job, plan, chosen, source))
+
+
+def _program(scheme: Scheme) -> StepProgram:
     walk = _Walk(scheme)
-    steps = np.asarray(plan.accumulation_steps)
+    steps = np.asarray(scheme.plan.accumulation_steps)
     # Gradients start empty in the first micro-step of several, or in the only one.
     several = (steps > 1).astype(np.int64)
     micro_steps: list[Node] = [walk.micro_step(MicroStep(first=1 - several, last=True))]
@@ -57,19 +93,69 @@ def build(model: ModelSpec, job: Job, plan: Plan) -> StepProgram:
         step=then(*micro_steps, phase("step", *scheme.update())),
         host=then(*scheme.host()),
         host_once=then(*scheme.host_once()),
+        rank=scheme.rank,
     )
 
 
-def scheme_of(model: ModelSpec, job: Job, plan: Plan) -> Scheme:
-    """The strategy's part in the step."""
-    if plan.strategy is Strategy.DDP:
-        return DataParallel(model, job, plan)
+def _fullest_rank(model: ModelSpec, job: Job, plan: Plan, source: Source) -> Count:
+    """The first of the ranks whose peak is highest, for each of the plan's counts."""
+    gpus = np.broadcast_arrays(plan.gpus, plan.micro_batch, plan.accumulation_steps)[0]
+    counts, where = np.unique(gpus, return_inverse=True)
+    scheme = scheme_of(model, job, plan, source=source)
+    contenders = [scheme.contenders(int(count)) for count in counts]
+    width = max(len(each) for each in contenders)
+    # One row for each contender, the last repeated where a count has fewer than another.
+    rows = np.stack([np.pad(each, (0, width - len(each)), mode="edge") for each in contenders], axis=1)
+    ranks = rows[:, where.reshape(gpus.shape)]
+    fullest = np.zeros((1, *gpus.shape), dtype=np.int64)
+    if width > 1:
+        peaks = fold(_program(scheme_of(model, job, plan, ranks, source)).device).peak_bytes
+        fullest = np.argmax(np.broadcast_to(peaks, ranks.shape), axis=0, keepdims=True)
+    chosen = np.take_along_axis(ranks, fullest, axis=0)[0]
+    return chosen if gpus.ndim else int(chosen)
+
+
+def scheme_of(model: ModelSpec, job: Job, plan: Plan, rank: Count = 0, source: Source = FORMULAS) -> Scheme:
+    """The strategy's part in the step of *rank*."""
+    return _scheme_class(job, plan)(model, job, plan, rank, source)
+
+
+def _scheme_class(job: Job, plan: Plan) -> type[Scheme]:
     if plan.strategy.is_fsdp:
-        return FullyShardedDataParallel(model, job, plan)
+        return FullyShardedDataParallelOne if plan.fsdp.version == 1 else FullyShardedDataParallel
+    if not gradients_modelled(job, plan):
+        raise SpecError(
+            f"{plan.title} in {job.precision} with gradients in {plan.zero.gradient_format} is not modelled; gradients "
+            "in fp32 are for zero1 in bf16 and zero2, with fp32 masters and without offload"
+        )
+    if _sums_wider(job, plan):
+        return Bf16Optimizer if plan.strategy is Strategy.ZERO1 else ZeroTwoFp32Gradients
+    if plan.strategy is Strategy.ZERO0:
+        return StageZero
+    if plan.strategy is Strategy.ZERO1:
+        return ZeroOne
+    if plan.strategy is Strategy.ZERO2:
+        return OffloadedZeroTwo if plan.offload.optimizer else ZeroTwo
     if plan.strategy is Strategy.ZERO3:
-        kind = OffloadedZeroThree if plan.offload.optimizer else ZeroThree
-        return kind(model, job, plan)
-    return (OffloadedZeroOneTwo if plan.offload.optimizer else ZeroOneTwo)(model, job, plan)
+        return OffloadedZeroThree if plan.offload.optimizer else ZeroThree
+    return DataParallel
+
+
+def _sums_wider(job: Job, plan: Plan) -> bool:
+    """Whether DeepSpeed sums gradients in another format than the model computes in."""
+    return plan.strategy.zero_stage is not None and plan.zero.gradient_format not in (None, job.precision)
+
+
+def gradients_modelled(job: Job, plan: Plan) -> bool:
+    """Whether the step program has terms for the format that the plan's gradients are summed in.
+
+    deepspeed 0.19.8, runtime/engine.py ``_do_optimizer_sanity_check``.
+    """
+    if not _sums_wider(job, plan):
+        return True
+    if plan.zero.gradient_format != "fp32" or plan.offload.optimizer or job.parameter_format != "fp32":
+        return False
+    return plan.strategy is Strategy.ZERO2 or (plan.strategy is Strategy.ZERO1 and job.precision == "bf16")
 
 
 class _Walk:
@@ -77,13 +163,34 @@ class _Walk:
 
     def __init__(self, scheme: Scheme) -> None:
         self.scheme, self.model, self.plan = scheme, scheme.model, scheme.plan
-        self.mode: Mode = mode_of(scheme.job, scheme.parameter_bytes)
+        self.mode: Mode = mode_of(scheme.job, scheme.parameter_bytes, scheme.autocasts_half)
         self.batch: Amount = scheme.plan.micro_batch
-        self.checkpointed = scheme.plan.checkpointing is Checkpointing.FULL
+        self.checkpointed = scheme.plan.checkpointing is not Checkpointing.NONE
         self.embedding = Part("embedding", self.model.embedding)
         self.head = Part("head", self.model.head)
+        self.shared = self._shared()
         self.laid: dict[int, list[tuple[Sequence, Event | None]]] = {}
+        self.laid_forward: dict[int, Sequence] = {}
+        self.pieces: dict[tuple[int, int], tuple[Sequence, Nodes]] = {}
+        self.joined: dict[tuple[tuple[int, int], ...], Sequence] = {}
+        self.runs_backward: dict[tuple[int, MicroStep | None], Sequence] = {}
         self.forward, self.loss = self._forward(), self._loss()
+
+    def _shared(self) -> dict[int, Shared]:
+        """What the layers of each stack share, by the index of the run that opens the stack."""
+        starts = [0] if self._decoder_run is None else [0, self._decoder_run]
+        ends = [*starts[1:], len(self.model.runs)]
+        stacks = {}
+        for start, end in zip(starts, ends, strict=True):
+            layers = [layer for run in self.model.runs[start:end] for layer in run.layers if isinstance(layer, Layer)]
+            stacks[start] = shared_by(layers, self.mode, self.batch, self.checkpointed)
+        return stacks
+
+    def _stack_closed_by(self, index: int) -> Shared | None:
+        """The stack whose last run *index* is."""
+        if index + 1 not in (*self.shared, len(self.model.runs)):
+            return None
+        return self.shared[max(start for start in self.shared if start <= index)]
 
     def micro_step(self, micro: MicroStep) -> Sequence:
         return then(self.forward, self.loss, self._backward(micro))
@@ -91,22 +198,28 @@ class _Walk:
     def _forward(self) -> Sequence:
         scheme = self.scheme
         steps: list[Node] = [*scheme.begin_forward(), *self._inputs(hold)]
-        steps += self._forward_part(self.embedding, record_embedding(self.model, self.mode).forward)
+        steps += self._forward_part(self.embedding, self._record_embedding().forward)
+        steps.append(hold(EMBEDDED, "activations", self._embedded_bytes))
         for index, stretches in enumerate(self.stretches):
             if index == self._decoder_run:
                 steps += self._between_encoder_and_decoder()
+            if index in self.shared:
+                steps.append(hold(MASKS, "activations", self.shared[index].made_bytes))
             for parts, times in stretches:
                 body = [node for part in parts for node in self._forward_layer(part)]
                 steps.append(repeat(then(*body), times))
+            stack = self._stack_closed_by(index)
+            if stack is not None:
+                steps.append(release(MASKS, "activations", stack.made_bytes - stack.kept_bytes))
         steps += scheme.before_forward(self.head)
-        steps += lay(record_head(self.model, self.mode).forward, self.batch)
-        return phase("forward", *steps)
+        steps += lay(self._record_head().forward, self.batch)
+        return phase("forward", *steps, release(EMBEDDED, "activations", self._embedded_bytes))
 
     def _loss(self) -> Sequence:
         kept = sum(run.repeats * self._record(layer).kept_copy_bytes for run in self.model.runs for layer in run.layers)
         return phase(
             "loss",
-            *lay(record_head(self.model, self.mode).loss, self.batch),
+            *lay(self._record_head().loss, self.batch),
             *([release("autocast weight copies", "buffers", kept)] if kept else []),
             *self.scheme.end_forward(),
         )
@@ -114,18 +227,36 @@ class _Walk:
     def _backward(self, micro: MicroStep) -> Sequence:
         scheme, model = self.scheme, self.model
         steps: list[Node] = [*scheme.before_backward(self.head, micro)]
-        steps += self._lay_backward(self.head, record_head(model, self.mode).backward, micro)
+        head = self._record_head()
+        steps += lay(head.loss_backward, self.batch)
+        steps += scheme.logits_gradient(micro)
+        steps += self._lay_backward(self.head, head.backward, micro)
         steps += scheme.after_backward(self.head, micro)
         for index in range(len(model.runs) - 1, -1, -1):
-            for parts, times in reversed(self.stretches[index]):
-                body = [node for part in reversed(parts) for node in self._backward_layer(part, micro)]
-                steps.append(repeat(then(*body), times))
+            stack = self._stack_closed_by(index)
+            if stack is not None:
+                steps.append(hold(BIAS_GRADIENT, "temporaries", stack.gradient_bytes))
+            steps.append(self._backward_run(index, micro))
+            if index in self.shared:
+                steps.append(release(BIAS_GRADIENT, "temporaries", self.shared[index].gradient_bytes))
+                steps.append(release(MASKS, "activations", self.shared[index].kept_bytes))
             if index == self._decoder_run:
                 steps += self._between_decoder_and_encoder(micro)
         steps += scheme.before_backward(self.embedding, micro)
-        steps += self._lay_backward(self.embedding, record_embedding(model, self.mode).backward, micro)
+        steps += self._lay_backward(self.embedding, self._record_embedding().backward, micro)
         steps += scheme.after_backward(self.embedding, micro)
         return phase("backward", *steps, *self._inputs(release), *scheme.end_backward(micro))
+
+    def _backward_run(self, index: int, micro: MicroStep) -> Sequence:
+        """The layers of one of the model's runs; the same node for every micro-step where that is all the same."""
+        key = (index, micro if self.scheme.micro_steps_differ else None)
+        if key not in self.runs_backward:
+            steps: list[Node] = []
+            for parts, times in reversed(self.stretches[index]):
+                body = [node for part in reversed(parts) for node in self._backward_layer(part, micro)]
+                steps.append(repeat(then(*body), times))
+            self.runs_backward[key] = then(*steps)
+        return self.runs_backward[key]
 
     @cached_property
     def stretches(self) -> list[list[tuple[tuple[Part, ...], int]]]:
@@ -133,28 +264,37 @@ class _Walk:
         apart, number = self.scheme.layers_apart, 0
         found: list[list[tuple[tuple[Part, ...], int]]] = []
         for run in self.model.runs:
-            alike = tuple(Part("layer", layer.parameters, layer) for layer in run.layers)
             stretches: list[tuple[tuple[Part, ...], int]] = []
-            waiting = 0
+            joins = False
             for _ in range(run.repeats):
-                numbers = range(number, number + len(alike))
-                number += len(alike)
-                if apart.isdisjoint(numbers):
-                    waiting += 1
-                    continue
-                stretches.append((alike, waiting))
-                numbered = zip(alike, numbers, strict=True)
-                stretches.append((tuple(replace(part, number=each) for part, each in numbered), 1))
-                waiting = 0
-            found.append([*stretches, (alike, waiting)])
+                parts = tuple(
+                    Part("layer", layer.parameters, layer, each) for each, layer in enumerate(run.layers, number)
+                )
+                alike = apart.isdisjoint(range(number, number + len(parts)))
+                number += len(parts)
+                if joins and alike:
+                    stretches[-1] = (stretches[-1][0], stretches[-1][1] + 1)
+                else:
+                    stretches.append((parts, 1))
+                joins = alike
+            found.append(stretches)
         return found
 
-    def _record(self, layer: Layer) -> Recording:
-        return record_layer(layer, self.model.hidden_size, self.mode, self.checkpointed)
+    def _record(self, layer: AnyLayer) -> Recording:
+        selective = self.plan.checkpointing is Checkpointing.SELECTIVE
+        return self.scheme.source.layer(layer, self.model.hidden_size, self.mode, self.checkpointed, selective)
+
+    def _record_embedding(self) -> Recording:
+        return self.scheme.source.embedding(self.model, self.mode, self.checkpointed)
+
+    def _record_head(self) -> HeadRecording:
+        return self.scheme.source.head(self.model, self.mode, self.checkpointed)
 
     def _forward_part(self, part: Part, events: tuple[Event, ...]) -> list[Node]:
         scheme = self.scheme
-        return [*scheme.before_forward(part), *lay(events, self.batch), *scheme.after_forward(part)]
+        if id(events) not in self.laid_forward:
+            self.laid_forward[id(events)] = then(*lay(events, self.batch))
+        return [*scheme.before_forward(part), self.laid_forward[id(events)], *scheme.after_forward(part)]
 
     def _forward_layer(self, part: Part) -> list[Node]:
         return self._forward_part(part, self._record(part.of_layer).forward)
@@ -169,23 +309,41 @@ class _Walk:
     def _lay_backward(self, part: Part, events: tuple[Event, ...], micro: MicroStep) -> list[Node]:
         """Lay *events*, handing gradients to the scheme. A tied matrix's is handed over once both are summed."""
         opens, closes = part.kind == "head", part.kind == "embedding"
-        nodes: list[Node] = []
+        pieces: list[tuple[Sequence, Nodes]] = []
         opened = False
         tied = self.model.embedding[0] if self.model.tied_embeddings else None
         for stretch, event in self._stretches(events):
-            nodes.append(stretch)
             if event is None or event.parameter is None:
+                pieces.append((stretch, ()))
                 continue
             parameter = event.parameter
             if opens and parameter == tied:
-                nodes.append(hold("tied output gradient", "gradients", event.size_bytes))
+                pieces.append((stretch, (hold("tied output gradient", "gradients", event.size_bytes),)))
                 continue
+            before: list[Node] = []
             if opens and not opened:
-                nodes += self.scheme.first_gradient(micro)
+                before += self.scheme.first_gradient(micro)
                 opened = True
             if closes and parameter == tied:
-                nodes.append(release("tied output gradient", "gradients", event.size_bytes))
-            nodes += self.scheme.gradient(part, parameter, event.size_bytes, micro)
+                before.append(release("tied output gradient", "gradients", event.size_bytes))
+            handed = self.scheme.gradient(part, parameter, event.size_bytes, micro)
+            pieces.append((stretch, (*before, *handed) if before else handed))
+        return self._joined(pieces)
+
+    def _joined(self, pieces: list[tuple[Sequence, Nodes]]) -> list[Node]:
+        """*pieces* one after another, those that stood elsewhere before as one node, which readings then know."""
+        nodes: list[Node] = []
+        for again, run in groupby(pieces, lambda piece: (id(piece[0]), id(piece[1])) in self.pieces):
+            found = list(run)
+            if not again:
+                nodes += [node for stretch, handed in found for node in (stretch, *handed)]
+                # The pieces are kept, so that no other object takes their identity.
+                self.pieces |= {(id(piece[0]), id(piece[1])): piece for piece in found}
+                continue
+            key = tuple((id(stretch), id(handed)) for stretch, handed in found)
+            if key not in self.joined:
+                self.joined[key] = then(*(node for stretch, handed in found for node in (stretch, *handed)))
+            nodes.append(self.joined[key])
         return nodes
 
     def _stretches(self, events: tuple[Event, ...]) -> list[tuple[Sequence, Event | None]]:
@@ -202,13 +360,11 @@ class _Walk:
         return self.laid[id(events)]
 
     def _inputs(self, act: Callable[[str, Category, Amount], Block]) -> list[Node]:
-        """Token ids, labels and shifted labels (int64), and the rotary tables that every layer reads."""
-        length, layer = self.mode.sequence_length, self.model.layers[0]
-        nodes: list[Node] = [act("token ids and labels", "activations", 3 * 8 * length * self.batch)]
-        if layer.attention.rotary_dimensions:
-            table_bytes = 2 * length * layer.attention.rotary_dimensions * self.mode.parameter_bytes
-            nodes.append(act("rotary tables", "activations", table_bytes))
-        return nodes
+        """What is there before the first operation, and to the end of backward."""
+        return [
+            act(each.label, each.category, each.size_bytes * (self.batch if each.scales else 1))
+            for each in self.scheme.source.inputs(self.model, self.mode)
+        ]
 
     @property
     def _decoder_run(self) -> int | None:
@@ -221,6 +377,20 @@ class _Walk:
                 return index
             passed += run.repeats * len(run.layers)
         raise SpecError(f"decoder_start {self.model.decoder_start} is not where a run of layers starts")
+
+    @cached_property
+    def _embedded_bytes(self) -> Amount:
+        """What the base model's variables keep of the embeddings until it returns, beyond what is kept for backward.
+
+        The residual stream itself where the first layer lets it go; what it was summed from where there are several.
+        """
+        if not self.model.described_layers:
+            return 0
+        tables = sum(len(parameter.shape) == 2 for parameter in self.model.embedding)
+        if tables > 1:
+            return tables * self._stream_bytes()
+        first = () if self.checkpointed else self._record(self.model.layers[0]).forward
+        return self._stream_bytes() * any(event.kind == "give" and event.label == STREAM for event in first)
 
     def _stream_bytes(self) -> Amount:
         return self.mode.sequence_length * self.model.hidden_size * self.mode.stream_bytes * self.batch
@@ -291,4 +461,6 @@ def _grown(product: Product, batch: Amount) -> Matmul:
         return replace(matmul, m=matmul.m * batch)
     if product.grows == "k":
         return replace(matmul, k=matmul.k * batch)
-    return replace(matmul, count=matmul.count * batch)
+    if product.grows == "count":
+        return replace(matmul, count=matmul.count * batch)
+    return matmul

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from advisor.specs.model import Parameter
@@ -38,11 +40,13 @@ class DataParallel(Scheme):
         reduce = Collective("gradients", "all-reduce", payload, messages, waits=part.kind == "embedding")
         return (Block("gradient all-reduce", "temporaries", moved_bytes=2 * payload, transfers=(reduce,)),)
 
+    def _sizes(self) -> Iterator[int]:
+        return (parameter.numel for parameter in self.model.parameters())
+
     def update(self) -> Nodes:
         count, element_bytes = self.model.parameter_count, self.job.parameter_bytes
-        largest = self.model.largest_parameter.numel
         return (
-            scratch("Adam temporaries", adam_temporaries(self.job, count, largest, element_bytes)),
+            scratch("Adam temporaries", adam_temporaries(self.job, self._sizes, element_bytes)),
             Block("Adam update", "optimizer", moved_bytes=ADAM_MOVES * count * element_bytes, kernels=1),
             release("gradients", "gradients", count * element_bytes),
         )

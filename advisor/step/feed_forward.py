@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from advisor.specs.model import Experts, FeedForward
-from advisor.step.attention import Weights, add_constant
 from advisor.step.operators import (
     add,
+    add_constant,
     cast,
+    compute_copy,
     copy,
     dropout,
     linear,
@@ -19,13 +20,15 @@ from advisor.step.operators import (
 )
 from advisor.step.program import Matmul
 from advisor.step.tape import Gradients, Product, Tape, Tensor, Weight
+from advisor.step.weights import Weights
 
 
 def activation(tape: Tape, x: Tensor, name: str) -> Tensor:
     """The activation functions of transformers' ``ACT2FN`` that the catalog's models use."""
     if name == "gelu_new":
         half = multiply_constant(tape, x)
-        cube = unary(tape, x, saves="input", temporaries=2)
+        # Autocast runs the power in fp32, and what follows is promoted to it.
+        cube = unary(tape, cast(tape, x, 4) if tape.autocast else x, saves="input", temporaries=2)
         inner = multiply_constant(tape, add(tape, x, multiply_constant(tape, cube)))
         del cube
         return multiply(tape, half, add_constant(tape, unary(tape, inner, saves="output")))
@@ -49,7 +52,10 @@ def feed_forward(tape: Tape, hidden: Tensor, spec: FeedForward, weights: Weights
     else:
         inner = activation(tape, into(width), spec.activation)
     inner = dropout(tape, inner, spec.dropout)
-    return linear(tape, inner, weights.take(hidden_size, width), weights.bias(hidden_size, spec.bias))
+    last = weights.take(hidden_size, width)
+    if spec.widened:
+        inner = cast(tape, inner, last.element_bytes)
+    return linear(tape, inner, last, weights.bias(hidden_size, spec.bias))
 
 
 def mixture(tape: Tape, hidden: Tensor, spec: Experts, weights: Weights, hidden_size: int) -> Tensor:
@@ -72,7 +78,7 @@ def mixture(tape: Tape, hidden: Tensor, spec: Experts, weights: Weights, hidden_
 def _route(tape: Tape, hidden: Tensor, spec: Experts, weights: Weights, hidden_size: int) -> Tensor:
     """Scores of every expert, then the chosen ones' weights and their int64 indices."""
     matrix, bias = weights.take(spec.count, hidden_size), weights.bias(spec.count, spec.bias)
-    if spec.router_in_fp32:
+    if spec.router_in_fp32 and not tape.autocast:
         logits = _product_in_fp32(tape, cast(tape, hidden, 4), matrix)
     else:
         logits = linear(tape, hidden, matrix, bias)
@@ -115,13 +121,33 @@ def _every_expert(tape: Tape, hidden: Tensor, spec: Experts, weights: Weights, h
     routed = scale_rows(tape, repeated, scores)
     del repeated
     up = weights.take(spec.count, 2 * spec.width, hidden_size)
-    fused = grouped_product(tape, routed, up, None, hidden_size, 2 * spec.width)
+    fused = expert_product(tape, routed, up, hidden_size, 2 * spec.width)
     del routed
     half = rows * spec.width
     inner = multiply(tape, view(tape, fused, half), activation(tape, view(tape, fused, half), spec.activation))
     del fused
     down = weights.take(spec.count, spec.width, hidden_size)
-    return _sum_rows(tape, grouped_product(tape, inner, down, None, spec.width, hidden_size), spec.count)
+    return _sum_rows(tape, expert_product(tape, inner, down, spec.width, hidden_size), spec.count)
+
+
+def expert_product(tape: Tape, x: Tensor, weight: Weight, inside: int, outside: int) -> Tensor:
+    """A batch of products, one per expert over all tokens; unlike a grouped one it runs under autocast."""
+    x = cast(tape, x, tape.compute_bytes)
+    matrix = compute_copy(tape, weight)
+    rows, compute_bytes = x.numel // inside, tape.compute_bytes
+    output = tape.new(rows * outside, compute_bytes)
+    forwards = (Product(Matmul(rows, outside, inside), "m"),)
+    tape.work(x, output, matmuls=forwards, fixed_moved_bytes=matrix.size_bytes)
+
+    def backward(tape: Tape, gradient: Tensor) -> Gradients:
+        for_matrix = weight_gradient(tape, weight.parameter, compute_bytes)
+        tape.work(gradient, x, for_matrix, matmuls=(Product(Matmul(outside, inside, rows), "k"),))
+        for_x = tape.new(rows * inside, compute_bytes)
+        backwards = (Product(Matmul(rows, inside, outside), "m"),)
+        tape.work(gradient, for_x, matmuls=backwards, fixed_moved_bytes=matrix.size_bytes)
+        return for_x, for_matrix
+
+    return tape.attach(output, [x, matrix], backward)
 
 
 def _repeat(tape: Tape, x: Tensor, times: int) -> Tensor:
@@ -170,7 +196,8 @@ def _grouped_experts(
     """Tokens sorted by expert, two grouped products, weighted, put back in order and summed."""
     tokens = hidden.numel // hidden_size
     pairs = tokens * spec.active
-    order = tape.new(2 * pairs, 8)
+    # The permutation, the tokens it takes, its inverse; and which expert each pair goes to, where experts have biases.
+    order = tape.new((3 + spec.bias) * pairs, 8)
     tape.work(order, kernels=6)
     selected = _gather(tape, hidden, order, pairs, hidden_size)
     up = weights.take(spec.count, 2 * spec.width, hidden_size)
@@ -178,7 +205,13 @@ def _grouped_experts(
     fused = grouped_product(tape, selected, up, up_bias, hidden_size, 2 * spec.width)
     del selected
     half = fused.numel // 2
-    inner = multiply(tape, activation(tape, view(tape, fused, half), spec.activation), view(tape, fused, half))
+    gate, entrance = view(tape, fused, half), view(tape, fused, half)
+    del fused
+    if spec.activation == "clamped-swiglu":
+        inner = _clamped_swiglu(tape, gate, entrance)
+    else:
+        inner = multiply(tape, activation(tape, gate, spec.activation), entrance)
+    del gate, entrance
     down = weights.take(spec.count, spec.width, hidden_size)
     down_bias = weights.take(spec.count, hidden_size) if spec.bias else None
     inner = grouped_product(tape, inner, down, down_bias, spec.width, hidden_size)
@@ -194,6 +227,15 @@ def _grouped_experts(
         return (spread,)
 
     return tape.attach(output, [inner], backward)
+
+
+def _clamped_swiglu(tape: Tape, gate: Tensor, entrance: Tensor) -> Tensor:
+    """gpt-oss: (clamp(up) + 1) · clamp(gate) · sigmoid(α · clamp(gate))."""
+    gate = unary(tape, gate, saves="input", temporaries=1)
+    entrance = unary(tape, entrance, saves="input", temporaries=1)
+    sigmoid = unary(tape, multiply_constant(tape, gate), saves="output")
+    gated = multiply(tape, gate, sigmoid)
+    return multiply(tape, add_constant(tape, entrance), gated)
 
 
 def _gather(tape: Tape, hidden: Tensor, order: Tensor, rows: int, width: int) -> Tensor:

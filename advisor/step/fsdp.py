@@ -1,21 +1,30 @@
-"""PyTorch FSDP2 as accelerate 1.15 sets it up (torch 2.13, torch/distributed/fsdp/_fully_shard).
+"""PyTorch FSDP2 as accelerate 1.15 sets it up (torch 2.13, distributed/fsdp/_fully_shard; utils/fsdp_utils.py).
 
-Each layer is a group; the embedding is one, and final norm and head another that stays whole once gathered. Where
-the head is tied to the embedding, both are in that last group. Weights are held in the parameter format (accelerate
-upcasts to fp32), gathered and reduced in the half format.
+Parameters are gathered in groups: each layer; the embedding matrix; the tail of final norm and output matrix, which
+stays whole once gathered, with the embedding matrix where it is tied; and the rest, such as position tables, which
+the root keeps whole from the start of forward to the end of backward. Every tensor is cut by rows and padded to equal
+cuts, so that gathered weights and reduced gradients are padded too, and no rank holds more than the first.
+
+Weights are held in the parameter format (under mixed precision accelerate upcasts them to fp32), gathered and reduced
+in the half format. There is no autocast. Left out: the caching allocator's late frees across streams.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 
-import numpy as np
-
-from advisor.specs.model import Parameter
+from advisor.specs.model import AnyLayer, Parameter
 from advisor.specs.plan import Strategy
 from advisor.step.program import Amount, Block, Collective, hold, release, scratch
 from advisor.step.scheme import MicroStep, Nodes, Part, Scheme
 from advisor.step.states import ADAM_MOVES, MOMENTS, adam_step_counters, adam_temporaries, row_shards
+
+Group = tuple[Parameter, ...]
+"""Parameters that are gathered and reduced together."""
+
+NORM_IN_ROOT = frozenset({"llama4", "llama4_text"})
+"""Families whose final norm accelerate does not find: their ``base_model_prefix`` names no module of theirs."""
 
 
 class FullyShardedDataParallel(Scheme):
@@ -29,150 +38,206 @@ class FullyShardedDataParallel(Scheme):
     def reshards(self) -> bool:
         return self.plan.strategy is Strategy.FSDP
 
-    @cached_property
-    def tail(self) -> tuple[Parameter, ...]:
-        """The group that stays whole: final norm and head, with the embedding where it is tied."""
-        return self.model.embedding + self.model.head if self.model.tied_embeddings else self.model.head
+    @property
+    def casts(self) -> bool:
+        """Whether weights are cast before they are gathered, and reduced gradients back."""
+        return self.job.compute_bytes != self.job.parameter_bytes
 
     @cached_property
-    def shard(self) -> Amount:
-        return row_shards(tuple(self.model.parameters()), self.plan.gpus)
-
-    def _whole(self, parameters: tuple[Parameter, ...]) -> int:
-        return sum(parameter.numel for parameter in parameters) * self.job.compute_bytes
+    def tail(self) -> Group:
+        """The group that stays whole once gathered."""
+        norm = tuple(each for each in self.model.head if not self._is_left_over(each))
+        return (*norm, self.model.embedding[0]) if self.model.tied_embeddings else norm
 
     @cached_property
-    def layer_bytes(self) -> int:
-        """Gathered bytes of the largest layer."""
-        return max(self._whole(layer.parameters) for run in self.model.runs for layer in run.layers)
+    def root(self) -> Group:
+        """What no other group takes."""
+        return (*self.model.embedding[1:], *(each for each in self.model.head if self._is_left_over(each)))
+
+    def _is_left_over(self, parameter: Parameter) -> bool:
+        """Whether *parameter* is of a final norm that is no direct child of the base model (``_find_final_norm``)."""
+        if parameter.name.startswith("lm_head"):
+            return False
+        return self.model.family in NORM_IN_ROOT or parameter.name.count(".") > 2
+
+    @cached_property
+    def first(self) -> Group:
+        """The group of the embedding matrix."""
+        return self.tail if self.model.tied_embeddings else self.model.embedding[:1]
+
+    def _name(self, part: Part) -> str:
+        if part.kind != "layer" and self.model.tied_embeddings:
+            return "embedding and head"
+        return part.kind
+
+    def _layer(self, number: int) -> AnyLayer | None:
+        return self.model.layers[number] if 0 <= number < len(self.model.layers) else None
+
+    def _group(self, part: Part) -> Group:
+        return part.parameters if part.kind == "layer" else self.first if part.kind == "embedding" else self.tail
+
+    def _gathered_before(self, part: Part) -> Group:
+        """The group that forward gathers before *part*'s."""
+        if part.kind == "embedding":
+            return self.root
+        number = len(self.model.layers) if part.number is None else part.number
+        before = self._layer(number - 1)
+        return before.parameters if before else self.first
+
+    def _reduced_before(self, part: Part) -> Group:
+        """The group that backward reduces before *part*'s, other than the root's."""
+        if part.kind == "head":
+            return ()
+        behind = self._layer(0 if part.number is None else part.number + 1)
+        if behind:
+            return behind.parameters
+        return () if self.model.tied_embeddings else self.tail
+
+    @cached_property
+    def layers_apart(self) -> frozenset[int]:
+        """The first layer, the last, and those whose neighbours are not of the size that their pattern has there."""
+        apart, start = {0, len(self.model.layers) - 1}, 0
+        for run in self.model.runs:
+            end = start + run.repeats * len(run.layers)
+            if _differ(self._layer(start - 1), run.layers[-1]):
+                apart.add(start)
+            if _differ(self._layer(end), run.layers[0]):
+                apart.add(end - 1)
+            start = end
+        return frozenset(apart)
 
     def states(self) -> Nodes:
-        shard, element_bytes = self.shard, self.job.parameter_bytes
+        share = self.shard * self.job.parameter_bytes
         return (
-            hold("weights, rank's share", "parameters", shard * element_bytes),
-            hold("Adam moments, rank's share", "optimizer", MOMENTS * shard * element_bytes),
+            hold("weights, rank's share", "parameters", share),
+            hold("Adam moments, rank's share", "optimizer", MOMENTS * share),
             hold("Adam step counters", "optimizer", adam_step_counters(self.job, self.model.tensor_count)),
         )
 
+    @cached_property
+    def shard(self) -> Amount:
+        """Elements of the model on one rank."""
+        return row_shards(tuple(self.model.parameters()), self.plan.gpus)
+
+    def _share(self, group: Group) -> Amount:
+        """Elements of *group* on one rank."""
+        if group not in self._shares:
+            self._shares[group] = row_shards(group, self.plan.gpus)
+        return self._shares[group]
+
+    @cached_property
+    def _shares(self) -> dict[Group, Amount]:
+        return {}
+
+    def _whole(self, group: Group) -> Amount:
+        """Bytes of *group* when gathered or reduced, padding included."""
+        return self._share(group) * self.plan.gpus * self.job.compute_bytes
+
+    def begin_forward(self) -> Nodes:
+        return self._gather_in_forward(self.root, (), "root") if self.root else ()
+
     def before_forward(self, part: Part) -> Nodes:
-        size = self._whole(part.parameters)
-        if part.kind == "embedding":
-            first = self._first_group_bytes
-            return (
-                self._gather(first),
-                hold("gather buffer", "buffers", first),
-                hold(self._label(part), "parameters", first),
-            )
-        if part.kind == "head":
-            if self.model.tied_embeddings:
-                return ()
-            # Its gather buffer takes the place of the last layer's and stays to the end of forward.
-            return (
-                hold("gather buffer", "buffers", size - self.layer_bytes),
-                self._gather(size),
-                Block(self._label(part), "parameters", size, size + self.layer_bytes, "buffers"),
-            )
+        if part.kind == "head" and self.model.tied_embeddings:
+            return ()
+        return self._gather_in_forward(self._group(part), self._gathered_before(part), self._name(part))
+
+    def _gather_in_forward(self, group: Group, before: Group, name: str) -> Nodes:
+        """Gather, and copy out beside the buffer of the group before; the own buffer lives on in its place."""
         return (
-            self._gather(size),
-            scratch("gather buffer of the layer before", size, "buffers"),
-            hold(self._label(part), "parameters", size),
+            self._gather(group),
+            hold(f"gathered {name}", "parameters", self._whole(group)),
+            release("gather buffer", "buffers", self._whole(before)),
         )
 
     def after_forward(self, part: Part) -> Nodes:
-        size = self._whole(part.parameters)
-        resharded = self.reshards and not (part.kind == "embedding" and self.model.tied_embeddings)
-        done = (release(self._label(part), "parameters", size),) if resharded else ()
-        if part.kind != "embedding":
-            return done
-        # A group's gather buffer outlives it until the next group has been copied out of its own.
-        layer = self.layer_bytes
-        return (
-            *done,
-            scratch("first gathered layer and its buffer", 2 * layer, "buffers"),
-            release("gather buffer", "buffers", self._first_group_bytes - layer),
-        )
-
-    def _label(self, part: Part) -> str:
-        if part.kind == "head" or (part.kind == "embedding" and self.model.tied_embeddings):
-            return "gathered head" if part.kind == "head" else "gathered embedding and head"
-        return f"gathered {part.kind}"
-
-    @cached_property
-    def _first_group_bytes(self) -> int:
-        """Gathered bytes of the group that the embedding is in."""
-        return self._whole(self.tail if self.model.tied_embeddings else self.model.embedding)
+        stays = part.kind == "embedding" and self.model.tied_embeddings
+        if stays or not self.reshards:
+            return ()
+        return (release(f"gathered {self._name(part)}", "parameters", self._whole(self._group(part))),)
 
     def end_forward(self) -> Nodes:
-        kept = self.layer_bytes if self.model.tied_embeddings else self._whole(self.tail)
-        return (release("gather buffer", "buffers", kept),)
+        last = self.model.layers[-1].parameters if self.model.tied_embeddings else self.tail
+        return (release("gather buffer", "buffers", self._whole(last)),)
+
+    def logits_gradient(self, micro: MicroStep) -> Nodes:
+        """The tail is whole, and the last layer's gather is sent ahead."""
+        return (self._gather(self.model.layers[-1].parameters),) if self.reshards else ()
 
     def before_backward(self, part: Part, micro: MicroStep) -> Nodes:
-        if not self.reshards or part.kind == "head":
+        if not self.reshards or part.kind == "head" or (part.kind == "embedding" and self.model.tied_embeddings):
             return ()
-        size = self._whole(part.parameters)
-        if part.kind == "layer":
-            return (self._gather(size), hold(self._label(part), "parameters", size))
-        last = release("gather buffer", "buffers", self.layer_bytes)
-        if self.model.tied_embeddings:
-            return (last,)
-        return (self._gather(size), last, Block("gathered embedding", "parameters", size, 2 * size, "buffers"))
-
-    def first_gradient(self, micro: MicroStep) -> Nodes:
-        """From the head on, the next group's gather is under way."""
-        return (hold("gather buffer", "buffers", self.layer_bytes if self.reshards else 0),)
+        group = self._group(part)
+        copied = (
+            hold(f"gathered {self._name(part)}", "parameters", self._whole(group)),
+            release("gather buffer", "buffers", self._whole(group)),
+        )
+        ahead = self._gathered_before(part)
+        sends = part.kind == "layer" and (part.number != 0 or not self.model.tied_embeddings)
+        return (*copied, self._gather(ahead)) if sends else copied
 
     def gradient(self, part: Part, parameter: Parameter, size_bytes: int, micro: MicroStep) -> Nodes:
-        return (Block("unsharded gradients", "gradients", size_bytes * micro.first, size_bytes, "gradients"),)
+        kept = 1 if self.plan.fsdp.syncs_each_micro_batch else micro.first
+        return (Block("unsharded gradients", "gradients", size_bytes * kept, size_bytes, "gradients"),)
 
     def after_backward(self, part: Part, micro: MicroStep) -> Nodes:
         if part.kind == "head" and self.model.tied_embeddings:
             return ()
-        tied_tail = part.kind == "embedding" and self.model.tied_embeddings
-        parameters = self.tail if tied_tail else part.parameters
-        done = release(self._label(part), "parameters", self._whole(parameters))
-        reduced = self._reduce(part, parameters) if micro.last else ()
-        return (done, *reduced, *(self._first_reduced(micro) if part.number in self.layers_apart else ()))
-
-    def _reduce(self, part: Part, parameters: tuple[Parameter, ...]) -> Nodes:
-        """Copy a group's gradients into one buffer, reduce-scatter it, and cast the share to the shards' format.
-
-        The buffer lives until the next group's takes its place; the head's is the first.
-        """
-        size = self._whole(parameters)
-        share = row_shards(parameters, self.plan.gpus)
-        kept, extra = (size, size) if part.kind == "head" else (0, max(0, size - self.layer_bytes))
-        reduce = Collective("gradients", "reduce-scatter", size, 1, waits=False)
+        before = self._reduced_before(part)
+        if part.kind != "embedding":
+            return self._finish(self._group(part), before, self._name(part), micro)
+        if not self.root:
+            return self._finish(self.first, before, self._name(part), micro)
         return (
-            Block("reduce-scatter input", "buffers", kept, extra, "buffers", moved_bytes=3 * size, transfers=(reduce,)),
-            _with_output("gradients, rank's share", share * self.job.parameter_bytes, share * self.job.compute_bytes),
-            release("unsharded gradients", "gradients", size),
+            *self._finish(self.root, before, "root", micro),
+            *self._finish(self.first, self.root, self._name(part), micro),
         )
 
-    @cached_property
-    def layers_apart(self) -> frozenset[int]:
-        """The last layer, whose backward is the first."""
-        return frozenset({len(self.model.layers) - 1})
+    def _finish(self, group: Group, before: Group, name: str, micro: MicroStep) -> Nodes:
+        """Free a group's weights and, where gradients are reduced, its gradients.
 
-    def _first_reduced(self, micro: MicroStep) -> Nodes:
-        """After the first layer its reduce-scatter input lives on, through the backward of the layer that follows."""
-        if not micro.last:
-            return ()
-        layer = self.layer_bytes
-        if self.model.tied_embeddings:
-            # Its gradients were there beside it while they were copied in.
-            return (Block("reduce-scatter input", "buffers", layer, 2 * layer, "buffers"),)
-        return (release("reduce-scatter input", "buffers", self._whole(self.tail) - layer),)
+        They are copied into one buffer, which takes the place of the one of the group *before* and lives until the
+        next is reduced; the rank's share comes out of it and is cast to the format of the shards. All that while a
+        loop variable keeps the gradient of the last parameter (_fsdp_collectives.py ``foreach_reduce``).
+        """
+        freed = release(f"gathered {name}", "parameters", self._whole(group))
+        synced = self.plan.fsdp.syncs_each_micro_batch
+        if not (micro.last or synced):
+            return (freed,)
+        size, share = self._whole(group), self._share(group)
+        reduced, output = share * self.job.parameter_bytes, share * self.job.compute_bytes * self.casts
+        reduce = Collective("gradients", "reduce-scatter", size, 1, waits=False)
+        last = group[-1].numel * self.job.compute_bytes
+        others = sum(parameter.numel for parameter in group[:-1]) * self.job.compute_bytes
+        return (
+            freed,
+            release("reduce-scatter input", "buffers", self._whole(before)),
+            Block("reduce-scatter input", "buffers", size, size, moved_bytes=3 * size, transfers=(reduce,)),
+            release("unsharded gradients", "gradients", others),
+            # A later micro-batch adds its share to the one that is there.
+            Block(
+                "gradients, rank's share",
+                "gradients",
+                reduced * (micro.first if synced else 1),
+                reduced + output,
+                "buffers",
+            ),
+            release("unsharded gradients", "gradients", last),
+        )
 
     def end_backward(self, micro: MicroStep) -> Nodes:
-        return (release("reduce-scatter input", "buffers", self.layer_bytes if micro.last else 0),)
+        if not (micro.last or self.plan.fsdp.syncs_each_micro_batch):
+            return ()
+        return (release("reduce-scatter input", "buffers", self._whole(self.first)),)
+
+    def _sizes(self) -> Iterator[Amount]:
+        return (self._share((parameter,)) for parameter in self.model.parameters())
 
     def update(self) -> Nodes:
-        shard, element_bytes = self.shard, self.job.parameter_bytes
-        largest = row_shards((self.model.largest_parameter,), self.plan.gpus)
+        share, element_bytes = self.shard, self.job.parameter_bytes
         return (
-            scratch("Adam temporaries", adam_temporaries(self.job, shard, largest, element_bytes)),
-            Block("Adam update", "optimizer", moved_bytes=ADAM_MOVES * shard * element_bytes, kernels=1),
-            release("gradients, rank's share", "gradients", shard * element_bytes),
+            scratch("Adam temporaries", adam_temporaries(self.job, self._sizes, element_bytes)),
+            Block("Adam update", "optimizer", moved_bytes=ADAM_MOVES * share * element_bytes, kernels=1),
+            release("gradients, rank's share", "gradients", share * element_bytes),
         )
 
     def host_once(self) -> Nodes:
@@ -180,15 +245,16 @@ class FullyShardedDataParallel(Scheme):
         size = self.model.parameter_count * self.job.parameter_bytes
         return (scratch("weights while loading", size, "parameters"),)
 
-    def _gather(self, size_bytes: int) -> Block:
-        gather = Collective("weights", "all-gather", size_bytes, 1, waits=False)
-        cast = np.asarray(self.plan.gpus)
-        share = size_bytes // np.maximum(cast, 1)
-        return Block(
-            "gather of weights", "buffers", 0, share, "buffers", moved_bytes=2 * size_bytes, transfers=(gather,)
-        )
+    def _gather(self, group: Group) -> Block:
+        """The rank's share, cast where formats differ, is copied into the buffer and gathered in place."""
+        size, cast = self._whole(group), self._share(group) * self.job.compute_bytes * self.casts
+        gather = Collective("weights", "all-gather", size, 1, waits=False)
+        return Block("gather buffer", "buffers", size, size + cast, moved_bytes=2 * size, transfers=(gather,))
 
 
-def _with_output(label: str, share_bytes: Amount, output_bytes: Amount) -> Block:
-    """The reduced share in the shards' format, while the reduce-scatter's output in the half format is still there."""
-    return Block(label, "gradients", share_bytes, share_bytes + output_bytes, "buffers")
+def _differ(neighbour: AnyLayer | None, expected: AnyLayer) -> bool:
+    return neighbour is not None and neighbour.parameters != expected.parameters
+
+
+def _name(part: Part) -> str:
+    return {"embedding": "embedding", "layer": "layer", "head": "tail"}[part.kind]

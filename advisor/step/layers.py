@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from advisor.specs.job import AttentionKernel
 from advisor.specs.model import Experts, Layer, ModelSpec, NormKind
-from advisor.step.attention import Weights, attention
+from advisor.step.attention import attention
 from advisor.step.feed_forward import activation, feed_forward, mixture
 from advisor.step.operators import (
     add,
@@ -18,6 +18,7 @@ from advisor.step.operators import (
     weight_gradient,
 )
 from advisor.step.tape import Gradients, Tape, Tensor, Weight
+from advisor.step.weights import Weights
 
 
 def normalise(tape: Tape, hidden: Tensor, kind: NormKind, weights: Weights, width: int) -> Tensor:
@@ -27,7 +28,8 @@ def normalise(tape: Tape, hidden: Tensor, kind: NormKind, weights: Weights, widt
         weight = weights.take(width)
         output = layer_norm(tape, hidden, weight, weights.take(width), width)
     else:
-        output = rms_norm(tape, hidden, weights.take(width), width, fp32_weight=kind == "rms-fp32-weight")
+        wide, narrow = kind == "rms-fp32-weight", kind == "rms-narrow"
+        output = rms_norm(tape, hidden, weights.take(width), width, fp32_weight=wide, narrow=narrow)
     tape.scope = outer
     return output
 
@@ -42,6 +44,7 @@ def decoder_layer(
     memory: Tensor | None = None,
 ) -> Tensor:
     """One layer over the residual stream *hidden*; *memory* is the encoder's output for cross-attention."""
+    tape.keeps_copies = not layer.transposed_weights
 
     def norm(x: Tensor) -> Tensor:
         return normalise(tape, x, layer.norm, weights, hidden_size)
@@ -85,10 +88,12 @@ def decoder_layer(
         hidden = add(tape, residual, hidden)
         if layer.placement == "post-sum":
             hidden = norm(hidden)
-    if weights.unclaimed:
-        # The encoder's final norm is listed with its last layer, behind which it runs.
-        hidden = norm(hidden)
-    return hidden
+    return close_stack(tape, hidden, layer, weights, hidden_size) if layer.closes_stack else hidden
+
+
+def close_stack(tape: Tape, hidden: Tensor, layer: Layer, weights: Weights, hidden_size: int) -> Tensor:
+    """The norm and dropout behind the encoder's last *layer*."""
+    return dropout(tape, normalise(tape, hidden, layer.norm, weights, hidden_size), layer.dropout)
 
 
 def embed(tape: Tape, model: ModelSpec, weights: Weights) -> Tensor:
@@ -120,8 +125,10 @@ def _lookup(tape: Tape, weight: Weight) -> Tensor:
 
 
 def finish(tape: Tape, stream: Tensor, model: ModelSpec, weights: Weights) -> Tensor:
-    """The norm after the last layer."""
-    return normalise(tape, stream, model.final_norm, weights, model.hidden_size) if model.final_norm else stream
+    """The norm after the last layer, and dropout where the model has it there."""
+    if not model.final_norm:
+        return stream
+    return dropout(tape, normalise(tape, stream, model.final_norm, weights, model.hidden_size), model.final_dropout)
 
 
 def head(tape: Tape, hidden: Tensor, model: ModelSpec, weights: Weights) -> Tensor:
@@ -135,6 +142,7 @@ def head(tape: Tape, hidden: Tensor, model: ModelSpec, weights: Weights) -> Tens
     tape.scope = "logits"
     matrix = weights.take(model.vocabulary_size, width)
     logits = linear(tape, hidden, matrix, weights.bias(model.vocabulary_size, bool(weights.unclaimed)))
+    tape.watched = logits.node
     if model.logit_soft_cap:
         logits = multiply_constant(tape, logits)
         logits = unary(tape, logits, saves="output")

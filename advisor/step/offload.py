@@ -5,13 +5,16 @@ Pinned host buffers are rounded up to powers of two by torch's CachingHostAlloca
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 
-from advisor.specs.model import Parameter
+from advisor.step.flat_partition import Reduction
 from advisor.step.program import Amount, Block, Copy, hold, release, scratch
 from advisor.step.scheme import MicroStep, Nodes, Part
 from advisor.step.states import MOMENTS
-from advisor.step.zero import ZeroOneTwo, ZeroThree
+from advisor.step.zero_flat import ZeroTwo
+from advisor.step.zero_three import ZeroThree
 
 
 def pinned(size_bytes: Amount) -> Amount:
@@ -19,7 +22,7 @@ def pinned(size_bytes: Amount) -> Amount:
     return 2 ** np.ceil(np.log2(np.maximum(size_bytes, 1))).astype(np.int64)
 
 
-def _optimizer_in_host(scheme: ZeroOneTwo | ZeroThree) -> Nodes:
+def _optimizer_in_host(scheme: ZeroTwo | ZeroThree) -> Nodes:
     """One rank's optimizer states and gradients on the host: 18 bytes per parameter of its share in mixed precision."""
     shard, master, state = scheme.shard, scheme.master_bytes, scheme.state_bytes
     return (
@@ -38,7 +41,7 @@ def _cpu_adam(shard: Amount, half_bytes: int) -> tuple[Block, ...]:
     )
 
 
-class OffloadedZeroOneTwo(ZeroOneTwo):
+class OffloadedZeroTwo(ZeroTwo):
     """Stage 2 with its optimizer on the host: gradients leave for the host as they are reduced."""
 
     def states(self) -> Nodes:
@@ -48,13 +51,20 @@ class OffloadedZeroOneTwo(ZeroOneTwo):
             hold("buffer of the largest tensor", "buffers", self.model.largest_parameter.numel * half),
         )
 
-    def flush(self, micro: MicroStep) -> Nodes:
-        return (scratch("flat copy of a bucket", self.filled_bucket_bytes),)
-
-    def gradient(self, part: Part, parameter: Parameter, size_bytes: int, micro: MicroStep) -> Nodes:
+    @cached_property
+    def reducing(self) -> dict[Reduction, Nodes]:
         # Cast to the optimizer's format on the GPU, one tensor at a time, before it leaves for the host.
-        size = parameter.numel * self.state_bytes
-        return (scratch("optimizer's gradient on its way to the host", size, "gradients"),)
+        return {
+            reduction: (
+                scratch("flat copy of a bucket", self._copied(reduction) * self.job.compute_bytes),
+                scratch(
+                    "optimizer's gradient on its way to the host",
+                    max(self.sizes[tensor] for tensor in reduction.tensors) * self.state_bytes,
+                    "gradients",
+                ),
+            )
+            for reduction in self.reductions
+        }
 
     def end_backward(self, micro: MicroStep) -> Nodes:
         half = self.job.compute_bytes
@@ -66,8 +76,8 @@ class OffloadedZeroOneTwo(ZeroOneTwo):
             steps.append(Copy("accumulated gradients", "device-to-host", self.shard * half, waits=False))
         steps.append(Copy("accumulated gradients", "host-to-device", self.shard * half * again, waits=False))
         return (
-            scratch("flat copy of a bucket", self.filled_bucket_bytes),
-            self._reduce(),
+            *self.reduce(self.reductions[-1], micro),
+            self.all_reduce(),
             Block("gradients to the host", "temporaries", transfers=tuple(steps)),
             release("gradient buckets", "buffers", self.buckets * self.bucket_bytes),
         )
@@ -86,6 +96,10 @@ class OffloadedZeroOneTwo(ZeroOneTwo):
 
 class OffloadedZeroThree(ZeroThree):
     """Stage 3 with its optimizer, and its weights where the plan says so, on the host."""
+
+    @property
+    def master_bytes(self) -> int:
+        return self.state_bytes
 
     def states(self) -> Nodes:
         half = self.job.compute_bytes

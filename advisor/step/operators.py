@@ -107,6 +107,13 @@ def multiply_constant(tape: Tape, x: Tensor, element_bytes: int | None = None) -
     return tape.attach(output, [x], backward, saves="nothing")
 
 
+def add_constant(tape: Tape, x: Tensor) -> Tensor:
+    """*x* plus something that needs no gradient, such as a mask."""
+    output = tape.like(x)
+    tape.work(x, output)
+    return tape.attach(output, [x], lambda tape, gradient: (gradient,), saves="nothing")
+
+
 def multiply_weight(tape: Tape, x: Tensor, weight: Weight, element_bytes: int) -> Tensor:
     """*x* times a weight per column."""
     output = tape.like(x, element_bytes)
@@ -207,7 +214,7 @@ def dropout(tape: Tape, x: Tensor, probability: float) -> Tensor:
 
 
 def compute_copy(tape: Tape, weight: Weight) -> Tensor | Weight:
-    """The weight as products read it: under autocast a copy in the compute format, made once per forward."""
+    """The weight as products read it: under autocast a copy in the compute format, usually made once a forward."""
     if weight.element_bytes == tape.compute_bytes:
         return weight
     if weight.cast is None:
@@ -222,7 +229,10 @@ def compute_copy(tape: Tape, weight: Weight) -> Tensor | Weight:
             tape.work(gradient, full)
             return (full,)
 
-        weight.cast = tape.attach(copy, [weight], backward, saves="nothing")
+        attached = tape.attach(copy, [weight], backward, saves="nothing")
+        if not tape.keeps_copies:
+            return attached
+        weight.cast = attached
     return weight.cast
 
 
@@ -233,10 +243,10 @@ def linear(tape: Tape, x: Tensor, weight: Weight, bias: Weight | None = None) ->
     matrix = compute_copy(tape, weight)
     offset = compute_copy(tape, bias) if bias else None
     tokens, compute_bytes = x.numel // inside, tape.compute_bytes
-    output = tape.new(tokens * outside, compute_bytes)
-    tape.work(
-        x, output, matmuls=(Product(Matmul(tokens, outside, inside), "m"),), fixed_moved_bytes=_size_bytes(matrix)
-    )
+    output, fresh = tape.keep(tokens * outside, compute_bytes)
+    if fresh:
+        products = (Product(Matmul(tokens, outside, inside), "m"),)
+        tape.work(x, output, matmuls=products, fixed_moved_bytes=matrix.size_bytes)
 
     def backward(tape: Tape, gradient: Tensor) -> Gradients:
         for_offset = weight_gradient(tape, bias.parameter, compute_bytes) if bias else None
@@ -244,16 +254,12 @@ def linear(tape: Tape, x: Tensor, weight: Weight, bias: Weight | None = None) ->
             tape.work(gradient, for_offset)
         for_x = tape.new(tokens * inside, compute_bytes)
         backwards = (Product(Matmul(tokens, inside, outside), "m"),)
-        tape.work(gradient, for_x, matmuls=backwards, fixed_moved_bytes=_size_bytes(matrix))
+        tape.work(gradient, for_x, matmuls=backwards, fixed_moved_bytes=matrix.size_bytes)
         for_matrix = weight_gradient(tape, weight.parameter, compute_bytes)
         tape.work(gradient, x, for_matrix, matmuls=(Product(Matmul(outside, inside, tokens), "k"),))
         return for_x, for_matrix, for_offset
 
     return tape.attach(output, [x, matrix, offset], backward)
-
-
-def _size_bytes(matrix: Tensor | Weight) -> int:
-    return matrix.size_bytes if isinstance(matrix, Tensor) else matrix.parameter.numel * matrix.element_bytes
 
 
 def layer_norm(tape: Tape, x: Tensor, weight: Weight | None, bias: Weight | None, width: int) -> Tensor:
@@ -274,12 +280,17 @@ def layer_norm(tape: Tape, x: Tensor, weight: Weight | None, bias: Weight | None
     return tape.attach(output, [x, weight, bias], backward, saves="outputs")
 
 
-def rms_norm(tape: Tape, x: Tensor, weight: Weight | None, width: int, *, fp32_weight: bool) -> Tensor:
-    """RMSNorm as transformers writes it: in fp32, then cast back before (Llama) or after (Gemma) the weight."""
+def rms_norm(
+    tape: Tape, x: Tensor, weight: Weight | None, width: int, *, fp32_weight: bool, narrow: bool = False
+) -> Tensor:
+    """RMSNorm as transformers writes it: in fp32, then cast back before (Llama) or after (Gemma) the weight.
+
+    Where *narrow*, the variance alone is computed from an fp32 copy (T5).
+    """
     original = x.element_bytes
     hidden = cast(tape, x, 4)
     variance = row_mean(tape, square(tape, hidden), width)
-    hidden = scale_rows(tape, hidden, unary(tape, variance, saves="output"))
+    hidden = scale_rows(tape, x if narrow else hidden, unary(tape, variance, saves="output"))
     if weight is None:
         return cast(tape, hidden, original)
     if fp32_weight:

@@ -130,6 +130,11 @@ def release(label: str, category: Category, size_bytes: Amount) -> Block:
     return Block(label, category, net_bytes=-size_bytes)
 
 
+def released(held: Block) -> Block:
+    """The counterpart of a block that :func:`hold` made."""
+    return release(held.label, held.category, held.net_bytes)
+
+
 def scratch(label: str, size_bytes: Amount, category: Category = "temporaries") -> Block:
     """Allocate and free again."""
     return Block(label, category, peak_bytes=size_bytes, excess_category=category)

@@ -8,15 +8,16 @@ times. A recording depends on neither the micro-batch nor the strategy.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Protocol
 
 from advisor.errors import SpecError
 from advisor.specs.job import AttentionKernel, Job
-from advisor.specs.model import Layer, ModelSpec, Parameter
-from advisor.step.attention import Weights, weights_of
-from advisor.step.layers import cross_entropy, decoder_layer, embed, finish, head
+from advisor.specs.model import AnyLayer, Layer, ModelSpec, Parameter
+from advisor.step.layers import close_stack, cross_entropy, decoder_layer, embed, finish, head
 from advisor.step.tape import Event, Tape, Tensor, Weight
+from advisor.step.weights import Weights, weights_of
 
 STREAM = "residual stream"
 GRADIENT_STREAM = "gradient stream"
@@ -32,10 +33,14 @@ class Mode:
     """Bytes per element of the weights that the modelling code sees."""
     sequence_length: int
     attention: AttentionKernel
+    padded: bool = False
+    autocasts_half: bool = False
+    """Whether forward runs under autocast though its weights have the compute format already (FSDP1)."""
 
     @property
     def autocast(self) -> bool:
-        return self.parameter_bytes > self.compute_bytes
+        """Whether products cast their inputs, and norms run in fp32."""
+        return self.autocasts_half or self.parameter_bytes > self.compute_bytes
 
     @property
     def stream_bytes(self) -> int:
@@ -43,11 +48,17 @@ class Mode:
         return self.parameter_bytes
 
     def tape(self) -> Tape:
-        return Tape(self.compute_bytes, self.autocast, self.sequence_length)
+        return Tape(
+            self.compute_bytes,
+            self.autocast,
+            self.sequence_length,
+            padded=self.padded,
+            half_stream=self.autocasts_half,
+        )
 
 
-def mode_of(job: Job, parameter_bytes: int) -> Mode:
-    return Mode(job.compute_bytes, parameter_bytes, job.sequence_length, job.attention)
+def mode_of(job: Job, parameter_bytes: int, autocasts_half: bool = False) -> Mode:
+    return Mode(job.compute_bytes, parameter_bytes, job.sequence_length, job.attention, job.padded, autocasts_half)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +74,8 @@ Run = Callable[[Tape, Tensor, Weights], Tensor]
 
 
 @lru_cache(maxsize=256)
-def record_layer(layer: Layer, hidden_size: int, mode: Mode, checkpointed: bool) -> Recording:
-    """One layer, its residual stream coming in and going out."""
+def record_layer(layer: Layer, hidden_size: int, mode: Mode, checkpointed: bool, selective: bool = False) -> Recording:
+    """One layer, its residual stream coming in and going out. Where *selective*, a checkpointed one keeps products."""
 
     def run(tape: Tape, stream: Tensor, weights: Weights) -> Tensor:
         memory = None
@@ -74,8 +85,33 @@ def record_layer(layer: Layer, hidden_size: int, mode: Mode, checkpointed: bool)
         _check_claimed(weights, "layer")
         return output
 
-    record = _record_checkpointed if checkpointed else _record
-    return record(run, layer.parameters, hidden_size, mode)
+    if not checkpointed:
+        return _record(run, layer.parameters, hidden_size, mode)
+    if layer.closes_stack:
+        alone = replace(layer, closes_stack=False, parameters=layer.parameters[:-1])
+        return _followed(
+            record_layer(alone, hidden_size, mode, True, selective), _record_norm(layer, hidden_size, mode)
+        )
+    return _record_checkpointed(run, layer.parameters, hidden_size, mode, selective)
+
+
+def _record_norm(layer: Layer, hidden_size: int, mode: Mode) -> Recording:
+    """The norm behind the last layer of a stack."""
+
+    def run(tape: Tape, stream: Tensor, weights: Weights) -> Tensor:
+        return close_stack(tape, stream, layer, weights, hidden_size)
+
+    return _record(run, layer.parameters[-1:], hidden_size, mode)
+
+
+def _followed(first: Recording, second: Recording) -> Recording:
+    """Two parts as one. Storages keep their numbers apart."""
+    past = 1 + max(event.storage for event in first.forward + first.backward)
+    forward, backward = (
+        tuple(event if event.storage < 0 else event._replace(storage=event.storage + past) for event in events)
+        for events in (second.forward, second.backward)
+    )
+    return Recording(first.forward + forward, backward + first.backward, first.kept_copy_bytes + second.kept_copy_bytes)
 
 
 @lru_cache(maxsize=64)
@@ -100,6 +136,8 @@ class HeadRecording:
 
     forward: tuple[Event, ...]
     loss: tuple[Event, ...]
+    loss_backward: tuple[Event, ...]
+    """Up to the gradient of what the output matrix gave."""
     backward: tuple[Event, ...]
 
 
@@ -128,7 +166,67 @@ def record_head(model: ModelSpec, mode: Mode) -> HeadRecording:
     returned.storage.rename(GRADIENT_STREAM, "temporaries")
     del loss
     events = tuple(event if event.label != "logits" else _as_logits(event) for event in tape.events)
-    return HeadRecording(events[first:last], events[last:end], events[end:])
+    turn = tape.reached_at
+    return HeadRecording(events[first:last], events[last:end], events[end:turn], events[turn:])
+
+
+def record_inputs(model: ModelSpec, mode: Mode) -> tuple[Event, ...]:
+    """Token ids, labels and shifted labels (int64), and the rotary tables that every layer reads."""
+    length = mode.sequence_length
+    found = [Event("take", "token ids and labels", "activations", 3 * INDEX_BYTES * length, True)]
+    if mode.padded:
+        found.append(Event("take", "padding mask", "activations", INDEX_BYTES * length, True))
+    turned = model.described_layers[0].attention.rotary_dimensions
+    if turned:
+        table_bytes = 2 * length * turned * mode.parameter_bytes
+        found.append(Event("take", "rotary tables", "activations", table_bytes, False))
+    return tuple(found)
+
+
+class Source(Protocol):
+    """Where the recordings of a model's parts come from. Equal sources give equal recordings."""
+
+    def __hash__(self) -> int: ...
+
+    def inputs(self, model: ModelSpec, mode: Mode) -> tuple[Event, ...]:
+        """What is taken before forward and given back after backward."""
+
+    def embedding(self, model: ModelSpec, mode: Mode, checkpointed: bool) -> Recording:
+        """From token ids to the residual stream."""
+
+    def layer(
+        self, layer: AnyLayer, hidden_size: int, mode: Mode, checkpointed: bool, selective: bool = False
+    ) -> Recording:
+        """One layer, recomputed in backward where *checkpointed*, but for its products where *selective*."""
+
+    def head(self, model: ModelSpec, mode: Mode, checkpointed: bool) -> HeadRecording:
+        """From the residual stream to the loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class Formulas:
+    """Recordings by the operators of this package, for models whose layers are described."""
+
+    def inputs(self, model: ModelSpec, mode: Mode) -> tuple[Event, ...]:
+        return record_inputs(model, mode)
+
+    def embedding(self, model: ModelSpec, mode: Mode, checkpointed: bool) -> Recording:
+        return record_embedding(model, mode)
+
+    def layer(
+        self, layer: AnyLayer, hidden_size: int, mode: Mode, checkpointed: bool, selective: bool = False
+    ) -> Recording:
+        if not isinstance(layer, Layer):
+            raise SpecError("what this layer computes is not described; its recording has to be traced")
+        return record_layer(layer, hidden_size, mode, checkpointed, selective)
+
+    def head(self, model: ModelSpec, mode: Mode, checkpointed: bool) -> HeadRecording:
+        return record_head(model, mode)
+
+
+FORMULAS = Formulas()
+INDEX_BYTES = 8
+"""torch's indices are int64."""
 
 
 def _output_matrix(model: ModelSpec) -> Parameter:
@@ -159,10 +257,17 @@ def _record(run: Run, parameters: tuple[Parameter, ...], hidden_size: int, mode:
     return Recording(_own(tape.events[first:last]), _after_forward(tape, last, number))
 
 
-def _record_checkpointed(run: Run, parameters: tuple[Parameter, ...], hidden_size: int, mode: Mode) -> Recording:
-    """torch.utils.checkpoint, not reentrant: keeps the input, and in backward runs again until all is saved."""
-    forward, kept_copy_bytes = _record_forward_only(run, parameters, hidden_size, mode)
+def _record_checkpointed(
+    run: Run, parameters: tuple[Parameter, ...], hidden_size: int, mode: Mode, selective: bool
+) -> Recording:
+    """torch.utils.checkpoint, not reentrant: keeps the input, and in backward runs again until all is saved.
+
+    Where *selective* (``create_selective_checkpoint_contexts``), outputs of products and kernels stay from the first
+    run and the second takes them one by one; what it does not come to use stays until the layer's backward ends.
+    """
+    forward, kept_copy_bytes, kept = _record_forward_only(run, parameters, hidden_size, mode, selective)
     tape = mode.tape()
+    tape.recalled = [tape.new(numel, element_bytes, label=label) for numel, element_bytes, label in reversed(kept)]
     weights = weights_of(parameters, mode.parameter_bytes)
     uncopied = list(weights.unclaimed)
     stream = tape.input(mode.sequence_length * hidden_size, mode.stream_bytes, STREAM)
@@ -177,25 +282,33 @@ def _record_checkpointed(run: Run, parameters: tuple[Parameter, ...], hidden_siz
     assert returned is not None
     returned.storage.rename(GRADIENT_STREAM, "temporaries")
     del stream
+    unused = {storage for storage, when in tape.taken.items() if when >= cut}
     again = [event for event in tape.events[cut:last] if event.kind == "give" and event.storage < cut]
     after = [event for event in _after_forward(tape, last, -1) if not cut <= event.storage < last]
-    return Recording(forward, _own([*tape.events[first:cut], *again, *after]), kept_copy_bytes)
+    late = [event for event in (*again, *after) if event.kind == "give" and event.storage in unused]
+    early = [event for event in (*tape.events[first:cut], *again, *after) if event not in late]
+    return Recording(forward, _own([*early, *late]), kept_copy_bytes)
 
 
 def _record_forward_only(
-    run: Run, parameters: tuple[Parameter, ...], hidden_size: int, mode: Mode
-) -> tuple[tuple[Event, ...], int]:
-    """A forward pass that saves nothing but its input, and the bytes of weight copies that autocast keeps."""
+    run: Run, parameters: tuple[Parameter, ...], hidden_size: int, mode: Mode, selective: bool
+) -> tuple[tuple[Event, ...], int, list[tuple[int, int, str]]]:
+    """A forward pass that saves nothing but its input and, where *selective*, outputs of products and kernels.
+
+    Returns its events, the bytes of copies that autocast keeps, and elements, formats and labels of what is kept.
+    """
     tape = mode.tape()
     tape.grad_enabled = False
+    tape.kept = [] if selective else None
     weights = weights_of(parameters, mode.parameter_bytes)
     uncopied = list(weights.unclaimed)
     stream = tape.input(mode.sequence_length * hidden_size, mode.stream_bytes, STREAM)
     first = len(tape.events)
     output = run(tape, stream, weights)
     output.storage.rename(STREAM, "activations")
-    kept = sum(weight.cast.size_bytes for weight in uncopied if weight.cast)
-    return _own(tape.events[first:]), kept
+    copies = sum(weight.cast.size_bytes for weight in uncopied if weight.cast)
+    kept = [(each.numel, each.element_bytes, each.storage.event.label) for each in tape.kept or ()]
+    return _own(tape.events[first:]), copies, kept
 
 
 def _after_forward(tape: Tape, last: int, output: int) -> tuple[Event, ...]:

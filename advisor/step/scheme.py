@@ -8,13 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from advisor.errors import SpecError
 from advisor.specs.job import Job
-from advisor.specs.model import Layer, ModelSpec, Parameter
-from advisor.specs.plan import Plan
+from advisor.specs.model import AnyLayer, ModelSpec, Parameter
+from advisor.specs.plan import Count, Plan
 from advisor.step.program import Amount, Node
+from advisor.step.recording import FORMULAS, Source
 
 Nodes = Sequence[Node]
 
@@ -25,12 +29,12 @@ class Part:
 
     kind: Literal["embedding", "layer", "head"]
     parameters: tuple[Parameter, ...]
-    layer: Layer | None = None
+    layer: AnyLayer | None = None
     number: int | None = None
-    """Which layer it is, counted from the embedding; None where it stands for several that are alike."""
+    """Which layer it is, counted from the embedding; where it stands for several that are alike, one of them."""
 
     @property
-    def of_layer(self) -> Layer:
+    def of_layer(self) -> AnyLayer:
         """The layer that this part is."""
         if self.layer is None:
             raise SpecError(f"the {self.kind} is no layer")
@@ -58,6 +62,19 @@ class Scheme:
     model: ModelSpec
     job: Job
     plan: Plan
+    rank: Count = 0
+    """Which of the plan's ranks is laid out, for strategies under which ranks differ."""
+    source: Source = FORMULAS
+    """What the parts of the model do."""
+
+    def contenders(self, ranks: int) -> NDArray[Any]:
+        """The ranks of *ranks* that can be the fullest; one where all are alike."""
+        return np.zeros(1, dtype=np.int64)
+
+    @property
+    def micro_steps_differ(self) -> bool:
+        """Whether layers fare otherwise in one micro-step's backward than in another's."""
+        return True
 
     @property
     def parameter_bytes(self) -> int:
@@ -65,10 +82,20 @@ class Scheme:
         return self.job.parameter_bytes
 
     @property
+    def built_bytes(self) -> int:
+        """Bytes per element of the weights as the model is built."""
+        return self.job.parameter_bytes
+
+    @property
     def tables_bytes(self) -> int:
         """Bytes of the model's buffers, which keep the formats that they are built in."""
-        sizes = {"fp32": 4, "int64": 8, "weights": self.job.parameter_bytes}
+        sizes = {"fp32": 4, "int64": 8, "bool": 1, "weights": self.built_bytes}
         return sum(buffer.numel * sizes[buffer.number_format] for buffer in self.model.buffers)
+
+    @property
+    def autocasts_half(self) -> bool:
+        """Whether forward runs under autocast though its weights have the compute format already."""
+        return False
 
     @cached_property
     def layers_apart(self) -> frozenset[int]:
@@ -92,6 +119,10 @@ class Scheme:
         return ()
 
     def before_backward(self, part: Part, micro: MicroStep) -> Nodes:
+        return ()
+
+    def logits_gradient(self, micro: MicroStep) -> Nodes:
+        """The gradient of the logits is there, and the output matrix comes next."""
         return ()
 
     def first_gradient(self, micro: MicroStep) -> Nodes:

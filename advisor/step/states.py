@@ -8,32 +8,21 @@ DeepSpeed's stages 1 and 2 cut one flat buffer, stage 3 each tensor, FSDP the fi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
 from advisor.specs.job import Job
-from advisor.specs.model import ModelSpec, Parameter
+from advisor.specs.model import Parameter
 from advisor.specs.plan import Count
-from advisor.step.program import Amount
+from advisor.step.program import Amount, total
 
 FP32_BYTES = 4
 MOMENTS = 2
 """Adam keeps two numbers per parameter: momentum and variance."""
-NORM_COPIES = 4
-"""An fp64 copy weighs as much as four of a half-format gradient."""
 ADAM_MOVES = 7
 """Tensors that a fused Adam update reads (weights, gradient, both moments) and writes (weights, moments)."""
-
-
-def flat_shard(parameters: int, ranks: Count) -> Amount:
-    """Elements of one rank's share of a flat buffer padded to twice the ranks.
-
-    deepspeed 0.19.8, runtime/zero/stage_1_and_2.py: ``nccl_start_alignment_factor = 2``.
-    """
-    return -(-parameters // (2 * ranks)) * 2
 
 
 def tensor_shards(parameters: Sequence[Parameter], ranks: Count) -> Amount:
@@ -48,8 +37,41 @@ def row_shards(parameters: Sequence[Parameter], ranks: Count) -> Amount:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class FlatUnit:
+    """How one flat tensor of several parameters is cut, in elements."""
+
+    share: Amount
+    """Of one rank, padding included."""
+    pieces: tuple[Amount, ...]
+    """Of each parameter, what the first rank has."""
+
+    @property
+    def filled(self) -> Amount:
+        """Of the first rank, without padding."""
+        return total(self.pieces)
+
+    @property
+    def tensors(self) -> Amount:
+        """Parameters of which the first rank has any."""
+        return total(np.minimum(piece, 1) for piece in self.pieces)
+
+
+def flat_unit(parameters: Sequence[Parameter], ranks: Count, aligned: int) -> FlatUnit:
+    """Cut *parameters*, each laid at a multiple of *aligned* elements (torch 2.13, distributed/fsdp/_flat_param.py)."""
+    starts, end = [], 0
+    for parameter in parameters:
+        starts.append(-(-end // aligned) * aligned)
+        end = starts[-1] + parameter.numel
+    share = -(-end // ranks)
+    laid = zip(starts, parameters, strict=True)
+    return FlatUnit(share, tuple(np.clip(share - start, 0, parameter.numel) for start, parameter in laid))
+
+
 def _summed_ceilings(pieces: list[tuple[int, int]], ranks: Count) -> Amount:
     """Sum of ceil(count / ranks) · size over *pieces* of (count, size)."""
+    if not pieces:
+        return 0
     counted = Counter(pieces)
     if isinstance(ranks, int):
         return sum(-(-count // ranks) * size * times for (count, size), times in counted.items())
@@ -60,49 +82,7 @@ def _summed_ceilings(pieces: list[tuple[int, int]], ranks: Count) -> Amount:
     return total
 
 
-@dataclass(frozen=True, slots=True)
-class Owned:
-    """Elements of the gradients that ranks keep for their flat partitions.
-
-    A rank that owns any slice of a tensor keeps that tensor's whole gradient (deepspeed 0.19.8, stage_1_and_2.py
-    ``grads_in_partition``), so a large embedding weighs on its rank however many ranks there are.
-    """
-
-    worst: Amount
-    """Of the rank that keeps most."""
-    last: Amount
-    """Of the last rank, whose tensors backward reaches first."""
-    worst_with_norm: Amount
-    """The most of any rank, four times its largest owned slice counted in: the norm's fp64 copy beside bf16."""
-
-
-def owned_gradients(model: ModelSpec, ranks: Count) -> Owned:
-    """What the ranks of a flat partitioning keep, for each entry of *ranks*."""
-    sizes = tuple(parameter.numel for parameter in model.parameters())
-    if isinstance(ranks, int):
-        return Owned(*_owned(sizes, ranks))
-    distinct, where = np.unique(ranks, return_inverse=True)
-    found = np.array([_owned(sizes, int(each)) for each in distinct], dtype=np.int64)
-    return Owned(*(found[where.reshape(np.shape(ranks)), column] for column in range(3)))
-
-
-@lru_cache(maxsize=512)
-def _owned(sizes: tuple[int, ...], ranks: int) -> tuple[int, int, int]:
-    ends = np.cumsum(np.array(sizes, dtype=np.int64))
-    starts = ends - np.array(sizes, dtype=np.int64)
-    shard = int(flat_shard(int(ends[-1]), ranks))
-    low = np.minimum(np.arange(ranks, dtype=np.int64) * shard, ends[-1] - 1)
-    high = np.minimum(low + shard, ends[-1])
-    first = np.searchsorted(ends, low, side="right")
-    last = np.searchsorted(starts, high, side="left") - 1
-    whole = ends[last] - starts[first]
-    slices = np.maximum(np.minimum(ends[first], high) - low, high - np.maximum(starts[last], low))
-    inner = [max(sizes[one + 1 : other], default=0) for one, other in zip(first, last, strict=True)]
-    largest = np.maximum(slices, np.array(inner, dtype=np.int64))
-    return int(whole.max()), int(whole[-1]), int((whole + NORM_COPIES * largest).max())
-
-
-def adam_step_counters(job: Job, tensors: int) -> int:
+def adam_step_counters(job: Job, tensors: Amount) -> Amount:
     """Bytes of the step counts of *tensors* that Adam updates.
 
     torch 2.13, optim/adam.py ``_init_group``: fp32 scalars, on the GPU if fused, else on the host.
@@ -110,13 +90,18 @@ def adam_step_counters(job: Job, tensors: int) -> int:
     return FP32_BYTES * tensors if job.optimizer == "adamw-fused" else 0
 
 
-def adam_temporaries(job: Job, elements: Amount, largest: Amount, element_bytes: int) -> Amount:
-    """Bytes that the update itself takes for *elements* held in tensors of at most *largest* elements.
+def adam_temporaries(job: Job, sizes: Callable[[], Iterable[Amount]], element_bytes: int) -> Amount:
+    """Bytes that the update itself takes for tensors of *sizes* elements on the rank, in the optimizer's order.
 
-    torch 2.13, optim/adam.py: fused none; foreach one square root of every variance; a loop two tensors.
+    torch 2.13, optim/adam.py: fused none; foreach one square root of every variance; a loop a square root and its
+    quotient, beside the quotient of the tensor before.
     """
+    if job.optimizer == "adamw-fused":
+        return 0
     if job.optimizer == "adamw-foreach":
-        return elements * element_bytes
-    if job.optimizer == "adamw-loop":
-        return 2 * largest * element_bytes
-    return 0 * elements
+        return total(sizes()) * element_bytes
+    most: Amount = 0
+    before: Amount = 0
+    for size in sizes():
+        most, before = np.maximum(most, before + 2 * size), size
+    return most * element_bytes

@@ -25,7 +25,8 @@ class Product(NamedTuple):
     """Matrix products of one sequence, and which of their fields grows with the micro-batch."""
 
     matmul: Matmul
-    grows: Literal["m", "k", "count"]
+    grows: Literal["m", "k", "count"] | None
+    """None where it is the same for any micro-batch."""
 
 
 class Work(NamedTuple):
@@ -86,6 +87,10 @@ class Weight:
     cast: Tensor | None = None
     """Its autocast copy while a forward pass keeps one."""
 
+    @property
+    def size_bytes(self) -> int:
+        return self.parameter.numel * self.element_bytes
+
 
 @dataclass(eq=False, slots=True)
 class Tensor:
@@ -123,16 +128,36 @@ class Tape:
     compute_bytes: int
     """Bytes per element of matrix products."""
     autocast: bool
-    """Whether weights and the residual stream stay in fp32 and products cast their inputs."""
+    """Whether products cast their inputs, and norms run in fp32; weights and the residual stream are in fp32 then."""
     sequence_length: int
+    padded: bool = False
+    """Whether an attention mask hides tokens that are padding."""
+    keeps_copies: bool = True
+    """Whether autocast keeps the copy of a weight until forward ends."""
+    half_stream: bool = False
+    """Whether weights and the residual stream have the compute format under autocast too."""
     grad_enabled: bool = True
     backward_running: bool = False
     scope: str = ""
     """The module that is running; names what it allocates."""
+    kept: list[Tensor] | None = None
+    """Outputs that selective checkpointing keeps, in the order in which they are made; None where it keeps none."""
+    recalled: list[Tensor] = field(default_factory=list)
+    """Kept outputs that a second run takes instead of making them again, the next one last."""
+    taken: dict[int, int] = field(default_factory=dict)
+    """At which event a kept output was taken again, by its storage."""
     events: list[Event] = field(default_factory=list)
     order: int = 0
     needed_until: int = 0
     """Number of the event before which everything that backward needs has been computed."""
+    watched: GraphNode | None = None
+    reached_at: int = 0
+    """Number of the first event of *watched*'s backward."""
+
+    @property
+    def stream_bytes(self) -> int:
+        """Bytes per element of the residual stream."""
+        return 4 if self.autocast and not self.half_stream else self.compute_bytes
 
     def new(
         self,
@@ -151,6 +176,17 @@ class Tape:
     def like(self, tensor: Tensor, element_bytes: int | None = None) -> Tensor:
         """Allocate a tensor of *tensor*'s shape."""
         return self.new(tensor.numel, element_bytes or tensor.element_bytes, scales=tensor.scales)
+
+    def keep(self, numel: int, element_bytes: int) -> tuple[Tensor, bool]:
+        """An output that selective checkpointing keeps, and whether it still has to be computed."""
+        if self.recalled:
+            again = self.recalled.pop()
+            self.taken[again.storage.event.storage] = len(self.events)
+            return again, False
+        output = self.new(numel, element_bytes)
+        if self.kept is not None:
+            self.kept.append(output)
+        return output, True
 
     def work(
         self,
@@ -176,7 +212,8 @@ class Tape:
         """Make *output* differentiable. *backward* closes over whatever it needs, which keeps that alive."""
         if self.grad_enabled:
             if saves == "inputs":
-                self.needed_until = output.storage.event.storage
+                number = output.storage.event.storage
+                self.needed_until = self.taken.get(number, number)
             elif saves == "outputs":
                 self.needed_until = len(self.events)
             self.order += 1
@@ -209,6 +246,8 @@ class Tape:
                     found = arrived
                 del arrived
                 continue
+            if node is self.watched:
+                self.reached_at = len(self.events)
             self.scope = node.scope
             produced = list(node.backward(self, arrived))
             del arrived

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from advisor.catalog.huggingface import model_from_config
 from advisor.specs.job import Job
-from advisor.specs.model import FeedForward, Layer, ModelSpec, Run
+from advisor.specs.model import AnyLayer, FeedForward, Layer, ModelSpec, Run
 from advisor.specs.plan import Plan
 from advisor.step.build import build
 from advisor.step.program import phase_peaks
@@ -52,7 +52,8 @@ class Case:
     """The ``config.json`` that transformers builds the model from."""
     job: Job
     plan: Plan
-    rank: int = 0
+    rank: int | None = None
+    """Whose bytes they are; None for the rank that holds most."""
 
     @property
     def model(self) -> ModelSpec:
@@ -62,11 +63,18 @@ class Case:
     @property
     def title(self) -> str:
         job, plan = self.job, self.plan
-        weights = "autocast" if job.parameter_bytes > job.compute_bytes else job.precision
+        weights = f"autocast to {job.precision}" if job.parameter_bytes > job.compute_bytes else job.precision
+        version = ""
+        if plan.strategy.is_fsdp:
+            synced = ", synced" if plan.fsdp.syncs_each_micro_batch else ""
+            version = f", version {plan.fsdp.version}{synced}"
         bucket = f", bucket {plan.zero.reduce_bucket:.3g}" if plan.strategy.zero_stage else ""
+        attention = f", {job.attention}" if job.attention != "sdpa" else ""
+        attention += ", padded" if job.padded else ""
         return (
             f"{self.name}, {plan.strategy.value} x {plan.gpus}, {weights}, checkpointing {plan.checkpointing.value}, "
-            f"{plan.micro_batch} x {job.sequence_length}, accumulation {plan.accumulation_steps}{bucket}"
+            f"{plan.micro_batch} x {job.sequence_length}, accumulation {plan.accumulation_steps}{version}{bucket}"
+            f"{attention}"
         )
 
 
@@ -136,24 +144,26 @@ def table(scores: Iterable[Score]) -> list[str]:
     return lines
 
 
-def compare(case: Case) -> Comparison:
-    """One case, traced in this process. Dropout is left out on both sides. Needs torch and transformers."""
+def compare(case: Case, *, dropout: bool = False) -> Comparison:
+    """One case, traced in this process, on both sides with or without *dropout*. Needs torch and transformers."""
     from advisor.validation.trace import trace_step
 
     model = case.model
-    eager = any(layer.attention.eager_only for layer in model.layers)
-    job = replace(case.job, attention="eager") if eager else case.job
-    return beside(model, case.job, case.plan, trace_step(case.config, model.objective, job, case.plan))
+    job = replace(case.job, attention="eager") if model.eager_only else case.job
+    traced = trace_step(case.config, model.objective, job, case.plan, dropout=dropout)
+    return Comparison(predicted(model, case.job, case.plan, dropout=dropout), counted(traced))
 
 
-def beside(model: ModelSpec, job: Job, plan: Plan, traced: Trace) -> Comparison:
-    """The prediction for *model* beside what was *traced*."""
-    return Comparison(predicted=predicted(model, job, plan), true=counted(traced))
+def beside(model: ModelSpec, job: Job, plan: Plan, traced: Trace, rank: int | None = None) -> Comparison:
+    """The prediction for *rank* of *model*, or the rank that holds most, beside what was *traced*."""
+    return Comparison(predicted(model, job, plan, rank), counted(traced))
 
 
-def predicted(model: ModelSpec, job: Job, plan: Plan) -> Mapping[Counter, int]:
-    """Bytes of every counter for the rank that holds most, without dropout and without what only a GPU allocates."""
-    phases = phase_peaks(build(without_dropout(model), job, plan).device)
+def predicted(
+    model: ModelSpec, job: Job, plan: Plan, rank: int | None = None, *, dropout: bool = False
+) -> Mapping[Counter, int]:
+    """Bytes of every counter for *rank*, or the one that holds most, without what only a GPU allocates."""
+    phases = phase_peaks(build(model if dropout else without_dropout(model), job, plan, rank).device)
     peaks = {name: int(most) for name, (most, _) in phases.items()}
     return _counters(
         states=int(phases["init"][1]),
@@ -169,7 +179,7 @@ def counted(traced: Trace) -> Mapping[Counter, int]:
     return _counters(
         states=traced.states_bytes,
         after_forward=traced.after_forward_bytes,
-        forward=traced.forward_peak_bytes,
+        forward=max(traced.forward_peak_bytes, traced.loss_peak_bytes),
         backward=traced.backward_peak_bytes,
         step=traced.step_peak_bytes,
     )
@@ -193,7 +203,9 @@ def without_dropout(model: ModelSpec) -> ModelSpec:
     return replace(model, embedding_dropout=0.0, runs=runs)
 
 
-def _dry(layer: Layer) -> Layer:
+def _dry(layer: AnyLayer) -> AnyLayer:
+    if not isinstance(layer, Layer):
+        return layer
     block, crossing = layer.feed_forward, layer.cross_attention
     return replace(
         layer,

@@ -35,7 +35,7 @@ class Record:
     def comparison(self) -> Comparison:
         """The present prediction beside what was true."""
         case = self.case
-        return Comparison(predicted(case.model, case.job, case.plan), self.true)
+        return Comparison(predicted(case.model, case.job, case.plan, case.rank), self.true)
 
 
 def versions() -> dict[str, str]:

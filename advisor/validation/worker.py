@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -24,20 +25,18 @@ import torch
 import torch.distributed as distributed
 
 from advisor.specs.job import Job
-from advisor.specs.plan import Checkpointing, Plan, Strategy
+from advisor.specs.plan import Checkpointing, Plan
+from advisor.tracing.counter import StorageCounter, resizes_counted
+from advisor.tracing.real_model import DROPOUT_SETTINGS
 from advisor.validation.record import from_plain
-from advisor.validation.trace import (
-    DROPOUT_SETTINGS,
-    StorageCounter,
-    Trace,
-    adamw,
-    leave_out_step_counters,
-    resizes_counted,
-    shard,
-)
+from advisor.validation.sharding import fully_sharded
+from advisor.validation.trace import Trace, adamw, leave_out_step_counters
 
 STEPS = 3
 """ZeRO-3 records its trace in the first step, and Adam's moments are made in it."""
+
+GLOO_THREAD_S = 0.003
+"""Sleep in which a gloo thread gets its turn."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -114,7 +113,7 @@ def by_torch(model: Any, job: Job, plan: Plan, folder: Path) -> Engine:
     if plan.strategy.is_fsdp:
         from torch.distributed.device_mesh import init_device_mesh
 
-        shard(model, init_device_mesh("cpu", (int(plan.gpus),)), plan.strategy is Strategy.FSDP)
+        fully_sharded(model, init_device_mesh("cpu", (int(plan.gpus),)), job, plan)
     else:
         wrapper = torch.nn.parallel.DistributedDataParallel(model)
     optimizer = _adamw(model, job)
@@ -201,6 +200,23 @@ def use_gloo_alone() -> None:
     backend.build_shm_op = lambda: None
 
 
+def give_way_to_gloo() -> None:
+    """Let a gloo thread drop its hold of a collective's tensors before this rank goes on.
+
+    It keeps them until it gets to run again after the collective is done (ProcessGroupGloo.cpp ``runLoop``), so that
+    on a busy machine one rank or another would hold a gathered layer longer, by chance. No GPU run has that.
+    """
+    work: Any = distributed.Work
+    wait = work.wait
+
+    def wait_and_give_way(self: Any, *arguments: Any, **words: Any) -> Any:
+        result = wait(self, *arguments, **words)
+        time.sleep(GLOO_THREAD_S)
+        return result
+
+    work.wait = wait_and_give_way
+
+
 def _adamw(model: Any, job: Job) -> Any:
     return torch.optim.AdamW(model.parameters(), **adamw(job))
 
@@ -250,6 +266,7 @@ def main() -> None:
     job, plan = from_plain(Job, request["job"]), from_plain(Plan, request["plan"])
     signal.alarm(int(request["timeout_s"]) + 10)  # ends this rank even where nobody is left to end it
     torch.set_num_threads(1)
+    give_way_to_gloo()
     ways = {"deepspeed": by_deepspeed, "torchrun": by_torch, "accelerate": by_accelerate}
     with StorageCounter() as counter, resizes_counted(counter):
         model = build_model(config, job, plan)

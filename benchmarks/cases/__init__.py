@@ -1,0 +1,1 @@
+"""Cases to compare, drawn by rules that are written down before their outcome is known."""

@@ -102,7 +102,7 @@ def test_rms_norms_multiply_by_the_weight_in_the_format_that_the_kind_says(famil
     norm.weight = torch.nn.Parameter(scale)
     plus_one = 1.0 if family.startswith("gemma") else 0.0
     normalised = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
-    late = {"rms": False, "rms-fp32-weight": True}[kind]
+    late = {"rms": False, "rms-narrow": False, "rms-fp32-weight": True}[kind]
     computed = norm(x).detach().float()
 
     def off_by(in_fp32: bool) -> float:

@@ -34,7 +34,7 @@ def test_the_exit_code_is_the_verdict(api: Api, run: Run, verdict: Verdict, code
 
 
 def test_every_word_of_a_plan_reaches_the_estimate(api: Api, run: Run) -> None:
-    words = "--offload optimizer --micro-batch 2 --grad-accum 8 --checkpointing full --bucket-size 5e8"
+    words = "--offload optimizer --micro-batch 2 --grad-accum 8 --checkpointing full --bucket-size 5e8 --fsdp-version 1"
 
     run(*ONE_PLAN[:-1], "zero2", *words.split())
 
@@ -48,6 +48,7 @@ def test_every_word_of_a_plan_reaches_the_estimate(api: Api, run: Run) -> None:
             "grad_accum": 8,
             "checkpointing": "full",
             "bucket_size": 500_000_000,
+            "fsdp_version": 1,
         }
     ]
 

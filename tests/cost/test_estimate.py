@@ -32,7 +32,8 @@ def held(used_bytes: int, host_bytes: int = 0) -> Memory:
         high_bytes=0,
         peak_phase="step",
         peak_label="",
-        worst_rank=0,
+        rank=0,
+        fullest=True,
         ledger=(),
         timeline=(),
         host_bytes=host_bytes,
@@ -153,9 +154,12 @@ def test_nothing_is_offloaded_or_recomputed_unless_told() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ({"strategy": "zero4"}, "--strategy must be one of ddp, fsdp, fsdp-grad-op, zero1, zero2, zero3, got 'zero4'"),
+        (
+            {"strategy": "zero4"},
+            "--strategy must be one of ddp, fsdp, fsdp-grad-op, zero0, zero1, zero2, zero3, got 'zero4'",
+        ),
         ({"offload": "gpu"}, "--offload must be one of none, optimizer, optimizer+params, got 'gpu'"),
-        ({"checkpointing": "some"}, "--checkpointing must be one of none, full, got 'some'"),
+        ({"checkpointing": "some"}, "--checkpointing must be one of none, selective, full, got 'some'"),
         ({"strategy": "ddp", "offload": "optimizer"}, "DDP keeps its optimizer on the GPU"),
         ({"bucket_size": 0}, "reduce_bucket must be at least 1 element"),
         ({"grad_accum": 0}, "accumulation_steps must be at least 1"),

@@ -10,7 +10,7 @@ import yaml
 
 from advisor.launch.accelerate import FSDP_REFUSES, LAYER_CLASSES, WHOLE_IN_EVERY_PROCESS, accelerate_yaml
 from advisor.specs.job import Job
-from advisor.specs.plan import Plan, Strategy
+from advisor.specs.plan import FsdpSettings, Plan, Strategy
 from launch.examples import PLANS_OF_EVERY_KIND, cluster, model, plan
 
 DISTRIBUTED_TYPES = {
@@ -79,6 +79,29 @@ def test_the_launcher_hands_fsdps_plugin_the_plan(
     assert plugin.cpu_ram_efficient_loading
     assert not plugin.activation_checkpointing
     assert type(plugin.cpu_offload).__name__ == "OffloadPolicy"  # the one that keeps all on the GPU
+
+
+@pytest.mark.parametrize(
+    ("strategy", "sharding"), [(Strategy.FSDP, "FULL_SHARD"), (Strategy.FSDP_GRAD_OP, "SHARD_GRAD_OP")]
+)
+def test_version_1_of_fsdp_is_set_up_as_it_is_modelled(
+    strategy: Strategy, sharding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    utils = pytest.importorskip("accelerate.utils")
+    environment = launcher_environment(tmp_path, text(plan(strategy, fsdp=FsdpSettings(version=1))), monkeypatch)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert environment["FSDP_SYNC_MODULE_STATES"] == environment["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
+    for name in ("FSDP_SYNC_MODULE_STATES", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        monkeypatch.setenv(name, "false")  # to build the plugin, which asks for a GPU else
+
+    plugin = utils.FullyShardedDataParallelPlugin()
+
+    assert plugin.fsdp_version == 1
+    assert plugin.sharding_strategy.name == sharding
+    assert plugin.use_orig_params
+    assert plugin.backward_prefetch is None
+    assert not plugin.forward_prefetch
 
 
 @pytest.mark.parametrize("kind", [kind for kind in PLANS_OF_EVERY_KIND if kind.startswith("zero")])

@@ -91,6 +91,7 @@ def losses(log: Path) -> list[float]:
 
 def arguments(**given: Any) -> Namespace:
     defaults = {"objective": "causal", "seed": 0, "micro_batch": 2, "sequence_length": 4, "accumulation_steps": 2}
+    defaults |= {"padded": False}
     return Namespace(**defaults | given)
 
 
@@ -278,6 +279,19 @@ def test_labels_ask_for_what_the_objective_restores(objective: str, program: Mod
             kept = inputs != 0
             assert torch.equal(inputs[kept], labels[kept])
             assert (labels != -100).all()
+
+
+def test_padding_is_hidden_from_attention_and_from_the_loss(program: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text('{"text": "1 2 3"}\n{"text": "4 5 6 7 8"}\n{"text": "9"}\n')
+    asked = arguments(dataset=str(tmp_path / "texts.jsonl"), padded=True, micro_batch=4)
+
+    batch = next(program.make_batches(rank(0, 1), asked, Numbers(), 256))
+
+    seen = batch["attention_mask"].bool()
+    assert sorted(batch["input_ids"][seen].tolist()) == list(range(1, 10))
+    assert sorted(seen.sum(dim=1).tolist()) == [1, 1, 3, 4]
+    assert (batch["labels"][~seen] == -100).all()
+    assert torch.equal(batch["labels"][seen], batch["input_ids"][seen])
 
 
 def test_random_tokens_differ_between_ranks_but_not_between_runs(program: ModuleType) -> None:

@@ -176,7 +176,8 @@ def made_estimate(
             high_bytes=round(1.06 * used),
             peak_phase="backward",
             peak_label="loss backward",
-            worst_rank=0,
+            rank=0,
+            fullest=True,
             ledger=tuple(ledger),
             timeline=(
                 PhaseMemory("init", round(11.5 * GIB), round(7.2 * GIB)),

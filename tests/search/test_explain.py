@@ -13,6 +13,7 @@ from advisor.cost.results import Estimate
 from advisor.search.explain import fewest_gpus, lost, won
 from advisor.search.recommend import search
 from advisor.search.results import Recommendation, Rejected
+from advisor.search.space import SEARCHED_CHECKPOINTING
 from advisor.specs.plan import Checkpointing, Offload, Strategy
 from advisor.specs.question import Question
 from search.questions import ASKED, GIB, answer, question, variant_of, with_gpus, with_memory
@@ -52,7 +53,7 @@ def test_no_plan_of_a_rejected_strategy_misses_by_less(name: str) -> None:
     asked = ASKED[name]
     share = asked.job.global_batch // asked.cluster.gpus
     for each in short_of_memory(answer(name)):
-        for checkpointing in Checkpointing:
+        for checkpointing in SEARCHED_CHECKPOINTING:
             for size in (size for size in range(1, share + 1) if share % size == 0):
                 plan = replace(
                     each.plan, checkpointing=checkpointing, micro_batch=size, accumulation_steps=share // size

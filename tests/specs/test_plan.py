@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from advisor.errors import SpecError
-from advisor.specs.plan import Checkpointing, Offload, Plan, Strategy, ZeroSettings, zero_settings
+from advisor.specs.plan import Checkpointing, FsdpSettings, Offload, Plan, Strategy, ZeroSettings, zero_settings
 
 COUNTS = ("gpus", "micro_batch", "accumulation_steps")
 counts = st.integers(1, 10**6)
@@ -111,6 +111,19 @@ def test_parameters_never_leave_without_the_optimizer(offload: Offload, optimize
 def test_an_empty_bucket_is_refused_by_name(name: str) -> None:
     with pytest.raises(SpecError, match=f"{name} must be at least 1 element, got 0"):
         ZeroSettings(**{name: 0})
+
+
+def test_fsdp_has_two_versions() -> None:
+    with pytest.raises(SpecError, match="FSDP has versions 1 and 2, got 3"):
+        FsdpSettings(version=3)
+
+
+def test_a_title_says_which_fsdp_is_not_the_usual_one() -> None:
+    first, second = (
+        Plan(strategy=Strategy.FSDP, gpus=2, micro_batch=1, fsdp=FsdpSettings(version=version)) for version in (1, 2)
+    )
+
+    assert (first.title, second.title) == ("FSDP1 full shard", "FSDP full shard")
 
 
 # deepspeed 0.19.8, runtime/zero/config.py: overlap_comm is on from stage 3 where nobody says.

@@ -207,7 +207,7 @@ def test_a_fused_projection_stays_whole(shape: Shape) -> None:
     joint = Parameter("qkv", (query + 2 * key_value, shape.h))
     fused = replace(
         split,
-        attention=replace(split.attention, fused_projection=True),
+        attention=replace(split.attention, fused_projection=True, rotates_by_head=True),
         parameters=(joint, *split.parameters[3:]),
     )
     apart, together = (record_layer(each, shape.h, mode(shape), False) for each in (split, fused))
@@ -233,7 +233,7 @@ def test_logits_take_ten_bytes_in_forward_and_twelve_when_backward_starts(shape:
     assert before == kept + 2 * logit
     assert before + peak(head.loss) == kept + 10 * logit
     assert after == kept + 4 * logit
-    assert kept + 12 * logit in accumulate(changes(head.backward), initial=after)
+    assert kept + 12 * logit in accumulate(changes(head.loss_backward + head.backward), initial=after)
 
 
 def test_the_twelve_bytes_of_a_large_vocabulary_are_the_peak_of_the_head_s_backward() -> None:
@@ -241,7 +241,7 @@ def test_the_twelve_bytes_of_a_large_vocabulary_are_the_peak_of_the_head_s_backw
     head = record_head(shape.model, mode(shape))
     after = sum(changes(head.forward + head.loss)) + 2 * shape.h * shape.tokens
 
-    assert after + peak(head.backward) == (8 * shape.h + 4 + 12 * shape.v) * shape.tokens
+    assert after + peak(head.loss_backward + head.backward) == (8 * shape.h + 4 + 12 * shape.v) * shape.tokens
 
 
 @pytest.mark.parametrize("parameter_bytes", [2, 4])

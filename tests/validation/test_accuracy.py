@@ -68,10 +68,10 @@ def assert_close(found: Comparison) -> None:
 @pytest.mark.parametrize("checkpointing", list(Checkpointing))
 @pytest.mark.parametrize(
     ("profile", "parameter_format"),
-    [(profile, each) for profile in DENSE for each in ("bf16", "fp32")] + [(MIXTURE, "bf16")],
+    [(profile, each) for profile in (*DENSE, MIXTURE) for each in ("bf16", "fp32")],
 )
 def test_one_rank_is_predicted(profile: str, parameter_format: Any, checkpointing: Checkpointing) -> None:
-    """In pure bf16, and with fp32 weights under autocast, which a CPU cannot run a mixture under."""
+    """In pure bf16, and with fp32 weights under autocast."""
     job = Job(sequence_length=256, global_batch=2, parameter_format=parameter_format)
     plan = Plan(strategy=Strategy.DDP, gpus=1, micro_batch=2, checkpointing=checkpointing)
 
@@ -99,6 +99,63 @@ def test_the_scores_matrix_is_predicted() -> None:
     job = Job(sequence_length=512, global_batch=2, parameter_format="bf16", attention="eager")
 
     found = compare(shrunken(TIED, job, Plan(strategy=Strategy.DDP, gpus=1, micro_batch=2)))
+
+    assert_close(found)
+    assert abs(found.error("saved for backward")) < PEAK_ERROR
+
+
+# Latent heads of two widths; heads shared in fp32; position biases; a mask in every layer and autocast that does not
+# keep its copies; one head for all; sinks and clamped experts; experts that see every token.
+@pytest.mark.parametrize(
+    ("profile", "weights", "products"),
+    [
+        ("deepseek-ai__DeepSeek-V2-Lite", "bf16", "bf16"),
+        ("Qwen__Qwen2.5-0.5B", "fp32", "fp32"),
+        ("Qwen__Qwen2.5-0.5B", "fp32", "fp16"),
+        ("google-t5__t5-small", "fp32", "fp32"),
+        ("tiiuae__falcon-40b", "fp32", "bf16"),
+        ("tiiuae__falcon-7b", "bf16", "bf16"),
+        ("openai__gpt-oss-20b", "bf16", "bf16"),
+        ("meta-llama__Llama-4-Scout-17B-16E", "fp32", "bf16"),
+        ("google__gemma-3-4b-it", "bf16", "bf16"),
+    ],
+)
+def test_what_backward_needs_is_predicted_by_the_kernels_of_a_gpu(profile: str, weights: Any, products: Any) -> None:
+    job = Job(sequence_length=128, global_batch=2, parameter_format=weights, precision=products)
+
+    found = compare(shrunken(profile, job, Plan(strategy=Strategy.DDP, gpus=1, micro_batch=2)))
+
+    assert_close(found)
+    assert abs(found.error("saved for backward")) < PEAK_ERROR
+
+
+@pytest.mark.parametrize(
+    ("profile", "padded", "length"),
+    [
+        ("Qwen__Qwen2.5-1.5B", True, 256),
+        ("google-bert__bert-base-uncased", True, 256),
+        ("google__gemma-3-1b-it", False, 640),
+        ("mistralai__Mistral-7B-v0.1", False, 4096),
+    ],
+)
+@pytest.mark.parametrize("checkpointing", [Checkpointing.NONE, Checkpointing.FULL])
+def test_masks_are_predicted(profile: str, padded: bool, length: int, checkpointing: Checkpointing) -> None:
+    """Padding makes them, and so does a window that the sequence fills."""
+    job = Job(sequence_length=length, global_batch=2, parameter_format="bf16", padded=padded)
+    plan = Plan(strategy=Strategy.DDP, gpus=1, micro_batch=2, checkpointing=checkpointing)
+
+    found = compare(shrunken(profile, job, plan))
+
+    assert_close(found)
+    assert abs(found.error("saved for backward")) < PEAK_ERROR
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("profile", ["openai-community__gpt2", "google-bert__bert-base-uncased"])
+def test_dropout_is_predicted_as_cuda_keeps_it(profile: str, attention: Any) -> None:
+    job = Job(sequence_length=256, global_batch=2, parameter_format="bf16", attention=attention)
+
+    found = compare(shrunken(profile, job, Plan(strategy=Strategy.DDP, gpus=1, micro_batch=2)), dropout=True)
 
     assert_close(found)
     assert abs(found.error("saved for backward")) < PEAK_ERROR

@@ -1,66 +1,72 @@
-"""The counter of live storages, against tensors whose lives are known."""
+"""What a traced step says of itself: phases, categories, and that nothing is left behind."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
 
-from advisor.validation.trace import StorageCounter, resizes_counted  # noqa: E402 - imports torch
+from advisor.catalog.huggingface import model_from_config  # noqa: E402 - after torch is known to be there
+from advisor.specs.job import Job  # noqa: E402
+from advisor.specs.plan import Checkpointing, Plan, Strategy  # noqa: E402
+from advisor.step.build import build  # noqa: E402
+from advisor.step.program import peak_of  # noqa: E402
+from advisor.validation.trace import trace_step  # noqa: E402
 
-MIB = 2**20
-
-
-def mebibytes(count: int) -> object:
-    return torch.zeros(count * MIB, dtype=torch.uint8)
-
-
-def test_what_lives_is_counted_until_its_last_reference_goes() -> None:
-    with StorageCounter() as counter:
-        first = mebibytes(3)
-        second = mebibytes(2)
-        assert counter.live_bytes == 5 * MIB
-        view = first[:10]  # type: ignore[index]
-        del first, second
-        assert counter.live_bytes == 3 * MIB
-        del view
-        assert (counter.live_bytes, counter.peak_bytes) == (0, 5 * MIB)
-
-
-def test_each_phase_has_its_own_peak() -> None:
-    with StorageCounter() as counter:
-        kept = mebibytes(1)
-        with counter.phase():
-            mebibytes(8)
-            assert counter.peak_bytes == 9 * MIB
-        with counter.phase():
-            mebibytes(2)
-            assert counter.peak_bytes == 3 * MIB
-        del kept
+SMALL: dict[str, Any] = {
+    "model_type": "qwen2",
+    "vocab_size": 2048,
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+}
+JOB = Job(sequence_length=96, global_batch=32)
 
 
-def test_a_storage_that_is_resized_counts_as_it_is() -> None:
-    with StorageCounter() as counter, resizes_counted(counter):
-        tensor = mebibytes(4)
-        tensor.untyped_storage().resize_(0)  # type: ignore[attr-defined]
-        assert counter.live_bytes == 0
-        tensor.untyped_storage().resize_(MIB)  # type: ignore[attr-defined]
-        assert counter.live_bytes == MIB
-    assert torch.UntypedStorage.resize_.__qualname__ != "resizes_counted.<locals>.resize"
+@pytest.mark.parametrize(
+    ("strategy", "gpus", "checkpointing", "steps"),
+    [
+        (Strategy.DDP, 1, Checkpointing.FULL, 1),
+        (Strategy.DDP, 4, Checkpointing.NONE, 2),
+        (Strategy.FSDP, 4, Checkpointing.NONE, 1),
+        (Strategy.FSDP, 4, Checkpointing.FULL, 2),
+    ],
+)
+def test_the_peak_is_made_of_what_the_program_says(
+    strategy: Strategy, gpus: int, checkpointing: Checkpointing, steps: int
+) -> None:
+    plan = Plan(strategy=strategy, gpus=gpus, micro_batch=2, accumulation_steps=steps, checkpointing=checkpointing)
+    found = trace_step(SMALL, "causal", JOB, plan)
+    predicted: dict[str, int] = {}
+    for line in peak_of(build(model_from_config(SMALL, "small", ""), JOB, plan).device).ledger:
+        predicted[line.category] = predicted.get(line.category, 0) + line.size_bytes
+    ledger = dict(found.ledger)
+
+    assert sum(ledger.values()) == found.peak_bytes
+    for category in ("parameters", "optimizer", "gradients", "logits"):
+        # The program counts the head's cast input among the logits.
+        assert ledger.get(category, 0) == pytest.approx(predicted.get(category, 0), rel=0.02, abs=2048), category
 
 
-def test_two_gradients_of_one_tensor_are_summed_in_place_as_without_the_counter() -> None:
-    """A dispatch mode makes autograd add out of place; the counter undoes that."""
-    x = torch.zeros(MIB, requires_grad=True)
-    with StorageCounter() as counter:
-        output = (x * 2 + x * 3).sum()
-        counter.in_backward = True
-        with counter.phase():
-            before = counter.live_bytes
-            output.backward()
-        counter.in_backward = False
-        peak = counter.peak_bytes - before
-        assert counter.live_bytes - before == 4 * MIB
+def test_no_rank_and_no_patch_is_left_behind() -> None:
+    from transformers import masking_utils
 
-    # The gradients through the two products, and no third for their sum; the loss's own is a number of 4 bytes.
-    assert peak == 2 * 4 * MIB + 4
+    packed, resize = masking_utils.find_packed_sequence_indices, torch.UntypedStorage.resize_
+    trace_step(SMALL, "causal", JOB, Plan(strategy=Strategy.FSDP, gpus=4, micro_batch=1))
+
+    assert not torch.distributed.is_initialized()
+    assert masking_utils.find_packed_sequence_indices is packed
+    assert torch.UntypedStorage.resize_ is resize
+
+
+def test_the_loss_has_a_phase_of_its_own() -> None:
+    found = trace_step(SMALL, "causal", JOB, Plan(strategy=Strategy.DDP, gpus=1, micro_batch=2))
+    logits = 2 * JOB.sequence_length * SMALL["vocab_size"]
+
+    # fp32 weights under autocast: logits in bf16 when the loss begins; upcast and logarithms in fp32 within it.
+    assert found.loss_peak_bytes - found.forward_peak_bytes == pytest.approx(8 * logits, rel=0.05)

@@ -96,6 +96,7 @@ def _attention(config: Configuration, heads: int) -> Attention:
         bias=bias,
         output_bias=bias,
         latent=latent,
+        rotates_by_head=True,
         rotary_fraction=latent.rotary_head_dim / (latent.plain_head_dim + latent.rotary_head_dim),
         dropout=config.number("attention_dropout", default=0.0),
     )

@@ -95,6 +95,7 @@ def _encoder_layer(config: Configuration) -> tuple[int, Layer]:
             bias=True,
             output_bias=True,
             rotary_fraction=0.0,
+            narrow_softmax=True,
             dropout=config.number("attention_probs_dropout_prob", default=0.1),
             causal=False,
         ),
@@ -140,6 +141,7 @@ def t5(config: Configuration) -> ModelSpec:
         head_dim=head_dim,
         rotary_fraction=0.0,
         additive_bias=True,
+        narrow_softmax=True,
         dropout=dropout,
         causal=False,
     )
@@ -164,9 +166,10 @@ def t5(config: Configuration) -> ModelSpec:
         return Layer(
             attention=replace(attention, causal=decodes),
             cross_attention=attention if decodes else None,
-            feed_forward=FeedForward(width=width, gated=gated, activation=activation, dropout=dropout),
-            norm="rms",
+            feed_forward=FeedForward(width=width, gated=gated, activation=activation, dropout=dropout, widened=True),
+            norm="rms-narrow",
             dropout=dropout,
+            closes_stack=closes_encoder,
             parameters=(
                 *of_attention("layer.0.SelfAttention"),
                 *(table if first else ()),
@@ -197,7 +200,8 @@ def t5(config: Configuration) -> ModelSpec:
         embedding=weight("shared", vocabulary, hidden_size),
         embedding_dropout=dropout,
         runs=runs_of(kinds, layer),
-        final_norm="rms",
+        final_norm="rms-narrow",
+        final_dropout=dropout,
         head=weight("decoder.final_layer_norm", hidden_size),
         decoder_start=encoder_layers,
         source=config.source,

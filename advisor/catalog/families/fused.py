@@ -29,6 +29,7 @@ def phi3(config: Configuration) -> ModelSpec:
         fused_projection=True,
         rotary_fraction=rotary_fraction(config, "partial_rotary_factor", default=1.0),
         window=config.optional_integer("sliding_window"),
+        rotates_by_head=True,
         dropout=config.number("attention_dropout", default=0.0),
     )
     layer = Layer(
@@ -134,6 +135,7 @@ def chatglm(config: Configuration) -> ModelSpec:
         output_bias=bias,
         fused_projection=True,
         rotary_fraction=0.5,
+        rotates_by_head=True,
         dropout=config.number("attention_dropout", default=0.0),
     )
     layer = Layer(

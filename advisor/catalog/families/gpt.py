@@ -29,6 +29,7 @@ def gpt2(config: Configuration) -> ModelSpec:
             output_bias=True,
             fused_projection=True,
             rotary_fraction=0.0,
+            narrow_softmax=True,
             dropout=config.number("attn_pdrop", default=0.1),
         ),
         feed_forward=FeedForward(
@@ -84,6 +85,7 @@ def gpt_neox(config: Configuration) -> ModelSpec:
         output_bias=bias,
         fused_projection=True,
         rotary_fraction=rotary_fraction(config, "rotary_pct", default=0.25),
+        rotates_by_head=True,
         dropout=config.number("attention_dropout", default=0.0),
     )
     layer = Layer(
@@ -188,6 +190,7 @@ def opt(config: Configuration) -> ModelSpec:
             *(linear("model.decoder.project_out", embedding_width, hidden_size) if projected else ()),
             *(() if tied else weight("lm_head", vocabulary, embedding_width)),
         ),
+        early_head=2 * final_norm + projected,
         source=config.source,
     )
 
@@ -275,6 +278,9 @@ def falcon(config: Configuration) -> ModelSpec:
         rotary_fraction=0.0 if alibi else 1.0,
         additive_bias=alibi,
         broadcast_heads=key_value_heads < heads and not grouped,
+        expanded_heads=grouped,
+        always_masked=True,
+        narrow_softmax=True,
         # The modelling code drops attention out only beside ALiBi.
         dropout=config.number("attention_dropout", default=0.0) if alibi else 0.0,
     )
@@ -295,6 +301,7 @@ def falcon(config: Configuration) -> ModelSpec:
         norm="layer",
         placement="parallel" if parallel else "pre",
         shared_norm=parallel and norms == 1,
+        transposed_weights=True,
         dropout=config.number("hidden_dropout", default=0.0),
         parameters=(
             *linear("self_attention.query_key_value", fused_width(attention), hidden_size, bias),

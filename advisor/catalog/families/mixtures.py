@@ -254,6 +254,7 @@ def llama4_text(config: Configuration) -> ModelSpec:
     normed = config.flag("use_qk_norm", default=True)
     chunk = config.optional_integer("attention_chunk_size", default=8192)
     attention = Attention(
+        narrow_softmax=True,
         heads=heads,
         key_value_heads=config.optional_integer("num_key_value_heads", default=8) or heads,
         head_dim=config.optional_integer("head_dim", default=128) or hidden_size // heads,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
 from advisor.catalog.configuration import Configuration
-from advisor.specs.model import Attention, Layer, ModelSpec, NormKind, Parameter, Run
+from advisor.specs.model import AnyLayer, Attention, ModelSpec, NormKind, Parameter, Run
 
 Parameters = tuple[Parameter, ...]
 Kind = TypeVar("Kind", bound=Hashable)
@@ -61,7 +61,7 @@ def stacked_experts(count: int, hidden_size: int, width: int, prefix: str = "mlp
     )
 
 
-def runs_of(kinds: Sequence[Kind], layer: Callable[[Kind], Layer]) -> tuple[Run, ...]:
+def runs_of(kinds: Sequence[Kind], layer: Callable[[Kind], AnyLayer]) -> tuple[Run, ...]:
     """One layer for each of *kinds*, in few runs of repeating patterns; each distinct kind is built once."""
     built = {kind: layer(kind) for kind in dict.fromkeys(kinds)}
     runs: list[Run] = []

@@ -19,18 +19,18 @@ def tables(model: ModelSpec, config: Configuration) -> tuple[Buffer, ...]:
 def _rotary(model: ModelSpec, long: bool) -> Iterator[Buffer]:
     """``inv_freq`` and ``original_inv_freq`` of the rotary embedding, half as many as it turns dimensions.
 
-    LongRoPE makes ``long_inv_freq`` beside them in the first forward (modeling_rope_utils.py).
+    LongRoPE makes ``long_inv_freq``, a plain attribute, in the first forward (modeling_rope_utils.py).
     Gemma 3 keeps a pair for each kind of layer (models/gemma3/modeling_gemma3.py); the other families one for all.
     """
     kinds: dict[object, Layer] = {}
-    for layer in model.layers:
+    for layer in model.described_layers:
         if layer.attention.rotary_dimensions:
             kinds.setdefault(layer.attention.window is not None if model.family.startswith("gemma3") else None, layer)
     for layer in kinds.values():
         frequencies = layer.attention.rotary_dimensions // 2
         yield Buffer("rotary frequencies", 2 * frequencies, "fp32")
         if long:
-            yield Buffer("long rotary frequencies", frequencies, "fp32")
+            yield Buffer("long rotary frequencies", frequencies, "fp32", registered=False)
 
 
 def _has_long_rope(config: Configuration) -> bool:
@@ -55,5 +55,6 @@ def _scale(model: ModelSpec) -> Iterator[Buffer]:
 def _router_corrections(model: ModelSpec) -> Iterator[Buffer]:
     """``e_score_correction_bias`` of each router (models/deepseek_v3/modeling_deepseek_v3.py)."""
     if model.family == "deepseek_v3":
-        count = sum(layer.feed_forward.count for layer in model.layers if isinstance(layer.feed_forward, Experts))
+        blocks = (layer.feed_forward for layer in model.described_layers)
+        count = sum(block.count for block in blocks if isinstance(block, Experts))
         yield Buffer("router corrections", count, "weights")

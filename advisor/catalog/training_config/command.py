@@ -71,6 +71,9 @@ COUNTS: dict[str, tuple[str, ...]] = {
 """Names of flags, and the arguments by which training programs know them: transformers' TrainingArguments and examples,
 TRL, LLaMA-Factory, and the program that this package writes."""
 
+TRAINER_DEFAULTS = {"micro_batch": 8, "grad_accum": 1}
+"""What the Trainer fills ``auto`` with where its arguments are silent (transformers 5.23, training_args.py)."""
+
 OPTIMIZERS = {
     "adamw_torch": "adamw-foreach",
     "adamw_torch_fused": "adamw-fused",
@@ -326,6 +329,9 @@ def _program(program: Table, found: dict[str, Setting], settings: Settings, warn
         for key in keys:
             if (value := program.count(key)) is not None:
                 found[name] = Setting(value, program.place(key))
+    if program.held.get("deepspeed", "true") != "true":  # the Trainer's own argument names a file
+        for name, value in TRAINER_DEFAULTS.items():
+            found.setdefault(name, Setting(value, "the Trainer's default", written=False))
     _formats(program, found, settings)
     for key in ("optim", "optimizer"):
         kind = program.word(key)

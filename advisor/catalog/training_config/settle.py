@@ -74,8 +74,10 @@ def batch(found: Mapping[str, Setting], gpus: int) -> Settings:
     that disagree, one that no flag gave is made to fit, and without flags it is an error.
     """
     warnings: list[str] = []
-    known = {name: found[name] for name in ("global_batch", "micro_batch", "grad_accum") if name in found}
-    if all(each.place == FLAG for each in known.values()):
+    sizes = {name: found[name] for name in ("global_batch", "micro_batch", "grad_accum") if name in found}
+    known = {name: each for name, each in sizes.items() if each.written}
+    usual = {name: each for name, each in sizes.items() if not each.written}
+    if not usual and all(each.place == FLAG for each in known.values()):
         return Settings()
     flags = [name for name, each in known.items() if each.place == FLAG]
     if len(known) == 3 and not _agree(known, gpus):
@@ -90,9 +92,11 @@ def batch(found: Mapping[str, Setting], gpus: int) -> Settings:
         del known[loose[0]]
     follows = "follows from the others"
     total, micro, steps = (known.get(name) for name in ("global_batch", "micro_batch", "grad_accum"))
+    if steps is None and micro is None:
+        micro = usual.get("micro_batch")
     if total is None:
-        micro = micro or Setting(1, "assumed", written=False)
-        steps = steps or Setting(1, "DeepSpeed's and accelerate's default", written=False)
+        micro = micro or usual.get("micro_batch") or Setting(1, "assumed", written=False)
+        steps = steps or usual.get("grad_accum") or Setting(1, "DeepSpeed's and accelerate's default", written=False)
         total = Setting(gpus * micro.value * steps.value, follows, written=False)
     elif micro is None:
         steps = steps or Setting(1, "DeepSpeed's default", written=False)

@@ -47,6 +47,14 @@ def test_the_trainer_fills_what_its_json_leaves_to_it(tmp_path: Path) -> None:
     assert (question.job.precision, question.job.optimizer, question.job.global_batch) == ("bf16", "adamw-fused", 64)
 
 
+def test_the_trainer_s_own_batch_stands_where_its_arguments_are_silent(tmp_path: Path) -> None:
+    question, plan = planned(tmp_path, "deepspeed --num_gpus 4 t.py --deepspeed trainer.json --bf16")
+
+    assert (plan.micro_batch, plan.accumulation_steps, question.job.global_batch) == (8, 1, 32)
+    micro_batch = next(each for each in question.inputs if each.name == "micro_batch")
+    assert (micro_batch.origin, micro_batch.source) == ("default", "the Trainer's default")
+
+
 def test_options_of_accelerate_s_launcher_lie_over_its_file(tmp_path: Path) -> None:
     question, plan = planned(
         tmp_path,

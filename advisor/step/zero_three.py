@@ -1,0 +1,221 @@
+"""DeepSpeed ZeRO stage 3 without offload (deepspeed 0.19.8, runtime/zero/stage3.py)."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+
+from advisor.specs.model import Parameter
+from advisor.specs.plan import Checkpointing
+from advisor.step.arrival import Arrival, Source, Where, arrival, where
+from advisor.step.flat_partition import Reduction, reductions
+from advisor.step.passage import Move, Passage, passage
+from advisor.step.program import Amount, Block, Collective, hold, release, released, scratch
+from advisor.step.recording import Mode, mode_of
+from advisor.step.scheme import MicroStep, Nodes, Part
+from advisor.step.states import MOMENTS, adam_step_counters, adam_temporaries, tensor_shards
+from advisor.step.zero import NORM_BYTES, Zero
+
+
+class ZeroThree(Zero):
+    """Stage 3: weights too are cut, tensor by tensor, and gathered for use."""
+
+    @cached_property
+    def shard(self) -> Amount:
+        return tensor_shards(tuple(self.model.parameters()), self.plan.gpus)
+
+    @cached_property
+    def small(self) -> tuple[Parameter, ...]:
+        """The tensors that every rank keeps whole."""
+        threshold = self.plan.zero.persistence_threshold
+        return tuple(each for each in self.model.parameters() if each.numel <= threshold)
+
+    @cached_property
+    def persistent(self) -> Amount:
+        """Elements of the small tensors, each padded to the ranks."""
+        return tensor_shards(self.small, self.plan.gpus) * self.plan.gpus
+
+    @property
+    def master_bytes(self) -> int:
+        """None where the optimizer works on the weights themselves, in their own format on their own device."""
+        return 0 if self.state_bytes == self.job.compute_bytes else self.state_bytes
+
+    @cached_property
+    def mode(self) -> Mode:
+        return mode_of(self.job, self.parameter_bytes)
+
+    @cached_property
+    def passage(self) -> Passage:
+        """How the window of gathered weights moves through a micro-step."""
+        return passage(self.model, self.mode, self.checkpointed, self.plan.zero, self.source)
+
+    @property
+    def checkpointed(self) -> bool:
+        return self.plan.checkpointing is not Checkpointing.NONE
+
+    @cached_property
+    def gathers(self) -> int:
+        """Gathers of the whole model in a micro-step: one where it stays whole from forward to backward."""
+        cut = self.model.parameter_count - sum(each.numel for each in self.small)
+        return 1 if self.passage.most >= cut else 2
+
+    @cached_property
+    def arrival(self) -> Arrival:
+        """In which order gradients come to the bucket."""
+        return arrival(self.model, self.mode, self.checkpointed, self.source)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(parameter.numel for parameter in self.model.parameters())
+
+    @cached_property
+    def reductions(self) -> tuple[Reduction, ...]:
+        return reductions(self.sizes, self.arrival.tensors, self.plan.zero.reduce_bucket)
+
+    @property
+    def micro_steps_differ(self) -> bool:
+        return False
+
+    @cached_property
+    def reduced_before(self) -> dict[Source, Reduction]:
+        """The gradients that find the bucket full, and what is reduced before they enter."""
+        sources = self.arrival.sources
+        return {sources[reduction.place]: reduction for reduction in self.reductions[:-1]}
+
+    @cached_property
+    def layers_apart(self) -> frozenset[int]:
+        """Those in which the window moves otherwise than usual, a bucket is reduced, or a gradient waits beside it."""
+        special = {source[0] for source in self.reduced_before}
+        for tensor, source in zip(self.arrival.tensors, self.arrival.sources, strict=True):
+            if self.sizes[tensor] > self.plan.zero.reduce_bucket:
+                special.add(source[0])
+        return self.passage.unusual | {each for each in special if isinstance(each, int)}
+
+    def states(self) -> Nodes:
+        shard, half = self.shard, self.job.compute_bytes
+        return (
+            hold("weights, rank's share", "parameters", shard * half),
+            hold("small weights kept whole", "parameters", self.persistent * half),
+            hold("gradients, rank's share", "gradients", shard * half),
+            hold("gradient bucket", "buffers", self.bucket_bytes),
+            hold("master weights, rank's share", "optimizer", shard * self.master_bytes),
+            scratch("first zero gradient", shard * self.state_bytes),
+            hold("Adam moments, rank's share", "optimizer", MOMENTS * shard * self.state_bytes),
+            hold("Adam step counter", "optimizer", adam_step_counters(self.job, 1)),
+            # A norm in fp64, and one byte that tells of overflow.
+            hold("gradient norm and overflow flag", "buffers", NORM_BYTES + 1),
+        )
+
+    def before_forward(self, part: Part) -> Nodes:
+        return (self._gather(part), self._gathered(self.passage.forward[self._like(part)].entering))
+
+    def after_forward(self, part: Part) -> Nodes:
+        return (self._gathered(self.passage.forward[self._like(part)].leaving),)
+
+    def before_backward(self, part: Part, micro: MicroStep) -> Nodes:
+        first = (self._gathered(self.passage.first),) if part.kind == "head" else ()
+        return (*first, self._gather(part)) if self.gathers == 2 else first
+
+    def _like(self, part: Part) -> Where:
+        """Where *part* stands, or one of the layers that it stands for."""
+        at = where(part)
+        return self.usual[id(part.of_layer)] if at is None else at
+
+    @cached_property
+    def usual(self) -> dict[int, Where]:
+        """For each kind of layer, by identity, one that fares as most of them do."""
+        return {id(layer): self.passage.usual[number] for number, layer in enumerate(self.model.layers)}
+
+    def _gathered(self, move: Move) -> Block:
+        half = self.job.compute_bytes
+        return Block("gathered weights", "parameters", move.net * half, max(move.peak, move.net, 0) * half, "buffers")
+
+    def _gather(self, part: Part) -> Block:
+        payload = part.numel * self.job.compute_bytes
+        messages = max(1, part.numel // self.plan.zero.prefetch_bucket)
+        gather = Collective("weights", "all-gather", payload, messages, waits=False)
+        return Block("gather of weights", "temporaries", moved_bytes=payload, transfers=(gather,))
+
+    def gradient(self, part: Part, parameter: Parameter, size_bytes: int, micro: MicroStep) -> Nodes:
+        reduction = self.reduced_before.get((at, parameter)) if (at := where(part)) is not None else None
+        waits = parameter.numel > self.plan.zero.reduce_bucket
+        move = self._changes[self._like(part), parameter]
+        if reduction is None and not waits:
+            return self._passing(size_bytes, move)
+        return (
+            hold("gradients", "gradients", size_bytes),
+            *(self._reduce(reduction) if reduction else ()),
+            release("gradients", "gradients", 0 if waits else size_bytes),
+            self._gathered(move),
+        )
+
+    def _passing(self, size_bytes: int, move: Move) -> Nodes:
+        """A gradient that moves into the bucket; the same nodes wherever the same happens."""
+        if (size_bytes, move) not in self._passed:
+            self._passed[size_bytes, move] = (scratch("gradients", size_bytes, "gradients"), self._gathered(move))
+        return self._passed[size_bytes, move]
+
+    @cached_property
+    def _passed(self) -> dict[tuple[int, Move], Nodes]:
+        return {}
+
+    @cached_property
+    def _changes(self) -> dict[Source, Move]:
+        """The window's change after each gradient."""
+        found: dict[Source, Move] = {}
+        after = {part: iter(changes) for part, changes in self.passage.after.items()}
+        for source in self.arrival.sources:
+            found[source] = next(after[source[0]])
+        return found
+
+    def _reduce(self, reduction: Reduction) -> Nodes:
+        """Gradients are put together for reduce-scatter, padded to the ranks, and dropped.
+
+        comm/coalesced_collectives.py ``reduce_scatter_coalesced``: one tensor that needs no padding is not copied.
+        """
+        sizes = [self.sizes[tensor] for tensor in reduction.tensors]
+        padded = sum(-(-size // self.plan.gpus) * self.plan.gpus for size in sizes)
+        copies = 1 * (len(sizes) > 1 or padded != sizes[0])
+        alone = sizes[0] > self.plan.zero.reduce_bucket
+        half = self.job.compute_bytes
+        return (
+            scratch("flat copy of a bucket", padded * half * copies),
+            release("gradients", "gradients", sizes[0] * half if alone else 0),
+        )
+
+    def after_backward(self, part: Part, micro: MicroStep) -> Nodes:
+        payload = part.numel * self.job.compute_bytes
+        reduce = Collective("gradients", "reduce-scatter", payload, 1, waits=False)
+        return (Block("gradient reduce-scatter", "temporaries", moved_bytes=4 * payload, transfers=(reduce,)),)
+
+    def end_backward(self, micro: MicroStep) -> Nodes:
+        return (self._gathered(Move(-self.passage.last, 0)), *self._reduce(self.reductions[-1]))
+
+    def update(self) -> Nodes:
+        shard, half = self.shard, self.job.compute_bytes
+        piece = np.minimum(shard, self.plan.zero.sub_group)
+        largest = -(-self.model.largest_parameter.numel // self.plan.gpus)
+        payload = self.persistent * half
+        gather = Collective("small weights", "all-gather", payload, 1, waits=True)
+        small = hold("small weights kept whole", "parameters", payload)
+        flat = hold("flat gradient of a sub-group", "gradients", half * piece)
+        cast = hold("optimizer's gradient of a sub-group", "gradients", self.state_bytes * piece)
+        casts = self.state_bytes != half
+        return (
+            # All weights are cut, the small ones too, until the optimizer has made new ones.
+            released(small),
+            scratch("gradient norm in fp64", NORM_BYTES * largest),
+            flat,
+            *((cast, released(flat)) if casts else ()),
+            scratch("Adam temporaries", adam_temporaries(self.job, lambda: (piece,), self.state_bytes)),
+            self.adam(shard),
+            released(cast if casts else flat),
+            Block("all-gather of small weights", "temporaries", transfers=(gather,)),
+            small,
+        )
+
+    def host_once(self) -> Nodes:
+        """transformers' ZeRO-3 loading: rank 0 reads the whole checkpoint and sends it to the others."""
+        whole = self.model.parameter_count * self.job.compute_bytes
+        return (scratch("weights while loading", whole, "parameters"),)

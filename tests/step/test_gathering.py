@@ -1,0 +1,64 @@
+"""ZeRO-3's window of gathered weights, by DeepSpeed's rules."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from advisor.step.gathering import Limits, gathered
+
+ALL = 10**9
+WHOLE = Limits(prefetch_bucket=ALL, max_live=ALL, max_reuse=ALL, persistence_threshold=0)
+
+
+def there_and_back(tensors: int) -> tuple[tuple[int, ...], ...]:
+    """One module for each tensor, forward and backward, inside a module without any."""
+    order = [(tensor,) for tensor in range(tensors)]
+    return ((), *order, *reversed(order))
+
+
+def test_without_prefetch_and_reuse_only_the_running_module_is_whole() -> None:
+    levels = gathered(there_and_back(3), (10, 20, 30), Limits(0, ALL, 0, 0))
+
+    assert [level.running for level in levels] == [0, 10, 20, 30, 30, 20, 10]
+    assert [level.after for level in levels] == [0] * 7
+
+
+def test_a_model_below_every_limit_arrives_at_once_and_goes_as_backward_ends() -> None:
+    levels = gathered(there_and_back(3), (10, 20, 30), WHOLE)
+
+    # The flat buffer of 60 stands beside the copies until the last of the three is used.
+    assert [level.running for level in levels] == [60, 120, 120, 60, 60, 30, 10]
+    assert [level.after for level in levels] == [60, 120, 120, 60, 30, 10, 0]
+
+
+def test_what_fits_the_reuse_distance_stays_for_backward() -> None:
+    # Between its forward and its backward lie 60 elements for the middle tensor and 100 for the first.
+    levels = gathered(there_and_back(3), (10, 20, 30), Limits(0, ALL, 61, 0))
+
+    assert [level.after for level in levels] == [0, 0, 20, 50, 20, 0, 0]
+
+
+def test_small_tensors_are_never_gathered() -> None:
+    levels = gathered(there_and_back(2), (10, 20), Limits(ALL, ALL, ALL, 10))
+
+    assert max(level.peak for level in levels) == 20
+
+
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=12),
+    st.integers(0, 200),
+    st.integers(1, 400),
+    st.integers(0, 400),
+    st.integers(0, 30),
+)
+def test_the_window_holds_what_runs_and_ends_empty(
+    sizes: list[int], prefetch: int, live: int, reuse: int, small: int
+) -> None:
+    calls = there_and_back(len(sizes))
+    levels = gathered(calls, tuple(sizes), Limits(prefetch, live, reuse, small))
+
+    assert levels[-1].after == 0
+    for tensors, level in zip(calls, levels, strict=True):
+        assert level.peak >= level.running >= level.after >= 0
+        assert level.running >= sum(sizes[tensor] for tensor in tensors if sizes[tensor] > small)
