@@ -52,6 +52,13 @@ def test_the_accuracy_shown_is_the_accuracy_recorded() -> None:
     assert recorded.strip() in between("accuracy")
 
 
+def test_the_accuracy_recorded_is_that_of_the_present_model() -> None:
+    command = [sys.executable, "benchmarks/accuracy.py"]
+    printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+    assert printed == (ROOT / "benchmarks" / "accuracy.txt").read_text(encoding="utf-8")
+
+
 def test_continuous_integration_runs_the_commands_shown() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     install, test = commands("Development")
