@@ -78,7 +78,8 @@ def for_real(seed: int, count: int) -> Iterator[Record]:
 def fullest(case: Case, launcher: Launcher) -> Record:
     traces = run(case.config, case.job, case.plan, launcher, timeout_s=TIMEOUT_S)
     found = max(traces, key=lambda each: each.peak_bytes)
-    framework = "DeepSpeed" if case.plan.strategy.zero_stage else case.plan.strategy.value.split("-")[0].upper()
+    strategy = case.plan.strategy
+    framework = "DeepSpeed" if strategy.zero_stage is not None else strategy.value.split("-")[0].upper()
     title = f"Real ranks on gloo, {framework} by {launcher}"
     return Record(title, case, counted(found), versions())
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from advisor.catalog.huggingface import model_from_config
 from advisor.specs.job import Job
@@ -30,15 +30,7 @@ Counter = Literal[
     "peak in step",
     "peak",
 ]
-COUNTERS: tuple[Counter, ...] = (
-    "between steps",
-    "end of forward",
-    "saved for backward",
-    "peak in forward",
-    "peak in backward",
-    "peak in step",
-    "peak",
-)
+COUNTERS: tuple[Counter, ...] = get_args(Counter)
 """Live bytes of one rank. The loss belongs to forward; what is saved for backward is the end of forward less what is
 held between steps."""
 
@@ -200,7 +192,7 @@ def _counters(*, states: int, after_forward: int, forward: int, backward: int, s
 def without_dropout(model: ModelSpec) -> ModelSpec:
     """The same model with every dropout off."""
     runs = tuple(Run(tuple(_dry(layer) for layer in run.layers), run.repeats) for run in model.runs)
-    return replace(model, embedding_dropout=0.0, runs=runs)
+    return replace(model, embedding_dropout=0.0, final_dropout=0.0, runs=runs)
 
 
 def _dry(layer: AnyLayer) -> AnyLayer:

@@ -26,7 +26,7 @@ from advisor.launch.accelerate import accelerate_yaml
 from advisor.launch.deepspeed import deepspeed_json
 from advisor.specs.job import Job
 from advisor.specs.plan import Plan, Strategy
-from advisor.validation.record import plain
+from advisor.validation.record import from_plain, plain
 
 if TYPE_CHECKING:
     from advisor.validation.trace import Trace
@@ -42,16 +42,6 @@ RAISED = re.compile(r"(\[\w+\]: ?)*[\w.]*(Error|Exception): ")
 """How the last line of a traceback begins, with the rank before it or not."""
 MARK = "ADVISOR_RUN"
 """Environment variable by which a run's processes are found, wherever a launcher put them."""
-
-CLASSES: dict[Strategy, tuple[str, str]] = {
-    Strategy.DDP: ("DistributedDataParallel", "AdamW"),
-    Strategy.FSDP: ("FSDPModule", "AdamW"),
-    Strategy.FSDP_GRAD_OP: ("FSDPModule", "AdamW"),
-    Strategy.ZERO1: ("DeepSpeedEngine", "DeepSpeedZeroOptimizer"),
-    Strategy.ZERO2: ("DeepSpeedEngine", "DeepSpeedZeroOptimizer"),
-    Strategy.ZERO3: ("DeepSpeedEngine", "DeepSpeedZeroOptimizer_Stage3"),
-}
-"""What wraps the model and what steps, by class."""
 
 
 def launcher_of(plan: Plan) -> Launcher:
@@ -76,8 +66,8 @@ def run(
         _write_inputs(folder, config, job, plan, launcher, timeout_s)
         output = _finish(_command(folder, plan, launcher), timeout_s)
         records = _records(folder, plan, output)
-    check_ran(records, plan)
-    return tuple(Trace(**record["trace"]) for record in records)
+    check_ran(records, job, plan)
+    return tuple(from_plain(Trace, record["trace"]) for record in records)
 
 
 def _write_inputs(
@@ -185,9 +175,9 @@ def _records(folder: Path, plan: Plan, output: str) -> list[dict[str, Any]]:
     return records
 
 
-def check_ran(records: list[dict[str, Any]], plan: Plan) -> None:
+def check_ran(records: list[dict[str, Any]], job: Job, plan: Plan) -> None:
     """Refuse a run that was another than the one asked for."""
-    engine, optimizer = CLASSES[plan.strategy]
+    engine, optimizer = _classes(job, plan)
     for rank, record in enumerate(records):
         for what, found, expected in (
             ("ranks that answered", record["ranks"], int(plan.gpus)),
@@ -198,3 +188,18 @@ def check_ran(records: list[dict[str, Any]], plan: Plan) -> None:
                 raise RunError(f"rank {rank} ran something else: {what} {found}, expected {expected}")
         if not all(math.isfinite(loss) for loss in record["losses"]):
             raise RunError(f"rank {rank} lost its loss: {record['losses']}")
+
+
+def _classes(job: Job, plan: Plan) -> tuple[str, str]:
+    """What wraps the model and what steps, by class (deepspeed 0.19.8, engine.py ``_do_optimizer_sanity_check``)."""
+    if plan.strategy.is_fsdp:
+        return "FSDPModule", "AdamW"
+    if plan.strategy.zero_stage is None:
+        return "DistributedDataParallel", "AdamW"
+    if plan.strategy is Strategy.ZERO0:
+        return "DeepSpeedEngine", "AdamW" if job.precision == "fp32" else "FP16_UnfusedOptimizer"
+    if plan.strategy is Strategy.ZERO1 and job.precision == "bf16" and plan.zero.gradient_format == "fp32":
+        return "DeepSpeedEngine", "BF16_Optimizer"
+    if plan.strategy is Strategy.ZERO3:
+        return "DeepSpeedEngine", "DeepSpeedZeroOptimizer_Stage3"
+    return "DeepSpeedEngine", "DeepSpeedZeroOptimizer"

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from advisor.catalog.detect import host_memory
 from advisor.catalog.models import FoundConfiguration
@@ -32,16 +29,8 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 
-Phase = Literal[
-    "between steps",
-    "forward",
-    "end of forward",
-    "loss",
-    "backward",
-    "step",
-    "peak",
-]
-PHASES: tuple[Phase, ...] = ("between steps", "forward", "loss", "end of forward", "backward", "step", "peak")
+Phase = Literal["between steps", "forward", "loss", "end of forward", "backward", "step", "peak"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
 """Live bytes of one rank, in the order in which a step passes them: held between steps, the highest up to the loss and
 in it, held when backward begins, the highest in backward and in the optimizer's step, and the highest of all."""
 
@@ -98,7 +87,7 @@ def trace(model: str, *, strategy: str | None = None, rank: int = 0, **words: Un
     if plan.offload.optimizer:
         raise SpecError("offload cannot be traced: on a CPU the device's memory and the host's are one; leave it out")
     job = replace(question.job, attention="eager") if question.model.eager_only else question.job
-    predicted = _predicted(question.model, job, plan)
+    predicted = _predicted(question.model, job, plan, rank)
     started = time.perf_counter()
     if plan.strategy.zero_stage is not None:
         how: How = "real tensors"
@@ -122,12 +111,12 @@ def trace(model: str, *, strategy: str | None = None, rank: int = 0, **words: Un
     )
 
 
-def _predicted(model: ModelSpec, job: Job, plan: Plan) -> Reading:
-    """What the step program says, without dropout; of a model without formulas only what is there between steps."""
+def _predicted(model: ModelSpec, job: Job, plan: Plan, rank: int) -> Reading:
+    """What the step program says of *rank*, without dropout; without formulas, only what is there between steps."""
     if not model.described_layers:
-        states: Node = then(*scheme_of(model, job, plan).states())
+        states: Node = then(*scheme_of(model, job, plan, rank).states())
         return Reading({"between steps": int(fold(states).net_bytes)}, {})
-    device = build(without_dropout(model), job, plan).device
+    device = build(without_dropout(model), job, plan, rank).device
     phases = {name: (int(most), int(left)) for name, (most, left) in phase_peaks(device).items()}
     peak = peak_of(device)
     ledger: Counter[Category] = Counter()
@@ -174,8 +163,6 @@ def _notes(question: Question, plan: Plan, traced: Trace) -> list[str]:
     notes = []
     if not question.model.described_layers:
         notes.append(f"no formula is known for family {question.model.family}: only its states are predicted")
-    if plan.strategy.zero_stage in (1, 2) and int(plan.gpus) > 1:
-        notes.append("predicted for the fullest rank; --rank traces another than the first")
     if not traced.loss_peak_bytes:
         notes.append("the loss is counted with forward")
     return notes
@@ -190,19 +177,10 @@ def _trace_here(question: Question, job: Job, plan: Plan, trust_remote_code: boo
 
 
 def _trace_deepspeed(question: Question, job: Job, plan: Plan, rank: int) -> Trace:
-    """One process for one rank: DeepSpeed keeps much that is global."""
-    from advisor.validation.deepspeed_rank import request
-    from advisor.validation.trace import Trace
+    from advisor.validation.deepspeed_rank import trace_ranks
 
-    command = [sys.executable, "-m", "advisor.validation.deepspeed_rank", request(question.config, job, plan, rank)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
-        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), f"exit {done.returncode}")
-        raise ConfigError(f"DeepSpeed did not run {question.model.name}: {last.strip()}")
-    fields: dict[str, Any] = json.loads(lines[-1])
-    fields["ledger"] = tuple((category, size) for category, size in fields.get("ledger", ()))
-    return Trace(**fields)
+    (found,) = trace_ranks([(question.config, job, plan, rank)])
+    return found
 
 
 def _refuse_too_large(question: Question, plan: Plan, predicted: Reading) -> None:

@@ -105,8 +105,8 @@ RECORD = {"ranks": 2, "engine": "DistributedDataParallel", "optimizer": "AdamW",
     ],
 )
 def test_a_run_that_was_another_than_asked_is_refused(changed: dict[str, object], complaint: str) -> None:
-    plan = case(Strategy.DDP).plan
-    check_ran([RECORD, RECORD], plan)
+    asked = case(Strategy.DDP)
+    check_ran([RECORD, RECORD], asked.job, asked.plan)
 
     with pytest.raises(RunError, match=complaint):
-        check_ran([RECORD, RECORD | changed], plan)
+        check_ran([RECORD, RECORD | changed], asked.job, asked.plan)
