@@ -20,7 +20,7 @@ from advisor.errors import SpecError
 from advisor.specs.calibration import Calibration
 from advisor.specs.hardware import Gpu
 from advisor.specs.job import Precision
-from advisor.step.program import Amount, Block, Node, Repeat, total
+from advisor.step.program import Amount, Block, Node, Repeat, read_once, total
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,30 +68,25 @@ class Work(NamedTuple):
 NO_WORK = Work(0.0, 0.0, 0.0, 0.0, 0.0)
 
 
-def work(node: Node, known: dict[int, Work] | None = None) -> Work:
-    """The work of *node* outside of its init phase. A part that stands at several places is read once.
-
-    *known* keeps what has been read, by the identity of nodes that outlive it.
-    """
-    known = {} if known is None else known
-    if id(node) not in known:
-        known[id(node)] = _read(node, known)
-    return known[id(node)]
-
-
-def _read(node: Node, known: dict[int, Work]) -> Work:
+@read_once
+def work(node: Node) -> Work:
+    """The work of *node* outside of its init phase."""
     if isinstance(node, Block):
         return _block_work(node)
     if isinstance(node, Repeat):
-        return Work(*(node.times * amount for amount in work(node.body, known)))
+        return Work(*(node.times * amount for amount in work(node.body)))
     if node.phase == "init":
         return NO_WORK
-    done = NO_WORK
-    for step in node.steps:
-        more = work(step, known)
+    linear: Amount = 0.0
+    attention: Amount = 0.0
+    whole: Amount = 0.0
+    moved: Amount = 0.0
+    kernels: Amount = 0.0
+    for more in map(work, node.steps):
         if more is not NO_WORK:
-            done = Work(*(before + amount for before, amount in zip(done, more, strict=True)))
-    return done
+            linear, attention, whole = linear + more[0], attention + more[1], whole + more[2]
+            moved, kernels = moved + more[3], kernels + more[4]
+    return Work(linear, attention, whole, moved, kernels)
 
 
 def _block_work(block: Block) -> Work:

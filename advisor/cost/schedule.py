@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from advisor.cost.collectives import Ring, ring
-from advisor.cost.compute import Work, compute_seconds, rates, work
+from advisor.cost.compute import compute_seconds, rates, work
 from advisor.cost.results import StepTime, TrafficLine
-from advisor.cost.traffic import Counted, Flow, flows
+from advisor.cost.traffic import Flow, flows
 from advisor.specs.calibration import Calibration
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
@@ -110,11 +110,9 @@ def step_time(step: Node, job: Job, plan: Plan, cluster: Cluster, calibration: C
     optimizer: Amount = 0.0
     model_flop: Amount = 0.0
     timed: dict[tuple[str, str], TimedFlow] = {}
-    known_work: dict[int, Work] = {}
-    known_transfers: dict[int, Counted] = {}
     for phase, times in _phases(step, 1):
-        done = work(phase, known_work)
-        sent = flows(phase, over, cluster.host_link, known_transfers)
+        done = work(phase)
+        sent = flows(phase, over, cluster.host_link)
         seconds = compute_seconds(done, at)
         if phase.phase == "step":
             optimizer = optimizer + times * (seconds + _host_update_seconds(phase, over, cluster, calibration))

@@ -9,7 +9,7 @@ import numpy as np
 from advisor.cost.collectives import Ring, collective_seconds, copy_seconds, ring, sent_bytes
 from advisor.specs.hardware import Cluster, Link
 from advisor.specs.plan import Count
-from advisor.step.program import Amount, Block, Collective, CollectiveKind, Copy, CopyKind, Node, Repeat
+from advisor.step.program import Amount, Block, Collective, CollectiveKind, Copy, CopyKind, Node, Repeat, read_once
 
 
 class Flow(NamedTuple):
@@ -33,14 +33,11 @@ def traffic(program: Node, cluster: Cluster, ranks: Count) -> tuple[Flow, ...]:
     return flows(program, ring(cluster, ranks), cluster.host_link)
 
 
-def flows(node: Node, over: Ring, host_link: Link, known: dict[int, Counted] | None = None) -> tuple[Flow, ...]:
-    """The transfers of *node*, those of one purpose and kind together.
-
-    *known* keeps what has been read, by the identity of nodes that outlive it.
-    """
+def flows(node: Node, over: Ring, host_link: Link) -> tuple[Flow, ...]:
+    """The transfers of *node*, those of one purpose and kind together."""
     # Payload and number of calls by purpose; the time of both is linear, so they can be summed first.
     sums: dict[tuple[str, CollectiveKind | CopyKind, bool], tuple[Amount, Amount]] = {}
-    for each, runs in _transfers(node, {} if known is None else known):
+    for each, runs in _transfers(node):
         size, calls = _size_and_calls(each)
         key = (each.what, each.kind, each.waits)
         before_bytes, before_calls = sums.get(key, (0, 0))
@@ -48,19 +45,16 @@ def flows(node: Node, over: Ring, host_link: Link, known: dict[int, Counted] | N
     return tuple(_flow(*key, size, calls, over, host_link) for key, (size, calls) in sums.items())
 
 
-def _transfers(node: Node, known: dict[int, Counted]) -> Counted:
-    """The transfers of *node* outside of its init phase. A part that stands at several places is read once."""
+@read_once
+def _transfers(node: Node) -> Counted:
+    """The transfers of *node* outside of its init phase."""
     if isinstance(node, Block):
         return tuple((each, 1) for each in node.transfers)
-    if id(node) not in known:
-        if isinstance(node, Repeat):
-            found = tuple((each, node.times * runs) for each, runs in _transfers(node.body, known))
-        elif node.phase == "init":
-            found = ()
-        else:
-            found = tuple(each for step in node.steps for each in _transfers(step, known))
-        known[id(node)] = found
-    return known[id(node)]
+    if isinstance(node, Repeat):
+        return tuple((each, node.times * runs) for each, runs in _transfers(node.body))
+    if node.phase == "init":
+        return ()
+    return tuple(each for step in node.steps for each in _transfers(step))
 
 
 def _size_and_calls(transfer: Collective | Copy) -> tuple[Amount, Amount]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 
@@ -17,13 +17,13 @@ from advisor.step.ddp import DataParallel
 from advisor.step.deepspeed_fp32_gradients import Bf16Optimizer, ZeroTwoFp32Gradients
 from advisor.step.fsdp import FullyShardedDataParallel
 from advisor.step.fsdp_one import FullyShardedDataParallelOne
+from advisor.step.laying import laid_for
 from advisor.step.masks import Shared, shared_by
 from advisor.step.offload import OffloadedZeroThree, OffloadedZeroTwo
 from advisor.step.program import (
     Amount,
     Block,
     Category,
-    Matmul,
     Node,
     Sequence,
     fold,
@@ -36,7 +36,7 @@ from advisor.step.program import (
 from advisor.step.recording import FORMULAS, STREAM, HeadRecording, Mode, Recording, Source, mode_of
 from advisor.step.scheme import MicroStep, Nodes, Part, Scheme
 from advisor.step.stage_zero import StageZero
-from advisor.step.tape import Event, Product, Work
+from advisor.step.tape import Event
 from advisor.step.zero_flat import ZeroOne, ZeroTwo
 from advisor.step.zero_three import ZeroThree
 
@@ -169,8 +169,7 @@ class _Walk:
         self.embedding = Part("embedding", self.model.embedding)
         self.head = Part("head", self.model.head)
         self.shared = self._shared()
-        self.laid: dict[int, list[tuple[Sequence, Event | None]]] = {}
-        self.laid_forward: dict[int, Sequence] = {}
+        self.laid = laid_for(self.model, scheme.source, self.batch)
         self.pieces: dict[tuple[int, int], tuple[Sequence, Nodes]] = {}
         self.joined: dict[tuple[tuple[int, int], ...], Sequence] = {}
         self.runs_backward: dict[tuple[int, MicroStep | None], Sequence] = {}
@@ -212,14 +211,14 @@ class _Walk:
             if stack is not None:
                 steps.append(release(MASKS, "activations", stack.made_bytes - stack.kept_bytes))
         steps += scheme.before_forward(self.head)
-        steps += lay(self._record_head().forward, self.batch)
+        steps.append(self.laid.whole(self._record_head().forward))
         return phase("forward", *steps, release(EMBEDDED, "activations", self._embedded_bytes))
 
     def _loss(self) -> Sequence:
         kept = sum(run.repeats * self._record(layer).kept_copy_bytes for run in self.model.runs for layer in run.layers)
         return phase(
             "loss",
-            *lay(self._record_head().loss, self.batch),
+            self.laid.whole(self._record_head().loss),
             *([release("autocast weight copies", "buffers", kept)] if kept else []),
             *self.scheme.end_forward(),
         )
@@ -228,7 +227,7 @@ class _Walk:
         scheme, model = self.scheme, self.model
         steps: list[Node] = [*scheme.before_backward(self.head, micro)]
         head = self._record_head()
-        steps += lay(head.loss_backward, self.batch)
+        steps.append(self.laid.whole(head.loss_backward))
         steps += scheme.logits_gradient(micro)
         steps += self._lay_backward(self.head, head.backward, micro)
         steps += scheme.after_backward(self.head, micro)
@@ -292,9 +291,7 @@ class _Walk:
 
     def _forward_part(self, part: Part, events: tuple[Event, ...]) -> list[Node]:
         scheme = self.scheme
-        if id(events) not in self.laid_forward:
-            self.laid_forward[id(events)] = then(*lay(events, self.batch))
-        return [*scheme.before_forward(part), self.laid_forward[id(events)], *scheme.after_forward(part)]
+        return [*scheme.before_forward(part), self.laid.whole(events), *scheme.after_forward(part)]
 
     def _forward_layer(self, part: Part) -> list[Node]:
         return self._forward_part(part, self._record(part.of_layer).forward)
@@ -312,7 +309,7 @@ class _Walk:
         pieces: list[tuple[Sequence, Nodes]] = []
         opened = False
         tied = self.model.embedding[0] if self.model.tied_embeddings else None
-        for stretch, event in self._stretches(events):
+        for stretch, event in self.laid.cut(events):
             if event is None or event.parameter is None:
                 pieces.append((stretch, ()))
                 continue
@@ -345,19 +342,6 @@ class _Walk:
                 self.joined[key] = then(*(node for stretch, handed in found for node in (stretch, *handed)))
             nodes.append(self.joined[key])
         return nodes
-
-    def _stretches(self, events: tuple[Event, ...]) -> list[tuple[Sequence, Event | None]]:
-        """*events* laid between one handed-over gradient and the next; the same for every micro-step."""
-        if id(events) not in self.laid:
-            found: list[tuple[Sequence, Event | None]] = []
-            start = 0
-            for index, event in enumerate(events):
-                if event.kind == "gradient":
-                    found.append((then(*lay(events[start:index], self.batch)), event))
-                    start = index + 1
-            found.append((then(*lay(events[start:], self.batch)), None))
-            self.laid[id(events)] = found
-        return self.laid[id(events)]
 
     def _inputs(self, act: Callable[[str, Category, Amount], Block]) -> list[Node]:
         """What is there before the first operation, and to the end of backward."""
@@ -402,65 +386,3 @@ class _Walk:
     def _between_decoder_and_encoder(self, micro: MicroStep) -> list[Node]:
         """The encoder's output has served; its gradient is the one that goes on."""
         return [release("encoder output", "activations", self._stream_bytes())]
-
-
-@dataclass(slots=True)
-class _Draft:
-    """Neighbouring events of one name, joined for one sequence (``then`` of program.py, in whole numbers)."""
-
-    label: str
-    category: Category
-    scales: bool
-    net_bytes: int = 0
-    peak_bytes: int = 0
-    works: list[Work] = field(default_factory=list)
-
-    def add(self, event: Event) -> None:
-        if event.kind == "take":
-            self.net_bytes += event.size_bytes
-            self.peak_bytes = max(self.peak_bytes, self.net_bytes)
-        else:
-            self.net_bytes -= event.size_bytes
-
-    def block(self, batch: Amount) -> Block:
-        times = batch if self.scales else 1
-        products = [product for work in self.works for product in work.products]
-        return Block(
-            self.label,
-            self.category,
-            net_bytes=self.net_bytes * times,
-            peak_bytes=self.peak_bytes * times,
-            excess_category=self.category,
-            matmuls=tuple(_grown(product, batch) for product in products),
-            moved_bytes=sum(work.moved_bytes for work in self.works) * batch
-            + sum(work.fixed_moved_bytes for work in self.works),
-            kernels=sum(work.kernels for work in self.works),
-        )
-
-
-def lay(events: Iterable[Event], batch: Amount) -> list[Node]:
-    """Blocks of *batch* sequences for the *events* of one; neighbours of one name become one block."""
-    drafts: list[_Draft] = []
-    for event in events:
-        if event.kind == "work":
-            if not drafts:
-                drafts.append(_Draft(event.label, event.category, event.scales))
-            drafts[-1].works.append(event.work)
-            continue
-        last = drafts[-1] if drafts else None
-        if last is None or (last.label, last.category, last.scales) != (event.label, event.category, event.scales):
-            last = _Draft(event.label, event.category, event.scales)
-            drafts.append(last)
-        last.add(event)
-    return [draft.block(batch) for draft in drafts]
-
-
-def _grown(product: Product, batch: Amount) -> Matmul:
-    matmul = product.matmul
-    if product.grows == "m":
-        return replace(matmul, m=matmul.m * batch)
-    if product.grows == "k":
-        return replace(matmul, k=matmul.k * batch)
-    if product.grows == "count":
-        return replace(matmul, count=matmul.count * batch)
-    return matmul

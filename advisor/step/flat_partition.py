@@ -110,9 +110,9 @@ def gathered_from(table: Callable[[int], NDArray[Any]], gpus: Count, rank: Count
         return int(table(gpus)[rank])
     counts, ranks = np.broadcast_arrays(np.asarray(gpus), np.asarray(rank))
     found = np.zeros(counts.shape, dtype=np.int64)
-    for count in np.unique(counts):
+    for count in set(counts.reshape(-1).tolist()):
         at = counts == count
-        found[at] = table(int(count))[ranks[at]]
+        found[at] = table(count)[ranks[at]]
     return found
 
 

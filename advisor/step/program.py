@@ -12,9 +12,11 @@ when and what, and both read the same tree.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from functools import wraps
+from typing import Any, Literal, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,7 +103,7 @@ class Block:
     """Parameters that an optimizer on the CPU updates."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Sequence:
     """Steps one after another. A named sequence is a phase of the timeline."""
 
@@ -109,7 +111,7 @@ class Sequence:
     phase: str | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Repeat:
     """*body*, *times* times in a row."""
 
@@ -175,29 +177,42 @@ def join(first: Extent, second: Extent) -> Extent:
     )
 
 
-Memo = dict[int, Extent]
-"""Extents already known, by the identity of a node that outlives the dictionary."""
+Reading = TypeVar("Reading")
 
 
-def fold(node: Node, known: Memo | None = None) -> Extent:
-    """Net and peak of *node* without unrolling its repeats. A part that stands at several places is read once."""
+def read_once(reading: Callable[[Node], Reading]) -> Callable[[Node], Reading]:
+    """*reading*, taken once of each sequence and each repeat, at however many places it stands."""
+    known: WeakKeyDictionary[Sequence | Repeat, Reading] = WeakKeyDictionary()
+
+    @wraps(reading)
+    def read(node: Node) -> Reading:
+        if isinstance(node, Block):
+            return reading(node)
+        found = known.get(node)
+        if found is None:
+            found = known[node] = reading(node)
+        return found
+
+    return read
+
+
+@read_once
+def fold(node: Node) -> Extent:
+    """Net and peak of *node* without unrolling its repeats."""
     if isinstance(node, Block):
         return Extent(node.net_bytes, node.peak_bytes)
-    known = {} if known is None else known
-    if id(node) not in known:
-        known[id(node)] = _fold_steps(node, known) if isinstance(node, Sequence) else _fold_repeat(node, known)
-    return known[id(node)]
+    return _fold_steps(node) if isinstance(node, Sequence) else _fold_repeat(node)
 
 
-def _fold_steps(node: Sequence, known: Memo) -> Extent:
+def _fold_steps(node: Sequence) -> Extent:
     extent = EMPTY
     for step in node.steps:
-        extent = join(extent, fold(step, known))
+        extent = join(extent, fold(step))
     return extent
 
 
-def _fold_repeat(node: Repeat, known: Memo) -> Extent:
-    once = fold(node.body, known)
+def _fold_repeat(node: Repeat) -> Extent:
+    once = fold(node.body)
     last = (node.times - 1) * once.net_bytes + once.peak_bytes
     peak = _larger(once.peak_bytes, last)
     if isinstance(node.times, int):
@@ -244,20 +259,19 @@ Ledger = dict[tuple[Category, str], int]
 def peak_of(node: Node) -> Peak:
     """The first moment at which *node*, for a single plan, holds most, with the ledger of that moment."""
     held: Ledger = {}
-    known: Memo = {}
     name, before = "", 0
     while not isinstance(node, Block):
         if isinstance(node, Sequence):
             name = node.phase or name
-            node, passed, times = _step_with_peak(node, known)
+            node, passed, times = _step_with_peak(node)
         elif not int(node.times):
             node, passed, times = NOTHING, (), 0
         else:
-            grows = fold(node.body, known).net_bytes > 0
+            grows = fold(node.body).net_bytes > 0
             times = int(node.times) - 1 if grows else 0
             passed = (node.body,)
             node = node.body
-        before += times * sum(int(fold(each, known).net_bytes) for each in passed)
+        before += times * sum(int(fold(each).net_bytes) for each in passed)
         for each in passed:
             _add_nets(held, each, times)
     kept = max(int(node.net_bytes), 0)
@@ -274,13 +288,13 @@ def held_after(node: Node) -> tuple[Line, ...]:
     return tuple(Line(*key, size) for key, size in held.items() if size)
 
 
-def _step_with_peak(sequence: Sequence, known: Memo) -> tuple[Node, tuple[Node, ...], int]:
+def _step_with_peak(sequence: Sequence) -> tuple[Node, tuple[Node, ...], int]:
     """The step of *sequence* that holds the peak, and the steps passed on the way to it."""
     if not sequence.steps:
         return NOTHING, (), 0
     before, best, chosen = 0, -1, 0
     for index, step in enumerate(sequence.steps):
-        extent = fold(step, known)
+        extent = fold(step)
         if before + int(extent.peak_bytes) > best:
             best, chosen = before + int(extent.peak_bytes), index
         before += int(extent.net_bytes)
@@ -299,22 +313,21 @@ def phase_peaks(node: Node) -> dict[str, tuple[Amount, Amount]]:
     A phase inside a repeat counts its first and its last run, between which every other lies; phases do not nest.
     """
     found: dict[str, tuple[Amount, Amount]] = {}
-    known: Memo = {}
 
     def visit(part: Node, before: Amount) -> None:
         if isinstance(part, Repeat):
             if np.any(np.asarray(part.times) > 0):
                 visit(part.body, before)
-                visit(part.body, before + (np.maximum(part.times, 1) - 1) * fold(part.body, known).net_bytes)
+                visit(part.body, before + (np.maximum(part.times, 1) - 1) * fold(part.body).net_bytes)
         elif isinstance(part, Sequence) and part.phase is not None:
-            extent = fold(part, known)
+            extent = fold(part)
             peak, end = before + extent.peak_bytes, before + extent.net_bytes
             earlier = found.get(part.phase)
             found[part.phase] = (peak if earlier is None else _larger(earlier[0], peak), end)
         elif isinstance(part, Sequence):
             for step in part.steps:
                 visit(step, before)
-                before = before + fold(step, known).net_bytes
+                before = before + fold(step).net_bytes
 
     visit(node, 0)
     return found

@@ -1,0 +1,118 @@
+"""Recordings of one sequence laid out as blocks of a micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import numpy as np
+
+from advisor.specs.model import ModelSpec
+from advisor.step.program import Amount, Block, Category, Matmul, Node, Sequence, then
+from advisor.step.recording import Source
+from advisor.step.tape import Event, Product, Work
+
+Events = tuple[Event, ...]
+
+
+class Laid:
+    """A model's recordings as blocks of one batch. What was laid before is the same node again, in every program."""
+
+    def __init__(self, batch: Amount) -> None:
+        self.batch = batch
+        # Events are kept beside what was made of them, so that no others take their identity.
+        self._whole: dict[int, tuple[Events, Sequence]] = {}
+        self._cut: dict[int, tuple[Events, list[tuple[Sequence, Event | None]]]] = {}
+
+    def whole(self, events: Events) -> Sequence:
+        """All of *events*."""
+        if id(events) not in self._whole:
+            self._whole[id(events)] = events, then(*lay(events, self.batch))
+        return self._whole[id(events)][1]
+
+    def cut(self, events: Events) -> list[tuple[Sequence, Event | None]]:
+        """What lies between one handed-over gradient and the next, each with the gradient that ends it."""
+        if id(events) not in self._cut:
+            found: list[tuple[Sequence, Event | None]] = []
+            start = 0
+            for index, event in enumerate(events):
+                if event.kind == "gradient":
+                    found.append((then(*lay(events[start:index], self.batch)), event))
+                    start = index + 1
+            found.append((then(*lay(events[start:], self.batch)), None))
+            self._cut[id(events)] = events, found
+        return self._cut[id(events)][1]
+
+
+def laid_for(model: ModelSpec, source: Source, batch: Amount) -> Laid:
+    """The layings of *model*'s recordings by *source* for *batch*, kept for the next program of them."""
+    sizes = np.asarray(batch)
+    return _laid(model, source, sizes.shape, tuple(sizes.reshape(-1).tolist()))
+
+
+@lru_cache(maxsize=32)
+def _laid(model: ModelSpec, source: Source, shape: tuple[int, ...], sizes: tuple[int, ...]) -> Laid:
+    return Laid(np.array(sizes, dtype=np.int64).reshape(shape) if shape else sizes[0])
+
+
+@dataclass(slots=True)
+class _Draft:
+    """Neighbouring events of one name, joined for one sequence (``then`` of program.py, in whole numbers)."""
+
+    label: str
+    category: Category
+    scales: bool
+    net_bytes: int = 0
+    peak_bytes: int = 0
+    works: list[Work] = field(default_factory=list)
+
+    def add(self, event: Event) -> None:
+        if event.kind == "take":
+            self.net_bytes += event.size_bytes
+            self.peak_bytes = max(self.peak_bytes, self.net_bytes)
+        else:
+            self.net_bytes -= event.size_bytes
+
+    def block(self, batch: Amount) -> Block:
+        times = batch if self.scales else 1
+        products = [product for work in self.works for product in work.products]
+        return Block(
+            self.label,
+            self.category,
+            net_bytes=self.net_bytes * times,
+            peak_bytes=self.peak_bytes * times,
+            excess_category=self.category,
+            matmuls=tuple(_grown(product, batch) for product in products),
+            moved_bytes=sum(work.moved_bytes for work in self.works) * batch
+            + sum(work.fixed_moved_bytes for work in self.works),
+            kernels=sum(work.kernels for work in self.works),
+        )
+
+
+def lay(events: Iterable[Event], batch: Amount) -> list[Node]:
+    """Blocks of *batch* sequences for the *events* of one; neighbours of one name become one block."""
+    drafts: list[_Draft] = []
+    for event in events:
+        if event.kind == "work":
+            if not drafts:
+                drafts.append(_Draft(event.label, event.category, event.scales))
+            drafts[-1].works.append(event.work)
+            continue
+        last = drafts[-1] if drafts else None
+        if last is None or (last.label, last.category, last.scales) != (event.label, event.category, event.scales):
+            last = _Draft(event.label, event.category, event.scales)
+            drafts.append(last)
+        last.add(event)
+    return [draft.block(batch) for draft in drafts]
+
+
+def _grown(product: Product, batch: Amount) -> Matmul:
+    matmul = product.matmul
+    if product.grows == "m":
+        return replace(matmul, m=matmul.m * batch)
+    if product.grows == "k":
+        return replace(matmul, k=matmul.k * batch)
+    if product.grows == "count":
+        return replace(matmul, count=matmul.count * batch)
+    return matmul
