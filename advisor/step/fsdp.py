@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from advisor.specs.model import AnyLayer, Parameter
-from advisor.specs.plan import Strategy
-from advisor.step.program import Amount, Block, Collective, hold, release, scratch
-from advisor.step.scheme import MicroStep, Nodes, Part, Scheme
-from advisor.step.states import ADAM_MOVES, MOMENTS, adam_step_counters, adam_temporaries, row_shards
+from advisor.step.program import Amount, Block, Collective, hold, release
+from advisor.step.scheme import MicroStep, Nodes, Part
+from advisor.step.sharded import Sharded
+from advisor.step.states import row_shards
 
 Group = tuple[Parameter, ...]
 """Parameters that are gathered and reduced together."""
@@ -27,21 +27,8 @@ NORM_IN_ROOT = frozenset({"llama4", "llama4_text"})
 """Families whose final norm accelerate does not find: their ``base_model_prefix`` names no module of theirs."""
 
 
-class FullyShardedDataParallel(Scheme):
+class FullyShardedDataParallel(Sharded):
     """``reshard_after_forward`` true is full shard; false keeps gathered weights to backward (grad-op)."""
-
-    @property
-    def parameter_bytes(self) -> int:
-        return self.job.compute_bytes
-
-    @property
-    def reshards(self) -> bool:
-        return self.plan.strategy is Strategy.FSDP
-
-    @property
-    def casts(self) -> bool:
-        """Whether weights are cast before they are gathered, and reduced gradients back."""
-        return self.job.compute_bytes != self.job.parameter_bytes
 
     @cached_property
     def tail(self) -> Group:
@@ -106,17 +93,8 @@ class FullyShardedDataParallel(Scheme):
             start = end
         return frozenset(apart)
 
-    def states(self) -> Nodes:
-        share = self.shard * self.job.parameter_bytes
-        return (
-            hold("weights, rank's share", "parameters", share),
-            hold("Adam moments, rank's share", "optimizer", MOMENTS * share),
-            hold("Adam step counters", "optimizer", adam_step_counters(self.job, self.model.tensor_count)),
-        )
-
     @cached_property
     def shard(self) -> Amount:
-        """Elements of the model on one rank."""
         return row_shards(tuple(self.model.parameters()), self.plan.gpus)
 
     def _share(self, group: Group) -> Amount:
@@ -200,50 +178,27 @@ class FullyShardedDataParallel(Scheme):
         loop variable keeps the gradient of the last parameter (_fsdp_collectives.py ``foreach_reduce``).
         """
         freed = release(f"gathered {name}", "parameters", self._whole(group))
-        synced = self.plan.fsdp.syncs_each_micro_batch
-        if not (micro.last or synced):
+        if not self.reduces(micro):
             return (freed,)
-        size, share = self._whole(group), self._share(group)
-        reduced, output = share * self.job.parameter_bytes, share * self.job.compute_bytes * self.casts
-        reduce = Collective("gradients", "reduce-scatter", size, 1, waits=False)
+        size = self._whole(group)
         last = group[-1].numel * self.job.compute_bytes
         others = sum(parameter.numel for parameter in group[:-1]) * self.job.compute_bytes
         return (
             freed,
             release("reduce-scatter input", "buffers", self._whole(before)),
-            Block("reduce-scatter input", "buffers", size, size, moved_bytes=3 * size, transfers=(reduce,)),
+            hold("reduce-scatter input", "buffers", size),
             release("unsharded gradients", "gradients", others),
-            # A later micro-batch adds its share to the one that is there.
-            Block(
-                "gradients, rank's share",
-                "gradients",
-                reduced * (micro.first if synced else 1),
-                reduced + output,
-                "buffers",
-            ),
+            self.reduced(self._share(group), size, micro),
             release("unsharded gradients", "gradients", last),
         )
 
     def end_backward(self, micro: MicroStep) -> Nodes:
-        if not (micro.last or self.plan.fsdp.syncs_each_micro_batch):
+        if not self.reduces(micro):
             return ()
         return (release("reduce-scatter input", "buffers", self._whole(self.first)),)
 
-    def _sizes(self) -> Iterator[Amount]:
+    def sizes(self) -> Iterator[Amount]:
         return (self._share((parameter,)) for parameter in self.model.parameters())
-
-    def update(self) -> Nodes:
-        share, element_bytes = self.shard, self.job.parameter_bytes
-        return (
-            scratch("Adam temporaries", adam_temporaries(self.job, self._sizes, element_bytes)),
-            Block("Adam update", "optimizer", moved_bytes=ADAM_MOVES * share * element_bytes, kernels=1),
-            release("gradients, rank's share", "gradients", share * element_bytes),
-        )
-
-    def host_once(self) -> Nodes:
-        """``cpu_ram_efficient_loading``: rank 0 alone reads the weights and sends them to the others."""
-        size = self.model.parameter_count * self.job.parameter_bytes
-        return (scratch("weights while loading", size, "parameters"),)
 
     def _gather(self, group: Group) -> Block:
         """The rank's share, cast where formats differ, is copied into the buffer and gathered in place."""
@@ -254,7 +209,3 @@ class FullyShardedDataParallel(Scheme):
 
 def _differ(neighbour: AnyLayer | None, expected: AnyLayer) -> bool:
     return neighbour is not None and neighbour.parameters != expected.parameters
-
-
-def _name(part: Part) -> str:
-    return {"embedding": "embedding", "layer": "layer", "head": "tail"}[part.kind]

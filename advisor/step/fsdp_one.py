@@ -14,16 +14,12 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from advisor.specs.model import Parameter
-from advisor.specs.plan import Strategy
-from advisor.step.program import Amount, Block, Collective, hold, release, scratch, total
-from advisor.step.scheme import MicroStep, Nodes, Part, Scheme
+from advisor.step.program import Amount, Block, Collective, hold, release, total
+from advisor.step.scheme import MicroStep, Nodes, Part
+from advisor.step.sharded import Sharded
 from advisor.step.states import (
-    ADAM_MOVES,
     FP32_BYTES,
-    MOMENTS,
     FlatUnit,
-    adam_step_counters,
-    adam_temporaries,
     flat_unit,
 )
 
@@ -31,12 +27,8 @@ ADDRESS_BYTES = 16
 """Each parameter starts at a multiple of this in its flat tensor (_flat_param.py ``_get_aligned_numel``)."""
 
 
-class FullyShardedDataParallelOne(Scheme):
+class FullyShardedDataParallelOne(Sharded):
     """``FULL_SHARD`` frees a layer after forward; ``SHARD_GRAD_OP`` keeps it to backward."""
-
-    @property
-    def parameter_bytes(self) -> int:
-        return self.job.compute_bytes
 
     @property
     def autocasts_half(self) -> bool:
@@ -49,15 +41,6 @@ class FullyShardedDataParallelOne(Scheme):
             return super().tables_bytes
         sizes = {True: self.job.compute_bytes, False: FP32_BYTES}
         return sum(buffer.numel * sizes[buffer.registered] for buffer in self.model.buffers)
-
-    @property
-    def reshards(self) -> bool:
-        return self.plan.strategy is Strategy.FSDP
-
-    @property
-    def casts(self) -> bool:
-        """Whether weights are cast before they are gathered, and reduced gradients back."""
-        return self.job.compute_bytes != self.job.parameter_bytes
 
     @cached_property
     def root(self) -> tuple[Parameter, ...]:
@@ -85,18 +68,15 @@ class FullyShardedDataParallelOne(Scheme):
 
     @cached_property
     def shard(self) -> Amount:
-        """Elements of the model on one rank, padding included."""
         return total(unit.share * times for unit, times in self._every_unit)
 
-    def states(self) -> Nodes:
-        share = self.shard * self.job.parameter_bytes
-        filled = total(unit.filled * times for unit, times in self._every_unit)
-        tensors = total(unit.tensors * times for unit, times in self._every_unit)
-        return (
-            hold("weights, rank's share", "parameters", share),
-            hold("Adam moments, rank's share", "optimizer", MOMENTS * filled * self.job.parameter_bytes),
-            hold("Adam step counters", "optimizer", adam_step_counters(self.job, tensors)),
-        )
+    @property
+    def updated(self) -> Amount:
+        return total(unit.filled * times for unit, times in self._every_unit)
+
+    @property
+    def tensors(self) -> Amount:
+        return total(unit.tensors * times for unit, times in self._every_unit)
 
     def begin_forward(self) -> Nodes:
         return self._gather(self.root, "root")
@@ -122,58 +102,33 @@ class FullyShardedDataParallelOne(Scheme):
         """Lay a unit's gradients into one tensor, free its weights, and reduce where gradients are reduced."""
         unit = self._unit(parameters)
         separate = sum(parameter.numel for parameter in parameters) * self.job.compute_bytes
-        synced = self.plan.fsdp.syncs_each_micro_batch
-        flat, kept = self._whole(parameters), 1 if synced else micro.first
+        flat, kept = self._whole(parameters), 1 if self.plan.fsdp.syncs_each_micro_batch else micro.first
         laid = (
             Block("flat gradients", "gradients", flat * kept, flat, "gradients"),
             release("gradients of a unit", "gradients", separate),
         )
-        reduces = micro.last or synced
-        if not reduces:
+        if not self.reduces(micro):
             return (*laid, self._free(parameters, name)) if self.reshards else laid
-        reduced, output = unit.share * self.job.parameter_bytes, unit.share * self.job.compute_bytes * self.casts
-        reduce = Collective("gradients", "reduce-scatter", flat, 1, waits=False)
         return (
             *laid,
             self._free(parameters, name),
-            Block(
-                "gradients, rank's share",
-                "gradients",
-                reduced * (micro.first if synced else 1),
-                reduced + output,
-                "buffers",
-                moved_bytes=flat,
-                transfers=(reduce,),
-            ),
+            self.reduced(unit.share, flat, micro),
             release("flat gradients", "gradients", flat),
         )
 
     def end_backward(self, micro: MicroStep) -> Nodes:
-        if self.reshards or micro.last or self.plan.fsdp.syncs_each_micro_batch:
+        if self.reshards or self.reduces(micro):
             return ()
         # Weights that stay whole for the next micro-batch are let go of here, and taken again in its forward.
         layers = total(self._whole(layer.parameters) for layer in self.model.layers)
         return (release("gathered layer", "parameters", layers), self._free(self.root, "root"))
 
-    def _sizes(self) -> Iterator[Amount]:
+    def sizes(self) -> Iterator[Amount]:
         outside = self._unit(self.root).pieces
         yield from outside[: len(self.model.embedding)]
         for layer in self.model.layers:
             yield from self._unit(layer.parameters).pieces
         yield from outside[len(self.model.embedding) :]
-
-    def update(self) -> Nodes:
-        share, element_bytes = self.shard, self.job.parameter_bytes
-        return (
-            scratch("Adam temporaries", adam_temporaries(self.job, self._sizes, element_bytes)),
-            Block("Adam update", "optimizer", moved_bytes=ADAM_MOVES * share * element_bytes, kernels=1),
-            release("gradients, rank's share", "gradients", share * element_bytes),
-        )
-
-    def host_once(self) -> Nodes:
-        """``cpu_ram_efficient_loading``: rank 0 alone reads the weights and sends them to the others."""
-        size = self.model.parameter_count * self.job.parameter_bytes
-        return (scratch("weights while loading", size, "parameters"),)
 
     def _gather(self, parameters: tuple[Parameter, ...], name: str) -> Nodes:
         """The rank's share is cast, and gathered into the flat tensor that the parameters are views of."""

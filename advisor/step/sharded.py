@@ -1,0 +1,93 @@
+"""What PyTorch's two fully sharded data parallelisms have in common as accelerate 1.15 sets them up.
+
+Weights are held in the parameter format, cut over the ranks, and gathered and reduced in the half format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from advisor.specs.plan import Strategy
+from advisor.step.program import Amount, Block, Collective, hold, release, scratch
+from advisor.step.scheme import MicroStep, Nodes, Scheme
+from advisor.step.states import ADAM_MOVES, MOMENTS, adam_step_counters, adam_temporaries
+
+
+class Sharded(Scheme):
+    """What the two share."""
+
+    @property
+    def parameter_bytes(self) -> int:
+        return self.job.compute_bytes
+
+    @property
+    def reshards(self) -> bool:
+        """Whether gathered weights are freed after forward."""
+        return self.plan.strategy is Strategy.FSDP
+
+    @property
+    def casts(self) -> bool:
+        """Whether weights are cast before they are gathered, and reduced gradients back."""
+        return self.job.compute_bytes != self.job.parameter_bytes
+
+    @property
+    def shard(self) -> Amount:
+        """Elements of the weights on one rank."""
+        raise NotImplementedError
+
+    @property
+    def updated(self) -> Amount:
+        """Those of them that the optimizer updates."""
+        return self.shard
+
+    @property
+    def tensors(self) -> Amount:
+        """How many the optimizer sees on this rank."""
+        return self.model.tensor_count
+
+    def sizes(self) -> Iterator[Amount]:
+        """Elements of each of them, in their order."""
+        raise NotImplementedError
+
+    def reduces(self, micro: MicroStep) -> bool:
+        """Whether gradients are reduced in *micro*."""
+        return micro.last or self.plan.fsdp.syncs_each_micro_batch
+
+    def states(self) -> Nodes:
+        element_bytes = self.job.parameter_bytes
+        return (
+            hold("weights, rank's share", "parameters", self.shard * element_bytes),
+            hold("Adam moments, rank's share", "optimizer", MOMENTS * self.updated * element_bytes),
+            hold("Adam step counters", "optimizer", adam_step_counters(self.job, self.tensors)),
+        )
+
+    def reduced(self, share: Amount, whole_bytes: Amount, micro: MicroStep) -> Block:
+        """Gradients of *whole_bytes* become this rank's *share* of elements, in the format of the weights.
+
+        A later micro-batch adds its share to the one that is there.
+        """
+        kept, output = share * self.job.parameter_bytes, share * self.job.compute_bytes * self.casts
+        first = micro.first if self.plan.fsdp.syncs_each_micro_batch else 1
+        send = Collective("gradients", "reduce-scatter", whole_bytes, 1, waits=False)
+        return Block(
+            "gradients, rank's share",
+            "gradients",
+            kept * first,
+            kept + output,
+            "buffers",
+            moved_bytes=3 * whole_bytes,
+            transfers=(send,),
+        )
+
+    def update(self) -> Nodes:
+        share, element_bytes = self.shard, self.job.parameter_bytes
+        return (
+            scratch("Adam temporaries", adam_temporaries(self.job, self.sizes, element_bytes)),
+            Block("Adam update", "optimizer", moved_bytes=ADAM_MOVES * share * element_bytes, kernels=1),
+            release("gradients, rank's share", "gradients", share * element_bytes),
+        )
+
+    def host_once(self) -> Nodes:
+        """``cpu_ram_efficient_loading``: rank 0 alone reads the weights and sends them to the others."""
+        size = self.model.parameter_count * self.job.parameter_bytes
+        return (scratch("weights while loading", size, "parameters"),)
