@@ -64,15 +64,19 @@ def mixture(tape: Tape, hidden: Tensor, spec: Experts, weights: Weights, hidden_
         output = _every_expert(tape, hidden, spec, weights, hidden_size)
         assert spec.shared is not None
         return add(tape, output, feed_forward(tape, hidden, spec.shared, weights, hidden_size))
-    routing = _route(tape, hidden, spec, weights, hidden_size)
-    output = _grouped_experts(tape, hidden, routing, spec, weights, hidden_size)
-    if spec.shared is None:
-        return output
-    shared = feed_forward(tape, hidden, spec.shared, weights, hidden_size)
-    if spec.shared_gate:
+    if spec.shared and spec.shared_gate:
+        # It goes first, so that backward comes to it last.
+        shared = feed_forward(tape, hidden, spec.shared, weights, hidden_size)
+        output = _routed(tape, hidden, spec, weights, hidden_size)
         gate = unary(tape, linear(tape, hidden, weights.take(1, hidden_size)), saves="output")
-        shared = scale_rows(tape, shared, gate)
-    return add(tape, output, shared)
+        return add(tape, output, scale_rows(tape, shared, gate))
+    output = _routed(tape, hidden, spec, weights, hidden_size)
+    return add(tape, output, feed_forward(tape, hidden, spec.shared, weights, hidden_size)) if spec.shared else output
+
+
+def _routed(tape: Tape, hidden: Tensor, spec: Experts, weights: Weights, hidden_size: int) -> Tensor:
+    routing = _route(tape, hidden, spec, weights, hidden_size)
+    return _grouped_experts(tape, hidden, routing, spec, weights, hidden_size)
 
 
 def _route(tape: Tape, hidden: Tensor, spec: Experts, weights: Weights, hidden_size: int) -> Tensor:

@@ -12,11 +12,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from advisor.specs.model import ModelSpec, Parameter
+from advisor.specs.model import AnyLayer, ModelSpec, Parameter
 from advisor.specs.plan import ZeroSettings
-from advisor.step.arrival import Arrival, Where, arrival, handed_over
+from advisor.step.arrival import Arrival, Source, Where, arrival, handed_over
 from advisor.step.gathering import Level, Limits, gathered
-from advisor.step.recording import Mode, Source
+from advisor.step.recording import Mode
+from advisor.step.recording import Source as Recordings
+
+GATHERED_WHOLE = frozenset({"mixtral", "qwen2_moe", "qwen3_moe"})
+"""Families whose block of experts DeepSpeed takes for one module (zero/leaf_module_config.py)."""
 
 
 class Move(NamedTuple):
@@ -65,9 +69,9 @@ Call = tuple[Where, tuple[int, ...]]
 
 
 @lru_cache(maxsize=32)
-def passage(model: ModelSpec, mode: Mode, checkpointed: bool, zero: ZeroSettings, recordings: Source) -> Passage:
+def passage(model: ModelSpec, mode: Mode, checkpointed: bool, zero: ZeroSettings, recordings: Recordings) -> Passage:
     """The passage of *model* in micro-steps after the first of all, in which DeepSpeed only takes note of the order."""
-    arrived = arrival(model, mode, checkpointed, recordings)
+    arrived = reduced(model, mode, checkpointed, recordings)
     forward = _forward_calls(model, mode, checkpointed, recordings)
     backward = _backward_calls(model, mode, checkpointed, recordings)
     limits = Limits(zero.prefetch_bucket, zero.max_live_parameters, zero.max_reuse_distance, zero.persistence_threshold)
@@ -83,6 +87,37 @@ def passage(model: ModelSpec, mode: Mode, checkpointed: bool, zero: ZeroSettings
         most=max(level.running for level in levels),
         usual=_usual(model, stays, after),
     )
+
+
+@lru_cache(maxsize=32)
+def reduced(model: ModelSpec, mode: Mode, checkpointed: bool, recordings: Recordings) -> Arrival:
+    """The order in which gradients come to the bucket.
+
+    Those of a block of experts wait until its backward is done, and then come as they are registered (stage3.py
+    ``create_reduce_and_remove_grad_hooks``).
+    """
+    arrived = arrival(model, mode, checkpointed, recordings)
+    together = {number: block_of_experts(model, layer) for number, layer in enumerate(model.layers)}
+    waiting: list[tuple[int, Source]] = []
+    found: list[tuple[int, Source]] = []
+    for tensor, source in zip(arrived.tensors, arrived.sources, strict=True):
+        block = together[source[0]] if isinstance(source[0], int) else ()
+        if source[1] not in block:
+            found.append((tensor, source))
+            continue
+        waiting.append((tensor, source))
+        if len(waiting) == len(block):
+            found += sorted(waiting, key=lambda pair: pair[0])
+            waiting = []
+    return Arrival(tuple(each[0] for each in found), tuple(each[1] for each in found))
+
+
+def block_of_experts(model: ModelSpec, layer: AnyLayer) -> tuple[Parameter, ...]:
+    """What DeepSpeed takes for one module's parameters in *layer*: its experts, their router and what runs beside."""
+    if model.family not in GATHERED_WHOLE:
+        return ()
+    blocks = {each.name.partition(".experts.")[0] for each in layer.parameters if ".experts." in each.name}
+    return tuple(each for each in layer.parameters if each.name.partition(".")[0] in blocks)
 
 
 def _stays(calls: list[Call], levels: tuple[Level, ...]) -> tuple[dict[Where, Stay], int]:
@@ -141,7 +176,7 @@ def _usual(model: ModelSpec, stays: dict[Where, Stay], after: dict[Where, tuple[
     return found
 
 
-def _forward_calls(model: ModelSpec, mode: Mode, checkpointed: bool, recordings: Source) -> list[Call]:
+def _forward_calls(model: ModelSpec, mode: Mode, checkpointed: bool, recordings: Recordings) -> list[Call]:
     # The model with its head, the model, the embedding, the rotary embedding.
     calls: list[Call] = [("embedding", ()), ("embedding", ())]
     calls += [("embedding", tensors) for tensors in _modules(model.embedding, range(len(model.embedding)))]
@@ -151,7 +186,7 @@ def _forward_calls(model: ModelSpec, mode: Mode, checkpointed: bool, recordings:
     return [*calls, *(("head", tensors) for tensors in _head(model))]
 
 
-def _backward_calls(model: ModelSpec, mode: Mode, checkpointed: bool, recordings: Source) -> list[Call]:
+def _backward_calls(model: ModelSpec, mode: Mode, checkpointed: bool, recordings: Recordings) -> list[Call]:
     head = list(reversed(_head(model)))
     calls: list[Call] = [("head", ()), ("head", head[0]), ("head", ()), *(("head", tensors) for tensors in head[1:])]
     layers = _layers(model, mode, checkpointed, recordings)
@@ -186,22 +221,23 @@ def _head(model: ModelSpec) -> list[tuple[int, ...]]:
     return [*calls, (0,)] if model.tied_embeddings else calls
 
 
-def _layers(model: ModelSpec, mode: Mode, checkpointed: bool, recordings: Source) -> list[list[tuple[int, ...]]]:
+def _layers(model: ModelSpec, mode: Mode, checkpointed: bool, recordings: Recordings) -> list[list[tuple[int, ...]]]:
     """For each layer the module calls inside it, in the order of its forward pass."""
     found: list[list[tuple[int, ...]]] = []
     first = len(model.embedding)
     for layer in model.layers:
+        experts = block_of_experts(model, layer)
         recorded = recordings.layer(layer, model.hidden_size, mode, checkpointed).backward
         used = handed_over(recorded)[::-1]
         at = {parameter: first + index for index, parameter in enumerate(layer.parameters)}
         calls: list[tuple[int, ...]] = []
         container = ""
-        for path, parameters in _by_module(used):
+        for path, parameters in _by_module(used, experts):
             if path.rpartition(".")[0] != container:
                 container = path.rpartition(".")[0]
                 calls += [()] if container else []
             calls.append(tuple(sorted(at[each] for each in parameters)))
-        found.append([*calls[:-1], (), calls[-1]])
+        found.append(calls if experts else [*calls[:-1], (), calls[-1]])
         first += len(layer.parameters)
     return found
 
@@ -211,11 +247,11 @@ def _modules(parameters: tuple[Parameter, ...], numbers: range) -> list[tuple[in
     return [tuple(at[each] for each in found) for _, found in _by_module(list(parameters))]
 
 
-def _by_module(parameters: list[Parameter]) -> list[tuple[str, list[Parameter]]]:
-    """Neighbours that one module owns, with its name."""
+def _by_module(parameters: list[Parameter], together: tuple[Parameter, ...] = ()) -> list[tuple[str, list[Parameter]]]:
+    """Neighbours that one module owns, with its name; those *together* have one module of their own."""
     found: list[tuple[str, list[Parameter]]] = []
     for parameter in parameters:
-        path = parameter.name.rpartition(".")[0]
+        path = parameter.name.partition(".")[0] if parameter in together else parameter.name.rpartition(".")[0]
         if found and found[-1][0] == path:
             found[-1][1].append(parameter)
         else:

@@ -10,7 +10,7 @@ from advisor.specs.model import Parameter
 from advisor.specs.plan import Checkpointing
 from advisor.step.arrival import Arrival, Source, Where, arrival, where
 from advisor.step.flat_partition import Reduction, reductions
-from advisor.step.passage import Move, Passage, passage
+from advisor.step.passage import Move, Passage, block_of_experts, passage, reduced
 from advisor.step.program import Amount, Block, Collective, hold, release, released, scratch
 from advisor.step.recording import Mode, mode_of
 from advisor.step.scheme import MicroStep, Nodes, Part
@@ -63,7 +63,7 @@ class ZeroThree(Zero):
     @cached_property
     def arrival(self) -> Arrival:
         """In which order gradients come to the bucket."""
-        return arrival(self.model, self.mode, self.checkpointed, self.source)
+        return reduced(self.model, self.mode, self.checkpointed, self.source)
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -138,16 +138,49 @@ class ZeroThree(Zero):
         return Block("gather of weights", "temporaries", moved_bytes=payload, transfers=(gather,))
 
     def gradient(self, part: Part, parameter: Parameter, size_bytes: int, micro: MicroStep) -> Nodes:
-        reduction = self.reduced_before.get((at, parameter)) if (at := where(part)) is not None else None
+        block = self._blocks.get(id(part.layer), ())
+        if parameter in block:
+            return self._of_experts(part, parameter, size_bytes, block)
+        if not self._stops(part, parameter):
+            return self._passing(size_bytes, self._changes[self._like(part), parameter])
+        return (hold("gradients", "gradients", size_bytes), *self._enters(part, parameter))
+
+    def _of_experts(self, part: Part, parameter: Parameter, size_bytes: int, block: tuple[Parameter, ...]) -> Nodes:
+        """Gradients of a block of experts wait for the last of them (stage3.py ``reduce_leaf_module_grads``)."""
+        held = hold("gradients", "gradients", size_bytes)
+        if parameter != self._last[block]:
+            return (held,)
+        return (held, *(node for each in block for node in self._enters(part, each)))
+
+    @cached_property
+    def _blocks(self) -> dict[int, tuple[Parameter, ...]]:
+        """Of each layer, by identity, what waits until its block of experts is done."""
+        return {id(layer): block_of_experts(self.model, layer) for layer in self.model.layers}
+
+    @cached_property
+    def _last(self) -> dict[tuple[Parameter, ...], Parameter]:
+        """The parameter of each block of experts whose gradient backward makes last."""
+        made = arrival(self.model, self.mode, self.checkpointed, self.source).sources
+        return {
+            block: next(parameter for part, parameter in reversed(made) if part == number and parameter in block)
+            for number, layer in enumerate(self.model.layers)
+            if (block := self._blocks[id(layer)])
+        }
+
+    def _stops(self, part: Part, parameter: Parameter) -> bool:
+        """Whether a gradient waits beside the bucket, or finds it full."""
+        full = (at := where(part)) is not None and (at, parameter) in self.reduced_before
+        return full or parameter.numel > self.plan.zero.reduce_bucket
+
+    def _enters(self, part: Part, parameter: Parameter) -> Nodes:
+        """A gradient that is held moves into the bucket, which is reduced first where it is full."""
+        at = where(part)
+        reduction = self.reduced_before.get((at, parameter)) if at is not None else None
         waits = parameter.numel > self.plan.zero.reduce_bucket
-        move = self._changes[self._like(part), parameter]
-        if reduction is None and not waits:
-            return self._passing(size_bytes, move)
         return (
-            hold("gradients", "gradients", size_bytes),
             *(self._reduce(reduction) if reduction else ()),
-            release("gradients", "gradients", 0 if waits else size_bytes),
-            self._gathered(move),
+            release("gradients", "gradients", 0 if waits else parameter.numel * self.job.compute_bytes),
+            self._gathered(self._changes[self._like(part), parameter]),
         )
 
     def _passing(self, size_bytes: int, move: Move) -> Nodes:
