@@ -155,17 +155,18 @@ def unary(tape: Tape, x: Tensor, *, saves: str, temporaries: int = 0, element_by
 
 
 def square(tape: Tape, x: Tensor) -> Tensor:
-    """``x.pow(2)``: backward forms x.pow(1), twice that, then the product with the gradient."""
+    """``x.pow(2)``: backward forms x.pow(1), twice that, then the product with the gradient, and keeps all to its end.
+
+    torch/csrc/autograd/FunctionsManual.cpp ``pow_backward`` is one expression, whose temporaries C++ keeps so long.
+    """
     output = tape.like(x)
     tape.work(x, output)
 
     def backward(tape: Tape, gradient: Tensor) -> Gradients:
         power = tape.like(x)
         doubled = tape.like(x)
-        tape.work(x, power, power, doubled, kernels=2)
-        del power
         result = tape.like(x)
-        tape.work(gradient, doubled, result)
+        tape.work(x, power, power, doubled, gradient, doubled, result, kernels=3)
         return (result,)
 
     return tape.attach(output, [x], backward)
