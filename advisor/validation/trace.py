@@ -35,8 +35,8 @@ from advisor.tracing.real_model import (
 )
 from advisor.validation.sharding import FORMATS, Wrapped, counted, ranks_of, wrap
 
-MOST_MICRO_STEPS = 2
-"""A first micro-step and a last one: those between hold what one of these does."""
+MOST_MICRO_STEPS = 3
+"""A first micro-step, one between and a last: all between hold the same."""
 
 
 @dataclass(frozen=True, slots=True)
