@@ -189,7 +189,7 @@ def _math(tape: Tape, query: Tensor, key: Tensor, value: Tensor, spec: Attention
     key = multiply_constant(tape, key)
     query = copy(tape, query)
     if spec.broadcast_heads:
-        key = expand_heads(tape, key, spec)
+        key = expand_heads(tape, key, spec, copies=not tape.alone)
     scores = matrix_product(tape, query, key, spec, scores=True)
     tape.work(scores, bias, scores)
     probabilities = unary(tape, scores, saves="output")
@@ -197,7 +197,7 @@ def _math(tape: Tape, query: Tensor, key: Tensor, value: Tensor, spec: Attention
     probabilities = dropout(tape, probabilities, spec.dropout)
     returned = cast(tape, probabilities, original)
     if spec.broadcast_heads:
-        value = expand_heads(tape, value, spec)
+        value = expand_heads(tape, value, spec, copies=not tape.alone)
     output = cast(tape, matrix_product(tape, probabilities, value, spec, scores=False), original)
     del returned
     return copy(tape, output)

@@ -163,8 +163,8 @@ class _Walk:
 
     def __init__(self, scheme: Scheme) -> None:
         self.scheme, self.model, self.plan = scheme, scheme.model, scheme.plan
-        self.mode: Mode = mode_of(scheme.job, scheme.parameter_bytes, scheme.autocasts_half)
         self.batch: Amount = scheme.plan.micro_batch
+        self.mode: Mode = mode_of(scheme.job, scheme.parameter_bytes, scheme.autocasts_half, self._alone())
         self.checkpointed = scheme.plan.checkpointing is not Checkpointing.NONE
         self.embedding = Part("embedding", self.model.embedding)
         self.head = Part("head", self.model.head)
@@ -174,6 +174,11 @@ class _Walk:
         self.joined: dict[tuple[tuple[int, int], ...], Sequence] = {}
         self.runs_backward: dict[tuple[int, MicroStep | None], Sequence] = {}
         self.forward, self.loss = self._forward(), self._loss()
+
+    def _alone(self) -> bool:
+        """Whether the micro-batch is one sequence, of a model to which that makes a difference."""
+        broadcasts = any(layer.attention.broadcast_heads for layer in self.model.described_layers)
+        return broadcasts and isinstance(self.batch, int) and self.batch == 1
 
     def _shared(self) -> dict[int, Shared]:
         """What the layers of each stack share, by the index of the run that opens the stack."""

@@ -36,6 +36,8 @@ class Mode:
     padded: bool = False
     autocasts_half: bool = False
     """Whether forward runs under autocast though its weights have the compute format already (FSDP1)."""
+    alone: bool = False
+    """Whether the micro-batch is one sequence, whose one head is repeated as a view."""
 
     @property
     def autocast(self) -> bool:
@@ -54,11 +56,14 @@ class Mode:
             self.sequence_length,
             padded=self.padded,
             half_stream=self.autocasts_half,
+            alone=self.alone,
         )
 
 
-def mode_of(job: Job, parameter_bytes: int, autocasts_half: bool = False) -> Mode:
-    return Mode(job.compute_bytes, parameter_bytes, job.sequence_length, job.attention, job.padded, autocasts_half)
+def mode_of(job: Job, parameter_bytes: int, autocasts_half: bool = False, alone: bool = False) -> Mode:
+    return Mode(
+        job.compute_bytes, parameter_bytes, job.sequence_length, job.attention, job.padded, autocasts_half, alone
+    )
 
 
 @dataclass(frozen=True, slots=True)

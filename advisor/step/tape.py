@@ -136,6 +136,8 @@ class Tape:
     """Whether autocast keeps the copy of a weight until forward ends."""
     half_stream: bool = False
     """Whether weights and the residual stream have the compute format under autocast too."""
+    alone: bool = False
+    """Whether the micro-batch is one sequence."""
     grad_enabled: bool = True
     backward_running: bool = False
     scope: str = ""
