@@ -91,6 +91,8 @@ class Attention:
     soft_cap: bool = False
     narrow_softmax: bool = False
     """transformers' own code computes probabilities in the format of the scores, not in fp32 (BERT, GPT-2)."""
+    holds_scores: bool = False
+    """transformers' own code scales scores in the product, and holds them raw and masked until it returns (BLOOM)."""
     sinks: bool = False
     latent: LatentAttention | None = None
     dropout: float = 0.0

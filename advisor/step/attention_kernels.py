@@ -44,10 +44,11 @@ def attend(
     crosses: bool = False,
 ) -> Tensor:
     """Attention over tokens of this tape, or of the encoder where it *crosses*. The output lies token by token."""
+    arrived_bytes = query.element_bytes
     query, key, value = (cast(tape, each, tape.compute_bytes) for each in (query, key, value))
     bias = _position_bias(tape, spec, weights, crosses=crosses) if spec.additive_bias and not spec.eager_only else None
     if kernel == "eager" or spec.eager_only:
-        return _eager(tape, query, key, value, spec, weights, bias)
+        return _eager(tape, query, key, value, spec, weights, bias, arrived_bytes)
     masked = kernel == "sdpa" and is_masked(tape, spec)
     grouped = spec.key_value_heads < spec.heads and not (spec.expanded_heads or spec.broadcast_heads)
     if grouped and kernel == "sdpa" and (masked or spec.head_dim != spec.value_head_dim):
@@ -211,8 +212,12 @@ def _eager(
     spec: Attention,
     weights: Weights,
     bias: Tensor | None,
+    arrived_bytes: int,
 ) -> Tensor:
-    """The scores matrix, masked, softmaxed in fp32 and multiplied with the values, by transformers' own code."""
+    """The scores matrix, masked, softmaxed in fp32 and multiplied with the values, by transformers' own code.
+
+    *arrived_bytes*: bytes per element of the queries before the product's own cast.
+    """
     if spec.key_value_heads < spec.heads and not spec.expanded_heads:
         key, value = expand_heads(tape, key, spec), expand_heads(tape, value, spec)
     if spec.fused_projection:
@@ -220,26 +225,33 @@ def _eager(
         value = copy(tape, value)
         query, key = (query, key) if spec.rotary_fraction else (copy(tape, query), copy(tape, key))
     scores = matrix_product(tape, query, key, spec, scores=True)
-    scores = multiply_constant(tape, scores)
+    held = [scores] if spec.holds_scores else []
+    scores = multiply_constant(tape, scores) if not spec.holds_scores else scores
     if spec.soft_cap:
         scores = multiply_constant(tape, scores)
         scores = unary(tape, scores, saves="output")
         scores = multiply_constant(tape, scores)
-    scores = _add_bias(tape, scores, bias) if bias else add_constant(tape, scores)
+    scores = _add_bias(tape, scores, bias) if bias else add_constant(tape, scores, tape.stream_bytes)
+    held += [scores] if spec.holds_scores else []
     if spec.sinks:
         scores = _with_sinks(tape, scores, weights.take(spec.heads), spec)
         whole = unary(tape, scores, saves="output")
         # Without the sink's column: a strided view, which the product reads as it is.
         seen = view(tape, whole, whole.numel - tape.sequence_length * spec.heads)
-        probabilities = cast(tape, seen, tape.compute_bytes)
+        probabilities = cast(tape, seen, value.element_bytes)
         del whole, seen
     else:
-        wide = None if spec.narrow_softmax and not tape.autocast else 4
-        probabilities = cast(tape, unary(tape, scores, saves="output", element_bytes=wide), tape.compute_bytes)
+        wide = scores if spec.narrow_softmax and not tape.autocast else cast(tape, scores, 4)
+        probabilities = unary(tape, wide, saves="output")
+        del wide
+        # Before the scores are dropped, in the format that the queries came in: fp32 after rotation under autocast.
+        probabilities = cast(tape, probabilities, arrived_bytes)
     del scores
+    probabilities = cast(tape, probabilities, tape.compute_bytes)
     probabilities = dropout(tape, probabilities, spec.dropout)
-    output = matrix_product(tape, probabilities, value, spec, scores=False)
-    return copy(tape, output)
+    output = copy(tape, matrix_product(tape, probabilities, value, spec, scores=False))
+    held.clear()
+    return output
 
 
 def _add_bias(tape: Tape, scores: Tensor, bias: Tensor) -> Tensor:

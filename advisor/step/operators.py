@@ -107,11 +107,12 @@ def multiply_constant(tape: Tape, x: Tensor, element_bytes: int | None = None) -
     return tape.attach(output, [x], backward, saves="nothing")
 
 
-def add_constant(tape: Tape, x: Tensor) -> Tensor:
-    """*x* plus something that needs no gradient, such as a mask."""
-    output = tape.like(x)
+def add_constant(tape: Tape, x: Tensor, element_bytes: int = 0) -> Tensor:
+    """*x* plus something of *element_bytes* that needs no gradient, such as a mask; the wider format wins."""
+    output = tape.like(x, max(x.element_bytes, element_bytes))
     tape.work(x, output)
-    return tape.attach(output, [x], lambda tape, gradient: (gradient,), saves="nothing")
+    original = x.element_bytes
+    return tape.attach(output, [x], lambda tape, gradient: (cast(tape, gradient, original),), saves="nothing")
 
 
 def multiply_weight(tape: Tape, x: Tensor, weight: Weight, element_bytes: int) -> Tensor:

@@ -214,6 +214,7 @@ def bloom(config: Configuration) -> ModelSpec:
             additive_bias=True,
             dropout=config.number("attention_dropout", default=0.0),
             eager_only=True,
+            holds_scores=True,
         ),
         # BloomGelu is the tanh approximation, written out.
         feed_forward=FeedForward(width=width, gated=False, activation="gelu_pytorch_tanh", bias=True),
