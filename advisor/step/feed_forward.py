@@ -206,6 +206,8 @@ def _grouped_experts(
     selected = _gather(tape, hidden, order, pairs, hidden_size)
     up = weights.take(spec.count, 2 * spec.width, hidden_size)
     up_bias = weights.take(spec.count, 2 * spec.width) if spec.bias else None
+    # Each pair's row of the bias stays until the next product's rows are there.
+    rows = tape.new(pairs * 2 * spec.width, up_bias.element_bytes) if up_bias else None
     fused = grouped_product(tape, selected, up, up_bias, hidden_size, 2 * spec.width)
     del selected
     half = fused.numel // 2
@@ -218,11 +220,13 @@ def _grouped_experts(
     del gate, entrance
     down = weights.take(spec.count, spec.width, hidden_size)
     down_bias = weights.take(spec.count, hidden_size) if spec.bias else None
+    rows = tape.new(pairs * hidden_size, down_bias.element_bytes) if down_bias else None
     inner = grouped_product(tape, inner, down, down_bias, spec.width, hidden_size)
     inner = scale_rows(tape, inner, routing)
     inner = copy(tape, inner)
     output = tape.new(tokens * hidden_size, inner.element_bytes)
-    tape.work(inner, output)
+    tape.work(inner, output, *([rows] if rows else []))
+    del rows
 
     def backward(tape: Tape, gradient: Tensor) -> Gradients:
         # The sum's gradient is an expanded view; the inverse permutation then writes it out for every pair.

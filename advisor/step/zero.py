@@ -32,7 +32,10 @@ class Zero(Scheme):
 
     @property
     def master_bytes(self) -> int:
-        """Bytes per element of the optimizer's own copy of the weights, which it has in their own format too."""
+        """Bytes per element of the optimizer's own copy of the weights, which it has in their own format too.
+
+        stage3.py ``_create_fp32_partitions`` means to do without, but compares a device with a name.
+        """
         return self.state_bytes
 
     @property

@@ -36,11 +36,6 @@ class ZeroThree(Zero):
         """Elements of the small tensors, each padded to the ranks."""
         return tensor_shards(self.small, self.plan.gpus) * self.plan.gpus
 
-    @property
-    def master_bytes(self) -> int:
-        """None where the optimizer works on the weights themselves, in their own format on their own device."""
-        return 0 if self.state_bytes == self.job.compute_bytes else self.state_bytes
-
     @cached_property
     def mode(self) -> Mode:
         return mode_of(self.job, self.parameter_bytes)
