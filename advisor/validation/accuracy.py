@@ -155,7 +155,8 @@ def predicted(
     model: ModelSpec, job: Job, plan: Plan, rank: int | None = None, *, dropout: bool = False
 ) -> Mapping[Counter, int]:
     """Bytes of every counter for *rank*, or the one that holds most, without what only a GPU allocates."""
-    phases = phase_peaks(build(model if dropout else without_dropout(model), job, plan, rank).device)
+    program = build(model if dropout else without_dropout(model), job, plan, rank)
+    phases = phase_peaks(program.device_without_scratch)
     peaks = {name: int(most) for name, (most, _) in phases.items()}
     return _counters(
         states=int(phases["init"][1]),
