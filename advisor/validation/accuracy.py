@@ -61,12 +61,13 @@ class Case:
             synced = ", synced" if plan.fsdp.syncs_each_micro_batch else ""
             version = f", version {plan.fsdp.version}{synced}"
         bucket = f", bucket {plan.zero.reduce_bucket:.3g}" if plan.strategy.zero_stage else ""
-        attention = f", {job.attention}" if job.attention != "sdpa" else ""
-        attention += ", padded" if job.padded else ""
+        kernels = f", {job.attention}" if job.attention != "sdpa" else ""
+        kernels += ", padded" if job.padded else ""
+        kernels += f", {job.loss} loss" if job.loss != "full" else ""
         return (
             f"{self.name}, {plan.strategy.value} x {plan.gpus}, {weights}, checkpointing {plan.checkpointing.value}, "
             f"{plan.micro_batch} x {job.sequence_length}, accumulation {plan.accumulation_steps}{version}{bucket}"
-            f"{attention}"
+            f"{kernels}"
         )
 
 
