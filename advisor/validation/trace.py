@@ -180,7 +180,7 @@ class _Run:
         """What a tensor is that nothing else tells of: logits, or of a weight's shape its gradient or its copy."""
         batch, length = self.inputs["input_ids"].shape
         vocabulary = getattr(self.model.config.get_text_config(), "vocab_size", 0)
-        if held.shape in ((batch, length, vocabulary), (batch * length, vocabulary)):
+        if held.shape and held.shape[-1] == vocabulary and held.shape not in self.weight_shapes:
             return "logits"
         if held.shape in self.weight_shapes and held.shape[0] != batch * length:
             return "gradients" if held.is_backward else "buffers"
