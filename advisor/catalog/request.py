@@ -95,6 +95,8 @@ def resolve(model: str, *, describe: Describe = by_formulas, **words: Unpack[Wor
         Input("attention", job.attention, _origin(words, "attention")),
         Input("calibration", calibration.name, "found"),
     ]
+    if job.loss != "full":
+        inputs.insert(-1, Input("loss", job.loss, "given"))
     if job.padded:
         inputs.insert(-1, Input("padded", True, "given"))
     if nodes > 1:

@@ -128,9 +128,13 @@ def _comments(
         f"Batch: {plan.gpus} GPUs x micro-batch {plan.micro_batch} x {plan.accumulation_steps} accumulation steps = "
         f"{plan.global_batch} sequences of {job.sequence_length} tokens per optimizer step.",
         f"Precision {job.precision} over {job.parameter_format} weights, {job.optimizer}, "
-        f"{attention_kernel(model, job)} attention, checkpointing {plan.checkpointing.value}, "
+        f"{attention_kernel(model, job)} attention, {job.loss} loss, checkpointing {plan.checkpointing.value}, "
         f"offload {plan.offload.value}.",
     ]
+    if job.loss == "fused":
+        lines.append("The fused loss is Liger's: pip install liger-kernel.")
+    if job.attention == "flash" and not model.eager_only:
+        lines.append("The flash attention is Dao's: pip install flash-attn.")
     if holds_no_weights(weights_from):
         lines.append("The model is a configuration without weights: training starts from random ones.")
     assumed = [f"{each.name} {each.value}" for each in inputs if each.origin == "assumed"]

@@ -25,6 +25,7 @@ def train_arguments(model: ModelSpec, job: Job, plan: Plan, weights_from: str) -
         # weights themselves.
         "weights": built_in,
         "attention": attention_kernel(model, job),
+        **({"loss": job.loss} if job.loss != "full" else {}),
         "checkpointing": plan.checkpointing.value,
         "sequence-length": job.sequence_length,
         "micro-batch": int(plan.micro_batch),

@@ -14,6 +14,7 @@ import functools
 import json
 import math
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, DummyOptim, set_seed
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,6 +30,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
 )
+from transformers.modeling_outputs import CausalLMOutput
 
 MODEL_CLASSES: dict[str, Any] = {
     "causal": AutoModelForCausalLM,
@@ -53,6 +55,7 @@ TEXT_PART = {
 
 PADDING = -1  # stands for no token until the batch is made
 IGNORED = -100  # the label that the loss leaves out
+LOSS_TOKENS = 1024  # most tokens whose logits exist at once under --loss chunked
 MASKED_SHARE = 0.15  # of the tokens that a masked or sequence-to-sequence model has to restore; Devlin et al., 2019
 
 
@@ -64,6 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     model.add_argument("--objective", choices=MODEL_CLASSES, default="causal")
     model.add_argument("--weights", choices=FORMATS, default="fp32", help="number format the weights are built in")
     model.add_argument("--attention", choices=ATTENTION, default="sdpa")
+    model.add_argument("--loss", choices=["full", "chunked", "fused"], default="full", help="fused needs liger-kernel")
     model.add_argument("--checkpointing", choices=["none", "selective", "full"], default="none", help="of activations")
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", help="text file, JSONL file with a field 'text', or Hub dataset; else random tokens")
@@ -84,6 +88,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.model.endswith(".json") and not arguments.random_weights:
         parser.error(f"{arguments.model} holds no weights: add --random-weights, or give a Hub id or a folder")
+    if arguments.loss != "full" and arguments.objective != "causal":
+        parser.error(f"--loss {arguments.loss} is for causal models: take --loss full")
     return arguments
 
 
@@ -154,6 +160,10 @@ def build_model(accelerator: Accelerator, arguments: argparse.Namespace) -> Any:
         # transformers is renaming gradient checkpointing to activation checkpointing.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False} | checkpointing_contexts(arguments.checkpointing))
+    if arguments.loss == "chunked":
+        chunk_loss(model)
+    elif arguments.loss == "fused":
+        fuse_loss(model)
     return model
 
 
@@ -169,6 +179,52 @@ def checkpointing_contexts(checkpointing: str) -> dict[str, Any]:
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     ]
     return {"context_fn": functools.partial(create_selective_checkpoint_contexts, kept)}
+
+
+def chunk_loss(model: Any) -> None:
+    """Let *model* return its loss alone, from the logits of a few tokens at a time, computed again in backward."""
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
+        if getattr(model.config, name, None) not in (None, 1):
+            raise SystemExit(f"the {name} of {type(model).__name__} is not known to --loss chunked: take --loss full")
+    head = model.get_output_embeddings()
+    logits_of = head.forward
+
+    def summed_loss(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(
+            logits_of(hidden).float(), labels, ignore_index=IGNORED, reduction="sum"
+        )
+
+    # Within one call of the output matrix's own module, so that ZeRO-3 and FSDP have it there for all pieces.
+    def mean_loss(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        following = torch.full_like(labels, IGNORED)
+        following[..., :-1] = labels[..., 1:]
+        following, hidden = following.flatten(), hidden.flatten(0, 1)
+        tokens = min(LOSS_TOKENS, math.ceil(len(hidden) / 2))
+        sums = [
+            checkpoint(summed_loss, *piece, use_reentrant=False, preserve_rng_state=False)
+            for piece in zip(torch.split(hidden, tokens), torch.split(following, tokens), strict=True)
+        ]
+        return torch.stack(sums).sum() / (following != IGNORED).sum()
+
+    def forward(self: Any, labels: torch.Tensor, **inputs: torch.Tensor) -> CausalLMOutput:
+        return CausalLMOutput(loss=head(self.base_model(**inputs).last_hidden_state, labels))
+
+    head.forward = mean_loss
+    model.forward = types.MethodType(forward, model)
+
+
+def fuse_loss(model: Any) -> None:
+    """Let *model* return its loss alone, by Liger's kernel; its other kernels stay transformers'."""
+    try:
+        from liger_kernel.transformers import (  # type: ignore[import-not-found, unused-ignore]
+            _apply_liger_kernel_to_instance,
+        )
+    except ImportError:
+        raise SystemExit("--loss fused needs Liger's kernels: pip install liger-kernel") from None
+    others = dict.fromkeys(("rope", "rms_norm", "layer_norm", "swiglu", "geglu", "cross_entropy"), False)
+    _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=True, **others)
+    if "forward" not in vars(model):
+        raise SystemExit(f"Liger has no fused loss for {type(model).__name__}: take --loss chunked or full")
 
 
 def has_other_parts(arguments: argparse.Namespace) -> bool:

@@ -18,6 +18,7 @@ from advisor.search.results import Rejected
 from advisor.search.sheet import shortfall
 from advisor.search.space import VARIANTS, Barred, bar, nearest_batch
 from advisor.specs.hardware import Cluster
+from advisor.specs.model import ModelSpec
 from advisor.specs.plan import Checkpointing, Count, Offload, Plan, Strategy, zero_settings
 from advisor.specs.question import Question
 
@@ -90,6 +91,10 @@ def refused(question: Question, nearest: Plan) -> Rejected:
 def remedies(question: Question, nearest: Plan) -> Iterator[str]:
     """Changes that would make the strategy of *nearest* fit, cheapest first."""
     cluster, variant = question.cluster, (nearest.strategy, nearest.offload)
+    if question.job.loss == "full" and _has_loss_in_pieces(question.model):
+        pieces = replace(question, job=replace(question.job, loss="chunked"))
+        if _short_by(pieces, _leanest(pieces, *variant, cluster.gpus)).min() <= 0:
+            yield "--loss chunked"
     for divisor in (2, 4, 8):
         length = question.job.sequence_length // divisor
         if length < SHORTEST_SEQUENCE:
@@ -117,6 +122,11 @@ def remedies(question: Question, nearest: Plan) -> Iterator[str]:
         parts.append(f"a GPU of {np.ceil(needed / GIB):.0f} GiB")
     if parts:
         yield " and ".join(parts)
+
+
+def _has_loss_in_pieces(model: ModelSpec) -> bool:
+    """Whether the chunked loss can stand in for the full one."""
+    return bool(model.described_layers) and model.objective == "causal" and not model.logit_soft_cap
 
 
 def _with_batch(question: Question, gpus: int) -> str:

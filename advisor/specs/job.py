@@ -11,7 +11,7 @@ Precision = Literal["bf16", "fp16", "fp32"]
 ParameterFormat = Literal["fp32", "bf16"]
 Optimizer = Literal["adamw-fused", "adamw-foreach", "adamw-loop"]
 AttentionKernel = Literal["sdpa", "flash", "eager"]
-LossKernel = Literal["full"]
+LossKernel = Literal["full", "chunked", "fused"]
 
 FORMAT_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes per element of each number format."""

@@ -32,6 +32,7 @@ from advisor.step.program import (
     release,
     repeat,
     then,
+    without,
 )
 from advisor.step.recording import FORMULAS, STREAM, HeadRecording, Mode, Recording, Source, mode_of
 from advisor.step.scheme import MicroStep, Nodes, Part, Scheme
@@ -62,6 +63,11 @@ class StepProgram:
     @property
     def device(self) -> Node:
         return then(self.init, self.step)
+
+    @property
+    def device_without_scratch(self) -> Node:
+        """The same where kernels take no scratch: what a trace or a run without a GPU can be compared with."""
+        return without(self.device, "workspace")
 
 
 def build(model: ModelSpec, job: Job, plan: Plan, rank: int | None = None, source: Source = FORMULAS) -> StepProgram:

@@ -11,7 +11,7 @@ import numpy as np
 from advisor.specs.model import ModelSpec
 from advisor.step.program import Amount, Block, Category, Matmul, Node, Sequence, then
 from advisor.step.recording import Source
-from advisor.step.tape import Event, Product, Work
+from advisor.step.tape import Event, Product, Scales, Work
 
 Events = tuple[Event, ...]
 
@@ -62,7 +62,7 @@ class _Draft:
 
     label: str
     category: Category
-    scales: bool
+    scales: Scales
     net_bytes: int = 0
     peak_bytes: int = 0
     works: list[Work] = field(default_factory=list)
@@ -75,7 +75,7 @@ class _Draft:
             self.net_bytes -= event.size_bytes
 
     def block(self, batch: Amount) -> Block:
-        times = batch if self.scales else 1
+        times = _times(self.scales, batch)
         products = [product for work in self.works for product in work.products]
         return Block(
             self.label,
@@ -105,6 +105,13 @@ def lay(events: Iterable[Event], batch: Amount) -> list[Node]:
             drafts.append(last)
         last.add(event)
     return [draft.block(batch) for draft in drafts]
+
+
+def _times(scales: Scales, batch: Amount) -> Amount:
+    """How often there is what an event tells the size of, in a micro-batch of *batch* sequences."""
+    if isinstance(scales, bool):
+        return batch if scales else 1
+    return scales.of(batch)
 
 
 def _grown(product: Product, batch: Amount) -> Matmul:

@@ -77,7 +77,7 @@ def passage(model: ModelSpec, mode: Mode, checkpointed: bool, zero: ZeroSettings
     limits = Limits(zero.prefetch_bucket, zero.max_live_parameters, zero.max_reuse_distance, zero.persistence_threshold)
     sizes = tuple(parameter.numel for parameter in model.parameters())
     levels = gathered(tuple(call[1] for call in (*forward, *backward)), sizes, limits)
-    stays, held = _stays(forward, levels)
+    stays, held = _stays(forward, levels, mode.loss == "full")
     first, after, last = _changes(arrived, backward, levels[len(forward) :], held)
     return Passage(
         forward=stays,
@@ -120,8 +120,11 @@ def block_of_experts(model: ModelSpec, layer: AnyLayer) -> tuple[Parameter, ...]
     return tuple(each for each in layer.parameters if each.name.partition(".")[0] in blocks)
 
 
-def _stays(calls: list[Call], levels: tuple[Level, ...]) -> tuple[dict[Where, Stay], int]:
-    """Each part's forward pass takes the most that any of its module calls finds, as if from its start to its end."""
+def _stays(calls: list[Call], levels: tuple[Level, ...], loss_after: bool) -> tuple[dict[Where, Stay], int]:
+    """Each part's forward pass takes the most that any of its module calls finds, as if from its start to its end.
+
+    In the head that is the loss, which *loss_after* says comes after the last module has ended, not within its call.
+    """
     found: dict[Where, Stay] = {}
     held, start = 0, 0
     while start < len(calls):
@@ -129,8 +132,7 @@ def _stays(calls: list[Call], levels: tuple[Level, ...]) -> tuple[dict[Where, St
         part = levels[start:end]
         most, left = max(level.running for level in part), part[-1].after
         if calls[start][0] == "head":
-            # The loss, which takes most, comes after the last module has ended.
-            most = left = part[-1].after
+            most = left if loss_after else part[-1].running
         peak = max(level.peak for level in part)
         found[calls[start][0]] = Stay(Move(most - held, peak - held), Move(left - most, 0))
         held, start = left, end

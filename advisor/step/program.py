@@ -13,7 +13,7 @@ when and what, and both read the same tree.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, Literal, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
@@ -363,6 +363,22 @@ def _larger(first: Amount, second: Amount) -> Amount:
     if isinstance(first, int | float) and isinstance(second, int | float):
         return max(first, second)
     return np.maximum(first, second)
+
+
+def without(node: Node, category: Category) -> Node:
+    """*node* with nothing of *category* in memory. A part that stands at several places stays one part."""
+    return _without(node, category, {})
+
+
+def _without(node: Node, category: Category, known: dict[int, Node]) -> Node:
+    if id(node) not in known:
+        if isinstance(node, Sequence):
+            known[id(node)] = Sequence(tuple(_without(step, category, known) for step in node.steps), node.phase)
+        elif isinstance(node, Repeat):
+            known[id(node)] = Repeat(_without(node.body, category, known), node.times)
+        else:
+            known[id(node)] = replace(node, net_bytes=0, peak_bytes=0) if node.category == category else node
+    return known[id(node)]
 
 
 def total(amounts: Iterable[Amount]) -> Amount:

@@ -13,9 +13,10 @@ from functools import lru_cache
 from typing import Protocol
 
 from advisor.errors import SpecError
-from advisor.specs.job import AttentionKernel, Job
+from advisor.specs.job import AttentionKernel, Job, LossKernel
 from advisor.specs.model import AnyLayer, Layer, ModelSpec, Parameter
 from advisor.step.layers import close_stack, cross_entropy, decoder_layer, embed, finish, head
+from advisor.step.losses import chunked_loss, fused_loss
 from advisor.step.tape import Event, Tape, Tensor, Weight
 from advisor.step.weights import Weights, weights_of
 
@@ -38,6 +39,7 @@ class Mode:
     """Whether forward runs under autocast though its weights have the compute format already (FSDP1)."""
     alone: bool = False
     """Whether the micro-batch is one sequence, whose one head is repeated as a view."""
+    loss: LossKernel = "full"
 
     @property
     def autocast(self) -> bool:
@@ -62,7 +64,14 @@ class Mode:
 
 def mode_of(job: Job, parameter_bytes: int, autocasts_half: bool = False, alone: bool = False) -> Mode:
     return Mode(
-        job.compute_bytes, parameter_bytes, job.sequence_length, job.attention, job.padded, autocasts_half, alone
+        job.compute_bytes,
+        parameter_bytes,
+        job.sequence_length,
+        job.attention,
+        job.padded,
+        autocasts_half,
+        alone,
+        job.loss,
     )
 
 
@@ -149,6 +158,8 @@ class HeadRecording:
 @lru_cache(maxsize=64)
 def record_head(model: ModelSpec, mode: Mode) -> HeadRecording:
     """From the residual stream to the loss. The training loop drops the logits before it goes backwards."""
+    if mode.loss != "full" and model.objective != "causal":
+        raise SpecError(f"--loss {mode.loss} is for causal models, and {model.name} is a {model.objective} one")
     tape = mode.tape()
     parameters = model.head + ((_output_matrix(model),) if model.tied_embeddings else ())
     weights = weights_of(parameters, mode.parameter_bytes)
@@ -157,11 +168,14 @@ def record_head(model: ModelSpec, mode: Mode) -> HeadRecording:
     start, first = stream.node, len(tape.events)
     hidden = finish(tape, stream, model, weights)
     del stream
-    logits = head(tape, hidden, model, weights)
-    _check_claimed(weights, "head")
+    logits = head(tape, hidden, model, weights) if mode.loss == "full" else None
     last = len(tape.events)
     tape.scope = "logits"
-    loss = cross_entropy(tape, logits, model)
+    if logits is not None:
+        loss = cross_entropy(tape, logits, model)
+    else:
+        loss = (chunked_loss if mode.loss == "chunked" else fused_loss)(tape, hidden, model, weights)
+    _check_claimed(weights, "head")
     del logits, hidden
     _forget_copies(uncopied)
     end = len(tape.events)
@@ -176,9 +190,12 @@ def record_head(model: ModelSpec, mode: Mode) -> HeadRecording:
 
 
 def record_inputs(model: ModelSpec, mode: Mode) -> tuple[Event, ...]:
-    """Token ids, labels and shifted labels (int64), and the rotary tables that every layer reads."""
-    length = mode.sequence_length
-    found = [Event("take", "token ids and labels", "activations", 3 * INDEX_BYTES * length, True)]
+    """Token ids, labels and shifted labels (int64), and the rotary tables that every layer reads.
+
+    Only the fused loss, whose gradients are there when forward ends, drops its shifted labels by then.
+    """
+    length, copies = mode.sequence_length, 2 if mode.loss == "fused" else 3
+    found = [Event("take", "token ids and labels", "activations", copies * INDEX_BYTES * length, True)]
     if mode.padded:
         found.append(Event("take", "padding mask", "activations", INDEX_BYTES * length, True))
     turned = model.described_layers[0].attention.rotary_dimensions

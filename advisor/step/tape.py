@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 
 from advisor.specs.model import Parameter
 from advisor.step.program import Category, Matmul
+from advisor.step.rows import Rows
 
 
 class Product(NamedTuple):
@@ -41,6 +42,9 @@ class Work(NamedTuple):
 
 NO_WORK = Work()
 
+Scales = bool | Rows
+"""Whether a size is per sequence of the micro-batch, or the same for any number of them; or of what it is per row."""
+
 
 class Event(NamedTuple):
     """One thing that happens: memory taken or given back, work done, or a weight's gradient handed over."""
@@ -49,8 +53,7 @@ class Event(NamedTuple):
     label: str
     category: Category
     size_bytes: int
-    scales: bool
-    """Whether the size is per sequence of the micro-batch, or the same for any number of them."""
+    scales: Scales
     storage: int = -1
     """Which memory is taken or given back: its number on this tape."""
     work: Work = NO_WORK
@@ -62,7 +65,7 @@ class _Storage:
 
     __slots__ = ("event", "tape")
 
-    def __init__(self, tape: Tape, label: str, category: Category, size_bytes: int, scales: bool) -> None:
+    def __init__(self, tape: Tape, label: str, category: Category, size_bytes: int, scales: Scales) -> None:
         self.tape = tape
         self.event = Event("take", label, category, size_bytes, scales, len(tape.events))
         tape.events.append(self.event)
@@ -94,11 +97,11 @@ class Weight:
 
 @dataclass(eq=False, slots=True)
 class Tensor:
-    """A tensor without contents. *numel* counts one sequence where *scales*, else the whole."""
+    """A tensor without contents. *numel* counts one sequence or one row where it *scales*, else the whole."""
 
     numel: int
     element_bytes: int
-    scales: bool
+    scales: Scales
     storage: _Storage
     node: GraphNode | None = None
 
@@ -166,7 +169,7 @@ class Tape:
         numel: int,
         element_bytes: int,
         *,
-        scales: bool = True,
+        scales: Scales = True,
         category: Category | None = None,
         label: str | None = None,
     ) -> Tensor:
@@ -194,11 +197,12 @@ class Tape:
         self,
         *touched: Tensor,
         matmuls: tuple[Product, ...] = (),
+        moved_bytes: int = 0,
         fixed_moved_bytes: int = 0,
         kernels: int = 1,
     ) -> None:
-        """Record kernels that read or write the *touched* tensors."""
-        moved = sum(tensor.size_bytes for tensor in touched if tensor.scales)
+        """Record kernels that read or write the *touched* tensors, and other bytes per sequence and in all."""
+        moved = moved_bytes + sum(tensor.size_bytes for tensor in touched if tensor.scales)
         fixed = fixed_moved_bytes + sum(tensor.size_bytes for tensor in touched if not tensor.scales)
         done = Work(matmuls, moved, fixed, kernels)
         self.events.append(Event("work", self.scope, "temporaries", 0, False, work=done))

@@ -108,6 +108,9 @@ class ZeroThree(Zero):
     def after_forward(self, part: Part) -> Nodes:
         return (self._gathered(self.passage.forward[self._like(part)].leaving),)
 
+    def end_forward(self) -> Nodes:
+        return (self._gathered(self.passage.forward["head"].leaving),)
+
     def before_backward(self, part: Part, micro: MicroStep) -> Nodes:
         first = (self._gathered(self.passage.first),) if part.kind == "head" else ()
         return (*first, self._gather(part)) if self.gathers == 2 else first
@@ -215,10 +218,22 @@ class ZeroThree(Zero):
     def after_backward(self, part: Part, micro: MicroStep) -> Nodes:
         payload = part.numel * self.job.compute_bytes
         reduce = Collective("gradients", "reduce-scatter", payload, 1, waits=False)
-        return (Block("gradient reduce-scatter", "temporaries", moved_bytes=4 * payload, transfers=(reduce,)),)
+        kept = (self._output_matrix,) if part.kind == "head" and self.job.loss == "fused" else ()
+        return (Block("gradient reduce-scatter", "temporaries", moved_bytes=4 * payload, transfers=(reduce,)), *kept)
+
+    @property
+    def _output_matrix(self) -> Block:
+        """Gathered again for the whole of backward: the fused loss reads it outside its module.
+
+        So it belongs to the outermost module, whose backward has no end (partition_parameters.py
+        ``_inject_parameters``, parameter_offload.py).
+        """
+        matrix = self.model.embedding[0] if self.model.tied_embeddings else self.model.head[-1]
+        return hold("output matrix for the fused loss", "parameters", matrix.numel * self.job.compute_bytes)
 
     def end_backward(self, micro: MicroStep) -> Nodes:
-        return (self._gathered(Move(-self.passage.last, 0)), *self._reduce(self.reductions[-1]))
+        kept = (released(self._output_matrix),) if self.job.loss == "fused" else ()
+        return (self._gathered(Move(-self.passage.last, 0)), *kept, *self._reduce(self.reductions[-1]))
 
     def update(self) -> Nodes:
         shard, half = self.shard, self.job.compute_bytes

@@ -160,7 +160,7 @@ def scaled_dot_product_attention(
     scale = scale if scale is not None else head_dim**-0.5
     half = query.dtype in HALF_FORMATS
     if half and attn_mask is None and head_dim == value_dim <= FLASH_LARGEST_HEAD and (same_heads or enable_gqa):
-        return _flash(query, key, value, dropout_p, is_causal, scale)
+        return flash(query, key, value, dropout_p, is_causal, scale)
     if attn_mask is not None and attn_mask.dtype is torch.bool:
         attn_mask = torch.where(attn_mask, torch.zeros((), dtype=query.dtype), UNSEEN)
     if same_heads and not any(each % (8 if half else 4) for each in (head_dim, value_dim)):
@@ -168,9 +168,10 @@ def scaled_dot_product_attention(
     return _scores_matrix(query, key, value, attn_mask, dropout_p, is_causal, scale)
 
 
-def _flash(
+def flash(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, causal: bool, scale: float
 ) -> torch.Tensor:
+    """The operator of (batch, heads, tokens, head dimension); it lays its output out as its queries are."""
     head_dim = query.shape[-1]
     query, key, value = (_padded(each, FLASH_ALIGNMENT) for each in (query, key, value))
     output: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention(

@@ -138,9 +138,9 @@ def attention_of(settings: Any, objective: Objective, wanted: str) -> str:
         kind = factory._model_mapping[type(settings)]
     except KeyError:
         return wanted
-    # A CPU runs no flash-attn; its fused kernel saves what that one saves.
-    fused = "sdpa" if wanted == "flash" else wanted
-    return fused if getattr(kind, "_supports_sdpa", True) else "eager"
+    if wanted == "flash":
+        return "flash_attention_2"
+    return wanted if getattr(kind, "_supports_sdpa", True) else "eager"
 
 
 def real_model(settings: Any, description: Description, dtype: Any, attention: str) -> Any:

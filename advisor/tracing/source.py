@@ -157,9 +157,12 @@ def _run(description: Description, mode: Mode, checkpointed: bool, shortened: bo
     needs_torch("tracing a model")
     if mode.padded:
         raise SpecError("padded batches are not traced layer by layer; leave out --padding or --trace")
+    if mode.loss != "full":
+        raise SpecError(f"the {mode.loss} loss is not traced apart from the layers; leave out --loss or --trace")
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    from advisor.tracing.flash_attention import flash_attn_installed
     from advisor.tracing.recorder import Recorder, record
 
     # Sizes are what is recorded, and fp16's are bf16's.
@@ -169,6 +172,7 @@ def _run(description: Description, mode: Mode, checkpointed: bool, shortened: bo
         failures_explained(description.family),
         masks_for(padded=False),
         gpu_operators(),
+        flash_attn_installed(),
         FakeTensorMode(allow_non_fake_inputs=True),
     ):
         settings = settings_of(description)

@@ -61,12 +61,13 @@ class Case:
             synced = ", synced" if plan.fsdp.syncs_each_micro_batch else ""
             version = f", version {plan.fsdp.version}{synced}"
         bucket = f", bucket {plan.zero.reduce_bucket:.3g}" if plan.strategy.zero_stage else ""
-        attention = f", {job.attention}" if job.attention != "sdpa" else ""
-        attention += ", padded" if job.padded else ""
+        kernels = f", {job.attention}" if job.attention != "sdpa" else ""
+        kernels += ", padded" if job.padded else ""
+        kernels += f", {job.loss} loss" if job.loss != "full" else ""
         return (
             f"{self.name}, {plan.strategy.value} x {plan.gpus}, {weights}, checkpointing {plan.checkpointing.value}, "
             f"{plan.micro_batch} x {job.sequence_length}, accumulation {plan.accumulation_steps}{version}{bucket}"
-            f"{attention}"
+            f"{kernels}"
         )
 
 
@@ -155,7 +156,8 @@ def predicted(
     model: ModelSpec, job: Job, plan: Plan, rank: int | None = None, *, dropout: bool = False
 ) -> Mapping[Counter, int]:
     """Bytes of every counter for *rank*, or the one that holds most, without what only a GPU allocates."""
-    phases = phase_peaks(build(model if dropout else without_dropout(model), job, plan, rank).device)
+    program = build(model if dropout else without_dropout(model), job, plan, rank)
+    phases = phase_peaks(program.device_without_scratch)
     peaks = {name: int(most) for name, (most, _) in phases.items()}
     return _counters(
         states=int(phases["init"][1]),

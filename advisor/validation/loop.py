@@ -20,7 +20,7 @@ from advisor.specs.plan import Checkpointing, Plan
 from advisor.tracing.counter import StorageCounter
 from advisor.tracing.real_model import described, real_model, recompute_layers, settings_of
 from advisor.validation.sharding import FORMATS
-from advisor.validation.trace import Trace, adamw, leave_out_step_counters
+from advisor.validation.trace import Trace, adamw, leave_out_step_counters, take_loss
 
 STEPS = 3
 """ZeRO-3 records its trace in the first step, and Adam's moments are made in it."""
@@ -53,9 +53,12 @@ def built_model(config: Mapping[str, Any], job: Job, plan: Plan) -> Any:
     description = described(config)
     # DeepSpeed keeps fp32 masters beside weights in the format that it computes in.
     built_in = job.precision if plan.strategy.zero_stage is not None else job.parameter_format
-    model = real_model(settings_of(description), description, FORMATS[built_in], job.attention)
+    # A CPU runs no flash-attn; its own fused kernel saves what that one saves.
+    attention = "sdpa" if job.attention == "flash" else job.attention
+    model = real_model(settings_of(description), description, FORMATS[built_in], attention)
     if plan.checkpointing is not Checkpointing.NONE:
         recompute_layers(model, checkpointing_contexts(plan.checkpointing.value))
+    take_loss(model, job)
     return model
 
 

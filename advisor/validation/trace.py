@@ -17,12 +17,15 @@ from typing import Any
 
 import torch
 
-from advisor.launch.train import checkpointing_contexts
+from advisor.errors import SpecError
+from advisor.launch.train import checkpointing_contexts, chunk_loss
 from advisor.specs.job import Job
 from advisor.specs.model import Objective
 from advisor.specs.plan import Checkpointing, Plan
 from advisor.step.program import Category
 from advisor.tracing.counter import Storage, StorageCounter
+from advisor.tracing.flash_attention import flash_attn_installed
+from advisor.tracing.fused_loss import fuse_loss
 from advisor.tracing.gpu_operators import gpu_operators, masks_for
 from advisor.tracing.real_model import (
     Description,
@@ -75,6 +78,8 @@ def trace_described(description: Description, job: Job, plan: Plan, *, dropout: 
     One GPU alone, DDP, or FSDP, set up as accelerate does; without dropout unless it is asked for. The loss scale of
     fp16 is left out: numbers, no tensors. Raises ConfigError where transformers refuses.
     """
+    if job.padded and job.attention == "flash":
+        raise SpecError("flash attention leaves padding out, and how much there is only a batch tells: drop --padded")
     with (
         quiet(),
         failures_explained(description.family),
@@ -82,11 +87,13 @@ def trace_described(description: Description, job: Job, plan: Plan, *, dropout: 
         ranks_of(plan) as mesh,
         counted() as counter,
         gpu_operators(),
+        flash_attn_installed(),
     ):
         model = real_model(settings_of(description, dropout), description, FORMATS[job.parameter_format], job.attention)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         if plan.checkpointing is not Checkpointing.NONE:
             recompute_layers(model, checkpointing_contexts(plan.checkpointing.value))
+        take_loss(model, job)
         wrapped = wrap(model, mesh, job, plan)
         optimizer = torch.optim.AdamW(model.parameters(), **adamw(job))
         ids = torch.zeros(int(plan.micro_batch), job.sequence_length, dtype=torch.long)
@@ -95,6 +102,14 @@ def trace_described(description: Description, job: Job, plan: Plan, *, dropout: 
         run = _Run(counter, model, wrapped, optimizer, inputs, plan, parameters, shapes)
         run.step()
         return run.step()
+
+
+def take_loss(model: Any, job: Job) -> None:
+    """Let *model* compute its loss as *job* says: by the training program's own code, or by Liger's as on a GPU."""
+    if job.loss == "chunked":
+        chunk_loss(model)
+    elif job.loss == "fused":
+        fuse_loss(model)
 
 
 @dataclass(frozen=True)
@@ -165,7 +180,7 @@ class _Run:
         """What a tensor is that nothing else tells of: logits, or of a weight's shape its gradient or its copy."""
         batch, length = self.inputs["input_ids"].shape
         vocabulary = getattr(self.model.config.get_text_config(), "vocab_size", 0)
-        if held.shape in ((batch, length, vocabulary), (batch * length, vocabulary)):
+        if held.shape and held.shape[-1] == vocabulary and held.shape not in self.weight_shapes:
             return "logits"
         if held.shape in self.weight_shapes and held.shape[0] != batch * length:
             return "gradients" if held.is_backward else "buffers"

@@ -116,7 +116,7 @@ def _predicted(model: ModelSpec, job: Job, plan: Plan, rank: int) -> Reading:
     if not model.described_layers:
         states: Node = then(*scheme_of(model, job, plan, rank).states())
         return Reading({"between steps": int(fold(states).net_bytes)}, {})
-    device = build(without_dropout(model), job, plan, rank).device
+    device = build(without_dropout(model), job, plan, rank).device_without_scratch
     phases = {name: (int(most), int(left)) for name, (most, left) in phase_peaks(device).items()}
     peak = peak_of(device)
     ledger: Counter[Category] = Counter()

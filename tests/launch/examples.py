@@ -149,6 +149,7 @@ def jobs(draw: st.DrawFn) -> Job:
         parameter_format=draw(st.sampled_from(["fp32", "bf16"])) if precision == "bf16" else "fp32",
         optimizer=draw(st.sampled_from(["adamw-fused", "adamw-foreach", "adamw-loop"])),
         attention=draw(st.sampled_from(["sdpa", "flash", "eager"])),
+        loss=draw(st.sampled_from(["full", "chunked", "fused"])),
     )
 
 

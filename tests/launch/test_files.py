@@ -70,7 +70,7 @@ def test_headers_name_plan_and_assumptions() -> None:
         assert "# tiny, DDP on 2 x Test-80GB. Written by advisor " in header
         assert "# Batch: 2 GPUs x micro-batch 2 x 2 accumulation steps = 8 sequences of 2048 tokens" in header
         assert "# Assumed: gpu Test-80GB, link test-link." in header
-        assert "sdpa attention, checkpointing none, offload none." in header
+        assert "sdpa attention, full loss, checkpointing none, offload none." in header
         assert "# The model is a configuration without weights: training starts from random ones." in header
 
 

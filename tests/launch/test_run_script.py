@@ -182,6 +182,7 @@ def test_arguments_repeat_job_and_plan(job: Job, checkpointing: Checkpointing) -
         assert "--accumulation-steps=2" in arguments
         assert f"--checkpointing={checkpointing.value}" in arguments
         assert f"--attention={job.attention}" in arguments
+        assert (f"--loss={job.loss}" in arguments) == (job.loss != "full")
         assert f"--optimizer={job.optimizer}" in arguments
         held = job.precision if strategy.zero_stage else job.parameter_format
         assert f"--weights={held}" in arguments

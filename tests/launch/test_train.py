@@ -132,6 +132,54 @@ def test_three_steps_from_random_weights_end_in_a_finite_loss_and_a_saved_model(
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved").dtype == torch.float32
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_loss_in_pieces_is_the_same_loss_with_the_same_gradients(program: ModuleType, tied: bool) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.AutoConfig.for_model("qwen2", vocab_size=256, tie_word_embeddings=tied, **sizes)
+    config.num_key_value_heads = 2
+    tokens = torch.randint(256, (3, 700), generator=torch.Generator().manual_seed(0))
+    labels = tokens.masked_fill(tokens < 32, program.IGNORED)
+    found = []
+    for chunked in (False, True):
+        transformers.set_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        if chunked:
+            program.chunk_loss(model)
+        outputs = model(input_ids=tokens, labels=labels)
+        outputs.loss.backward()
+        found.append((outputs.loss, [each.grad for each in model.parameters()]))
+    (whole, whole_gradients), (pieced, pieced_gradients) = found
+
+    torch.testing.assert_close(pieced, whole)
+    torch.testing.assert_close(pieced_gradients, whole_gradients)
+
+
+def test_a_loss_in_pieces_refuses_logits_that_are_more_than_a_product(program: ModuleType) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.AutoConfig.for_model("gemma2", vocab_size=64, head_dim=8, num_key_value_heads=2, **sizes)
+
+    with pytest.raises(SystemExit, match="final_logit_softcapping of Gemma2ForCausalLM is not known to --loss chunked"):
+        program.chunk_loss(transformers.AutoModelForCausalLM.from_config(config))
+
+
+def test_the_fused_loss_says_what_it_needs(copy: Path, tmp_path: Path) -> None:
+    config = write_tiny_qwen2(tmp_path / "model")
+
+    # A package of this name that fails to import stands for one that is not installed.
+    (tmp_path / "liger_kernel.py").write_text("raise ImportError")
+    result = run(copy, f"--model={config}", "--random-weights", "--loss=fused")
+
+    assert result.returncode == 1
+    assert "--loss fused needs Liger's kernels: pip install liger-kernel" in result.stderr
+
+
+def test_a_loss_in_pieces_is_for_causal_models(copy: Path, tiny_bert: Path) -> None:
+    result = run(copy, f"--model={tiny_bert}", "--random-weights", "--objective=masked", "--loss=chunked")
+
+    assert result.returncode == 2
+    assert "--loss chunked is for causal models: take --loss full" in result.stderr
+
+
 def test_it_learns_a_text_by_heart(copy: Path, tmp_path: Path) -> None:
     config = transformers.AutoConfig.from_pretrained(write_tiny_qwen2(tmp_path / "model"))
     transformers.set_seed(0)

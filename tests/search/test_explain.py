@@ -217,6 +217,8 @@ def test_a_larger_gpu_makes_it_fit() -> None:
 
 def applied(asked: Question, remedy: str) -> Question:
     """The question after doing what *remedy* says."""
+    if remedy == "--loss chunked":
+        return replace(asked, job=replace(asked.job, loss="chunked"))
     for part in remedy.split(" and "):
         if found := re.fullmatch(r"--seq-len (\d+)", part):
             asked = replace(asked, job=replace(asked.job, sequence_length=int(found[1])))
@@ -238,7 +240,15 @@ REMEDIED = {
     "accumulating": question("Qwen2.5-3B", gpus=4, gpu_gib=22, global_batch=64),
     "long sequences": question("Qwen2.5-14B", gpus=8, gpu_gib=40, global_batch=16, seq_len=16384),
     "405B": question("Llama-3.1-405B", gpus=64, nodes=8),
+    "many logits": question("Llama-3.2-1B", gpus=1, gpu_gib=18, seq_len=8192),
 }
+
+
+def test_where_the_logits_are_what_is_too_much_a_loss_in_pieces_is_the_way_out() -> None:
+    asked = REMEDIED["many logits"]
+    remedies = {each.remedy for each in short_of_memory(search(asked)) if each.plan.offload is Offload.OPTIMIZER}
+
+    assert remedies == {"--loss chunked"}
 
 
 @pytest.mark.parametrize("name", REMEDIED)

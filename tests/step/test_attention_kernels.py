@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -91,3 +92,33 @@ def test_masks_are_made_for_each_kind_of_layer_and_outlive_forward_under_checkpo
     whole, windowed = 2 * 3 * 1024**2, 2 * 3 * 1024**2
     assert shared_by(layers, mode, 3, False).made_bytes == whole + windowed
     assert shared_by(layers, mode, 3, True).kept_bytes == whole + windowed
+
+
+def scratch(model: ModelSpec, mode: Mode) -> int:
+    """Most bytes of kernels' scratch for a sequence in a layer's backward."""
+    signs = {"take": 1, "give": -1}
+    events = record_layer(model.layers[0], model.hidden_size, mode, False).backward  # type: ignore[arg-type]
+    return max(
+        accumulate(signs.get(event.kind, 0) * event.size_bytes * (event.category == "workspace") for event in events)
+    )
+
+
+# Fp32 sums of queries (4ad) and a number per row (4a), for tokens in whole blocks of 128; 2ad for each of keys and
+# values where heads share them. Head dimensions grow to a multiple of 32, or beyond 192 to 256.
+@pytest.mark.parametrize(
+    ("profile", "tokens", "rows", "width", "shared"),
+    [
+        ("Qwen2.5-0.5B", 256, 256, 64, True),
+        ("Llama-3.1-8B", 1000, 1024, 128, True),
+        ("Llama-2-7b-hf", 100, 128, 128, False),
+        ("Phi-3-mini-4k-instruct", 128, 128, 96, False),
+    ],
+)
+def test_flash_s_backward_takes_its_scratch(profile: str, tokens: int, rows: int, width: int, shared: bool) -> None:
+    model = model_of(profile)
+    attention = model.layers[0].attention  # type: ignore[union-attr]
+    taken = 4 * rows * attention.heads * (width + 1) + 4 * shared * tokens * attention.heads * attention.head_dim
+
+    for kernel in ("sdpa", "flash"):
+        assert scratch(model, Mode(2, 2, tokens, kernel)) == taken  # type: ignore[arg-type]
+    assert scratch(model, Mode(2, 2, tokens, "eager")) == 0

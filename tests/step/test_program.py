@@ -23,6 +23,7 @@ from advisor.step.program import (
     repeat,
     scratch,
     then,
+    without,
 )
 
 CATEGORIES = ("parameters", "gradients", "activations", "temporaries")
@@ -124,3 +125,13 @@ def test_what_is_held_and_released_leaves_nothing() -> None:
 def test_a_negative_repeat_is_refused() -> None:
     with pytest.raises(SpecError, match="repeat -1 times"):
         repeat(hold("x", "buffers", 1), -1)
+
+
+@given(programs(block()))
+def test_without_a_category_the_rest_is_as_it_was(node: Node) -> None:
+    rest = without(node, "temporaries")
+
+    assert fold(rest).net_bytes == sum(
+        block.net_bytes * times for _, block, times in blocks(node) if block.category != "temporaries"
+    )
+    assert [block.kernels for _, block, _ in blocks(rest)] == [block.kernels for _, block, _ in blocks(node)]

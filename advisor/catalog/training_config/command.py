@@ -9,12 +9,13 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from advisor.catalog.training_config.accelerate import PRECISIONS, JsonReader, from_accelerate
 from advisor.catalog.training_config.deepspeed import FORMATS, from_deepspeed
 from advisor.catalog.training_config.settings import Setting, Settings, Table
 from advisor.errors import ConfigError
+from advisor.specs.job import LossKernel
 
 Launcher = str
 
@@ -345,6 +346,8 @@ def _program(program: Table, found: dict[str, Setting], settings: Settings, warn
             if kernel not in ATTENTION:
                 warnings.append(f"{program.place(key)} {kernel} is not modelled; what follows assumes sdpa")
             found["attention"] = Setting(ATTENTION.get(kernel, "sdpa"), program.place(key))
+    if (kind := program.word("loss")) in get_args(LossKernel):
+        found["loss"] = Setting(kind, program.place("loss"))
     if isinstance(checkpoints := program.switch("gradient_checkpointing"), bool):
         found["checkpointing"] = Setting("full" if checkpoints else "none", program.place("gradient_checkpointing"))
     if (kind := program.word("checkpointing")) is not None:

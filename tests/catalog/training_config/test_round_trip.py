@@ -26,6 +26,7 @@ jobs = st.fixed_dictionaries(
         "global_batch": st.sampled_from([16, 48, 96]),
         "optimizer": st.sampled_from(["adamw-fused", "adamw-foreach", "adamw-loop"]),
         "attention": st.sampled_from(["sdpa", "flash", "eager"]),
+        "loss": st.sampled_from(["full", "chunked", "fused"]),
     }
 )
 formats = st.sampled_from([("bf16", "fp32"), ("bf16", "bf16"), ("fp16", "fp32"), ("fp32", "fp32")])
