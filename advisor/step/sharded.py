@@ -5,6 +5,7 @@ Weights are held in the parameter format, cut over the ranks, and gathered and r
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 from advisor.specs.plan import Strategy
@@ -13,7 +14,7 @@ from advisor.step.scheme import MicroStep, Nodes, Scheme
 from advisor.step.states import ADAM_MOVES, MOMENTS, adam_step_counters, adam_temporaries
 
 
-class Sharded(Scheme):
+class Sharded(Scheme, ABC):
     """What the two share."""
 
     @property
@@ -31,9 +32,9 @@ class Sharded(Scheme):
         return self.job.compute_bytes != self.job.parameter_bytes
 
     @property
+    @abstractmethod
     def shard(self) -> Amount:
         """Elements of the weights on one rank."""
-        raise NotImplementedError
 
     @property
     def updated(self) -> Amount:
@@ -45,9 +46,9 @@ class Sharded(Scheme):
         """How many the optimizer sees on this rank."""
         return self.model.tensor_count
 
+    @abstractmethod
     def sizes(self) -> Iterator[Amount]:
         """Elements of each of them, in their order."""
-        raise NotImplementedError
 
     def reduces(self, micro: MicroStep) -> bool:
         """Whether gradients are reduced in *micro*."""
