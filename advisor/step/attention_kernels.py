@@ -49,17 +49,18 @@ def attend(
 ) -> Tensor:
     """Attention over tokens of this tape, or of the encoder where it *crosses*. The output lies token by token."""
     arrived_bytes = query.element_bytes
-    query, key, value = (cast(tape, each, tape.compute_bytes) for each in (query, key, value))
-    bias = _position_bias(tape, spec, weights, crosses=crosses) if spec.additive_bias and not spec.eager_only else None
-    if kernel == "eager" or spec.eager_only:
-        return _eager(tape, query, key, value, spec, weights, bias, arrived_bytes)
-    masked = kernel == "sdpa" and is_masked(tape, spec)
+    eager = kernel == "eager" or spec.eager_only
+    masked = kernel == "sdpa" and not eager and is_masked(tape, spec)
     grouped = spec.key_value_heads < spec.heads and not (spec.expanded_heads or spec.broadcast_heads)
-    if grouped and kernel == "sdpa" and (masked or spec.head_dim != spec.value_head_dim):
+    if grouped and kernel == "sdpa" and not eager and (masked or spec.head_dim != spec.value_head_dim):
         # transformers 5.23, integrations/sdpa_attention.py: no kernel takes a mask beside shared heads.
         copies = spec.key_value_heads > 1
         key, value = (expand_heads(tape, each, spec, copies=copies) for each in (key, value))
         grouped = False
+    query, key, value = (cast(tape, each, tape.compute_bytes) for each in (query, key, value))
+    bias = _position_bias(tape, spec, weights, crosses=crosses) if spec.additive_bias and not spec.eager_only else None
+    if eager:
+        return _eager(tape, query, key, value, spec, weights, bias, arrived_bytes)
     if bias is None and masked:
         bias = tape.new(tape.sequence_length**2, tape.compute_bytes)
         tape.work(bias)
