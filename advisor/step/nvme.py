@@ -136,7 +136,8 @@ def weight_files(
         files=half_bytes * sum(aligned(part, to) for part, is_large in zip(parts, large, strict=True) if is_large),
         read=read,
         pool=settings.parameter_buffers * aligned(settings.parameter_buffer, to) * half_bytes,
-        written_through=half_bytes * sum(aligned(parts[number], to) for number in largest) if outside else 0,
+        # ``reserve_partitioned_swap_space`` is given whole tensors where shares would do.
+        written_through=half_bytes * sum(aligned(sizes[number], to) for number in largest) if outside else 0,
         flat=flat * half_bytes,
         alone=alone,
         alone_rounding=alone_rounding if settings.pins else 0,
