@@ -57,13 +57,21 @@ def traced(title: str, draw: Callable[[int, int], Sequence[Case]]) -> Callable[[
 
 
 def on_real_tensors(seed: int, count: int) -> Iterator[Record]:
+    return one_by_one("DeepSpeed, one rank of 2 to 64, real tensors", deepspeed.cases(seed, count))
+
+
+def offloaded(seed: int, count: int) -> Iterator[Record]:
+    title = "DeepSpeed with offload, device and host together, one rank of 2 to 64, real tensors"
+    return one_by_one(title, deepspeed.offload_cases(seed, count))
+
+
+def one_by_one(title: str, drawn: Sequence[Case]) -> Iterator[Record]:
     """DeepSpeed's ranks, one at a time."""
-    drawn = deepspeed.cases(seed, count)
-    for start in range(0, count, BATCH):
+    for start in range(0, len(drawn), BATCH):
         some = drawn[start : start + BATCH]
         traces = trace_ranks([(case.config, case.job, case.plan, case.rank or 0) for case in some])
         for case, trace in zip(some, traces, strict=True):
-            yield Record("DeepSpeed, one rank of 2 to 64, real tensors", case, counted(trace), versions())
+            yield Record(title, case, counted(trace), versions())
 
 
 def for_real(seed: int, count: int) -> Iterator[Record]:
@@ -92,6 +100,7 @@ TRUTHS = {
     "one-rank": Truth(traced("One rank, real sizes, traced", one_rank.cases), 84),
     "sharded": Truth(traced("FSDP2, FSDP1 and DDP, rank 0 of 2 to 64, traced", sharded.cases), 60),
     "deepspeed": Truth(on_real_tensors, 60),
+    "offload": Truth(offloaded, 20),
     "real-runs": Truth(for_real, 60),
 }
 

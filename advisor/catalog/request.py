@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypedDict
 
 from advisor.catalog.calibrations import find_calibration
@@ -80,6 +82,8 @@ def resolve(model: str, *, describe: Describe = by_formulas, **words: Unpack[Wor
         network=find_link(network or DEFAULT_NETWORK, gpus_per_node),
         host_memory_bytes=host_memory_bytes,
         cpu_memory_bandwidth_bytes_per_s=calibration.host_bandwidth_bytes_per_s_per_gpu * gpus_per_node,
+        nvme_bytes=calibration.nvme_bytes_per_gpu * gpus_per_node,
+        nvme_bandwidth_bytes_per_s=calibration.nvme_bandwidth_bytes_per_s_per_gpu * gpus_per_node,
     )
     inputs = [
         Input("model", found.weights_from, "given"),
@@ -139,6 +143,33 @@ def _host_memory(gib: float | None, machine: Detected | None, assumed_bytes: int
             raise SpecError(f"--host-memory must be a positive number of GiB per machine, got {gib}")
         return int(gib * GIB), "given"
     return (machine.host_memory_bytes, "found") if machine else (assumed_bytes, "assumed")
+
+
+def with_nvme(question: Question, nvme: float | str | None, used: bool) -> Question:
+    """*question* with the NVMe that *nvme* says: GiB per machine, or a folder there, whose free space is taken.
+
+    Where nothing is said the calibration's stays, which is named among the inputs if it is *used*. Raises SpecError.
+    """
+    origin: Origin = "given"
+    if isinstance(nvme, str):
+        try:
+            size_bytes = shutil.disk_usage(nvme).free
+        except OSError as error:
+            raise SpecError(f"--nvme {nvme}: {error.strerror}; give a folder on the NVMe, or GiB per machine") from None
+    elif nvme is not None:
+        if nvme <= 0:
+            raise SpecError(f"--nvme must be a positive number of GiB per machine, or a folder, got {nvme}")
+        size_bytes = int(nvme * GIB)
+    elif used:
+        size_bytes, origin = question.cluster.nvme_bytes, "assumed"
+    else:
+        return question
+    named = Input("nvme_gib", round(size_bytes / GIB), origin)
+    return replace(
+        question,
+        cluster=replace(question.cluster, nvme_bytes=size_bytes),
+        inputs=(*question.inputs[:-1], named, question.inputs[-1]),
+    )
 
 
 def _job(words: Words, gpu: Gpu) -> Job:

@@ -13,12 +13,13 @@ from advisor.cli.options import (
     elements,
     form_options,
     given,
+    nvme,
     option,
     options,
     question_options,
     trace_options,
 )
-from advisor.specs.plan import Checkpointing, GradientFormat, Offload, Strategy
+from advisor.specs.plan import Checkpointing, GradientFormat, Offload, OffloadPlace, Strategy
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -46,7 +47,22 @@ plan_options = options(
         type=click.Choice([offload.value for offload in Offload]),
         default="none",
         show_default=True,
-        help="What lives in host memory between its uses.",
+        help="What lives outside the GPU between its uses.",
+    ),
+    option(
+        "The plan",
+        "--offload-to",
+        type=click.Choice(get_args(OffloadPlace)),
+        default="cpu",
+        show_default=True,
+        help="Where that lives: host memory, or with zero3 the machine's NVMe.",
+    ),
+    option(
+        "Where",
+        "--nvme",
+        type=nvme,
+        metavar="GIB|FOLDER",
+        help="NVMe of one machine: its size, or a folder on it.  [default: assumed]",
     ),
     option(
         "The plan",

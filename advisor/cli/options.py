@@ -61,6 +61,14 @@ def elements(text: str) -> int:
     return int(number)
 
 
+def nvme(text: str) -> str | float:
+    """GiB of an NVMe, or a folder on it."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def options(*declared: Callable[[Decorated], Decorated]) -> Callable[[Decorated], Decorated]:
     """Several option decorators as one; the help keeps their order."""
 

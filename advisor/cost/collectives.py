@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from advisor.errors import SpecError
 from advisor.specs.hardware import Cluster, Link
 from advisor.specs.plan import Count
 from advisor.step.program import Amount, CollectiveKind
@@ -68,6 +69,18 @@ def collective_seconds(kind: CollectiveKind, payload_bytes: Amount, messages: Am
     # Whoever sends in a broadcast sends the whole tensor.
     carried = payload_bytes * (over.ranks > 1) if kind == "broadcast" else sent_bytes(kind, payload_bytes, over.ranks)
     return messages * steps * over.latency_s + carried / over.bandwidth_bytes_per_s
+
+
+def nvme_seconds(moved_bytes: Amount, ranks: Count, cluster: Cluster) -> Amount:
+    """Time in which each of *ranks* reads or writes *moved_bytes*, those of a machine sharing its NVMe.
+
+    Raises SpecError for bytes to move and an NVMe of unknown speed.
+    """
+    if not np.any(moved_bytes):
+        return 0.0 * np.asarray(moved_bytes)
+    if not cluster.nvme_bandwidth_bytes_per_s:
+        raise SpecError("the plan needs an NVMe, and this cluster has none; give nvme_bandwidth_bytes_per_s")
+    return moved_bytes * np.minimum(ranks, cluster.gpus_per_node) / cluster.nvme_bandwidth_bytes_per_s
 
 
 def copy_seconds(moved_bytes: Amount, copies: Amount, host_link: Link) -> Amount:

@@ -8,9 +8,9 @@ from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
-from advisor.catalog.request import Describe, Words, by_formulas
+from advisor.catalog.request import Describe, Words, by_formulas, with_nvme
 from advisor.catalog.training_config.read import read_config
-from advisor.catalog.training_config.settle import batch, fsdp_of, settle, shown, zero_of
+from advisor.catalog.training_config.settle import batch, fsdp_of, offload_settings_of, settle, shown, zero_of
 from advisor.cost.memory import memory, short_by
 from advisor.cost.question import ask, program
 from advisor.cost.results import Estimate, Memory, Verdict
@@ -18,9 +18,21 @@ from advisor.cost.schedule import step_time
 from advisor.errors import SpecError
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
-from advisor.specs.plan import Checkpointing, FsdpSettings, GradientFormat, Offload, Plan, Strategy, zero_settings
+from advisor.specs.plan import (
+    Checkpointing,
+    FsdpSettings,
+    GradientFormat,
+    Offload,
+    OffloadPlace,
+    OffloadSettings,
+    Plan,
+    Strategy,
+    ZeroSettings,
+    zero_settings,
+)
 from advisor.specs.question import Input, Question
 from advisor.step.build import gradients_modelled
+from advisor.step.nvme import swap_buffers
 
 Choice = TypeVar("Choice", bound=Enum)
 
@@ -34,6 +46,9 @@ class PlanWords(Words, total=False):
     """What may be said of one plan beside its strategy."""
 
     offload: str
+    offload_to: str
+    nvme: float | str | None
+    """GiB per machine, or a folder on the NVMe whose free space is read. Absent or None: assumed."""
     micro_batch: int
     grad_accum: int | None
     """Absent or None: the accumulation steps that make up the global batch."""
@@ -56,9 +71,10 @@ def estimate(
 ) -> Estimate:
     """One plan for *model*, priced for *rank*, or for the rank that holds most.
 
-    Words: those of :func:`advisor.recommend`, and ``offload``, ``micro_batch``, ``grad_accum``, ``checkpointing``,
-    ``bucket_size``, ``grad_accum_dtype``, ``fsdp_version``, ``config``, ``trace``, ``trust_remote_code``. Raises
-    SpecError for a plan that contradicts itself or the job, ConfigError for a configuration that cannot be read.
+    Words: those of :func:`advisor.recommend`, and ``offload``, ``offload_to``, ``nvme``, ``micro_batch``,
+    ``grad_accum``, ``checkpointing``, ``bucket_size``, ``grad_accum_dtype``, ``fsdp_version``, ``config``, ``trace``,
+    ``trust_remote_code``. Raises SpecError for a plan that contradicts itself or the job, ConfigError for a
+    configuration that cannot be read.
     """
     return price(*plan_of(model, strategy=strategy, **words), rank)
 
@@ -84,13 +100,19 @@ def plan_of(
     kind = _member(Strategy, "--strategy", strategy)
     if reason := unsupported(question.model, kind):
         raise SpecError(f"{kind.title} cannot train {question.model.name}: {reason}")
-    return question, Plan(
+    offload = _member(Offload, "--offload", words.get("offload", "none"))
+    to, nvme = _offload_to(words.get("offload_to", "cpu")), words.get("nvme")
+    if to == "nvme" and not offload.optimizer:
+        raise SpecError("--offload-to nvme says where, not what; give --offload optimizer or optimizer+params too")
+    return with_nvme(question, nvme, to == "nvme"), Plan(
         strategy=kind,
         gpus=question.cluster.gpus,
         micro_batch=micro_batch,
         accumulation_steps=steps if steps is not None else _accumulation(question, micro_batch),
         checkpointing=_member(Checkpointing, "--checkpointing", words.get("checkpointing", "none")),
-        offload=_member(Offload, "--offload", words.get("offload", "none")),
+        offload=offload,
+        offload_to=to,
+        offload_settings=_offload_settings(question.model, question.cluster.gpus, nvme),
         zero=zero_settings(kind, words.get("bucket_size"), _gradient_format(words.get("grad_accum_dtype"))),
         fsdp=FsdpSettings(version=words.get("fsdp_version", 2)),
     )
@@ -100,7 +122,7 @@ def _plan_from_config(
     model: str, config: str, words: Mapping[str, Any], ask_about: Callable[..., Question]
 ) -> tuple[Question, Plan]:
     """The question and the plan of a training configuration, with *words* over it."""
-    settled = settle(read_config(config), words)
+    settled = settle(read_config(config), {word: value for word, value in words.items() if word != "nvme"})
     found = dict(settled.found)
     known = {name: found[name].value for name in Words.__annotations__ if name in found and name != "global_batch"}
     question = ask_about(model, **cast(Words, known))
@@ -128,10 +150,12 @@ def _plan_from_config(
         else _accumulation(question, micro_batch),
         checkpointing=_member(Checkpointing, "--checkpointing", chosen("checkpointing", "none")),
         offload=_member(Offload, "--offload", chosen("offload", "none")),
-        offload_to=chosen("offload_to", "cpu"),
+        offload_to=_offload_to(chosen("offload_to", "cpu")),
+        offload_settings=offload_settings_of(found),
         zero=zero_of(found, kind, width, job.precision),
         fsdp=fsdp_of(found),
     )
+    question = with_nvme(question, words.get("nvme"), plan.swaps)
     question = replace(
         question,
         inputs=_with_sources(question.inputs, shown(found, width)),
@@ -146,8 +170,6 @@ def _beyond_the_model(job: Job, plan: Plan) -> Iterator[str]:
     """What a configuration may ask for and the step program has no terms for."""
     if not gradients_modelled(job, plan):
         yield f"gradients in {plan.zero.gradient_format} are not modelled; what follows assumes the model's own format"
-    if plan.offload.optimizer and plan.offload_to == "nvme":
-        yield "offload to NVMe is not modelled; what follows assumes host memory"
 
 
 def _with_sources(resolved: tuple[Input, ...], settled: list[Input]) -> tuple[Input, ...]:
@@ -163,6 +185,19 @@ def _gradient_format(name: str | None) -> GradientFormat | None:
     if name is not None and name not in get_args(GradientFormat):
         raise SpecError(f"--grad-accum-dtype must be one of {', '.join(get_args(GradientFormat))}, got {name!r}")
     return cast("GradientFormat | None", name)
+
+
+def _offload_to(name: str) -> OffloadPlace:
+    if name not in get_args(OffloadPlace):
+        raise SpecError(f"--offload-to must be one of {', '.join(get_args(OffloadPlace))}, got {name!r}")
+    return cast("OffloadPlace", name)
+
+
+def _offload_settings(model: ModelSpec, gpus: int, nvme: float | str | None) -> OffloadSettings:
+    """DeepSpeed's own, with swap buffers of the size and number that the weights ask for."""
+    usual = OffloadSettings(nvme_path=nvme) if isinstance(nvme, str) else OffloadSettings()
+    size, count = swap_buffers(model, gpus, usual, ZeroSettings())
+    return replace(usual, parameter_buffer=size, parameter_buffers=count)
 
 
 def unsupported(model: ModelSpec, strategy: Strategy) -> str | None:
@@ -217,16 +252,16 @@ def price(question: Question, plan: Plan, rank: int | None = None) -> Estimate:
     )
 
 
-def shortages(held: Memory, margin_share: float) -> tuple[int, int]:
-    """Bytes that the device lacks beside its margin, and that the host lacks; at most 0 where there is enough."""
+def shortages(held: Memory, margin_share: float) -> tuple[int, int, int]:
+    """Bytes that the device lacks beside its margin, the host and the NVMe; at most 0 where there is enough."""
     device = short_by(held.device_used_bytes, held.capacity_bytes, margin_share)
-    return int(device), held.host_bytes - held.host_capacity_bytes
+    return int(device), held.host_bytes - held.host_capacity_bytes, held.nvme_bytes - held.nvme_capacity_bytes
 
 
 def judge(held: Memory, margin_share: float) -> tuple[Verdict, str]:
-    """Whether *held* fits its device with the margin free, and its host, with the arithmetic that says so."""
+    """Whether *held* fits its device with the margin free, its host and NVMe, with the arithmetic that says so."""
     used, capacity = held.device_used_bytes, held.capacity_bytes
-    device, host = shortages(held, margin_share)
+    device, host, nvme = shortages(held, margin_share)
     there = f"{capacity / GIB:.1f} GiB there less {100 * margin_share:.3g} % kept free"
     lacking = []
     if device > 0:
@@ -236,7 +271,12 @@ def judge(held: Memory, margin_share: float) -> tuple[Verdict, str]:
             f"{held.host_bytes / GIB:.1f} GiB of host memory needed per machine, "
             f"{held.host_capacity_bytes / GIB:.1f} GiB there: {host / GIB:.1f} GiB short"
         )
-    if host > 0 or used > capacity:
+    if nvme > 0:
+        lacking.append(
+            f"{held.nvme_bytes / GIB:.1f} GiB of NVMe needed per machine, "
+            f"{held.nvme_capacity_bytes / GIB:.1f} GiB there: {nvme / GIB:.1f} GiB short"
+        )
+    if host > 0 or nvme > 0 or used > capacity:
         return "no", "; ".join(lacking)
     if lacking:
         return "tight", lacking[0]

@@ -90,6 +90,9 @@ def memory(
         host_bytes=int(found.host_bytes),
         host_capacity_bytes=cluster.host_memory_bytes,
         host_ledger=host.ledger,
+        nvme_bytes=min(int(plan.gpus), cluster.gpus_per_node) * int(fold(program.nvme).net_bytes),
+        nvme_capacity_bytes=cluster.nvme_bytes,
+        nvme_ledger=held_after(program.nvme),
     )
 
 

@@ -28,7 +28,7 @@ class PhaseMemory:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """Bytes of one rank's device, and of its machine's host. Fields as torch and NVML count them."""
+    """Bytes of one rank's device, and of its machine's host and NVMe. Fields as torch and NVML count them."""
 
     capacity_bytes: int
     states_bytes: int
@@ -52,6 +52,10 @@ class Memory:
     host_ledger: tuple[Line, ...]
     """What one process holds in host memory at its peak."""
     nvme_bytes: int = 0
+    """On one machine's NVMe, all its ranks together."""
+    nvme_capacity_bytes: int = 0
+    nvme_ledger: tuple[Line, ...] = ()
+    """What one rank keeps there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,6 +24,8 @@ from advisor.specs.job import Job
 from advisor.specs.plan import Plan
 from advisor.step.program import Amount, Block, Node, Sequence, blocks
 
+NVME = "NVMe"
+"""What transfers to and from it are said to go over."""
 MODEL_FLOP_PER_FORWARD = 3
 """Forward, and twice as much for the gradients of inputs and weights."""
 
@@ -34,7 +36,7 @@ class TimedFlow(NamedTuple):
     what: str
     collective: str
     link: str | None
-    """The host link's name; None for the ring, whose slowest stretch depends on the plan."""
+    """The host link's name, or the NVMe; None for the ring, whose slowest stretch depends on the plan."""
     sent_bytes: Amount
     seconds: Amount
     exposed_seconds: Amount
@@ -112,7 +114,7 @@ def step_time(step: Node, job: Job, plan: Plan, cluster: Cluster, calibration: C
     timed: dict[tuple[str, str], TimedFlow] = {}
     for phase, times in _phases(step, 1):
         done = work(phase)
-        sent = flows(phase, over, cluster.host_link)
+        sent = flows(phase, over, cluster)
         seconds = compute_seconds(done, at)
         if phase.phase == "step":
             optimizer = optimizer + times * (seconds + _host_update_seconds(phase, over, cluster, calibration))
@@ -170,7 +172,12 @@ def _phases(node: Node, times: Amount) -> Iterator[tuple[Sequence, Amount]]:
 
 def _add(timed: dict[tuple[str, str], TimedFlow], flow: Flow, times: Amount, lost: Amount, cluster: Cluster) -> None:
     key = flow.what, flow.kind
-    link = cluster.host_link.name if flow.kind in ("host-to-device", "device-to-host") else None
+    link = {
+        "host-to-device": cluster.host_link.name,
+        "device-to-host": cluster.host_link.name,
+        "nvme-to-host": NVME,
+        "host-to-nvme": NVME,
+    }.get(flow.kind)
     before = timed.get(key, TimedFlow(*key, link, 0.0, 0.0, 0.0))
     timed[key] = before._replace(
         sent_bytes=before.sent_bytes + times * flow.sent_bytes,

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from advisor.cost.collectives import Ring, collective_seconds, copy_seconds, ring, sent_bytes
-from advisor.specs.hardware import Cluster, Link
+from advisor.cost.collectives import Ring, collective_seconds, copy_seconds, nvme_seconds, ring, sent_bytes
+from advisor.specs.hardware import Cluster
 from advisor.specs.plan import Count
 from advisor.step.program import Amount, Block, Collective, CollectiveKind, Copy, CopyKind, Node, Repeat, read_once
 
@@ -30,10 +30,10 @@ Counted = tuple[tuple[Collective | Copy, Amount], ...]
 
 def traffic(program: Node, cluster: Cluster, ranks: Count) -> tuple[Flow, ...]:
     """Everything that one of *ranks* GPUs sends and copies while *program* runs once, outside of its init phase."""
-    return flows(program, ring(cluster, ranks), cluster.host_link)
+    return flows(program, ring(cluster, ranks), cluster)
 
 
-def flows(node: Node, over: Ring, host_link: Link) -> tuple[Flow, ...]:
+def flows(node: Node, over: Ring, cluster: Cluster) -> tuple[Flow, ...]:
     """The transfers of *node*, those of one purpose and kind together."""
     # Payload and number of calls by purpose; the time of both is linear, so they can be summed first.
     sums: dict[tuple[str, CollectiveKind | CopyKind, bool], tuple[Amount, Amount]] = {}
@@ -42,7 +42,7 @@ def flows(node: Node, over: Ring, host_link: Link) -> tuple[Flow, ...]:
         key = (each.what, each.kind, each.waits)
         before_bytes, before_calls = sums.get(key, (0, 0))
         sums[key] = before_bytes + runs * size, before_calls + runs * calls
-    return tuple(_flow(*key, size, calls, over, host_link) for key, (size, calls) in sums.items())
+    return tuple(_flow(*key, size, calls, over, cluster) for key, (size, calls) in sums.items())
 
 
 @read_once
@@ -70,9 +70,11 @@ def _flow(
     size_bytes: Amount,
     calls: Amount,
     over: Ring,
-    host_link: Link,
+    cluster: Cluster,
 ) -> Flow:
     if kind == "host-to-device" or kind == "device-to-host":
-        return Flow(what, kind, waits, size_bytes, copy_seconds(size_bytes, calls, host_link))
+        return Flow(what, kind, waits, size_bytes, copy_seconds(size_bytes, calls, cluster.host_link))
+    if kind == "nvme-to-host" or kind == "host-to-nvme":
+        return Flow(what, kind, waits, size_bytes, nvme_seconds(size_bytes, over.ranks, cluster))
     seconds = collective_seconds(kind, size_bytes, calls, over)
     return Flow(what, kind, waits, sent_bytes(kind, size_bytes, over.ranks), seconds)

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from advisor.specs.job import Job
-from advisor.specs.plan import Offload, Plan, ZeroSettings
+from advisor.specs.plan import OffloadSettings, Plan, ZeroSettings
 
 GRADIENT_CLIPPING = 1.0
 """Largest gradient norm, as in train.py."""
@@ -44,6 +44,8 @@ def deepspeed_json(job: Job, plan: Plan) -> str:
     }
     if plan.offload.optimizer:
         settings["optimizer"] = _CPU_ADAMW
+    if plan.swaps:
+        settings["aio"] = _aio(plan.offload_settings)
     return json.dumps(settings, indent=2) + "\n"
 
 
@@ -65,7 +67,7 @@ def _zero_optimization(plan: Plan) -> dict[str, Any]:
     }
     if stage == 3:
         settings |= _stage3(zero)
-    return settings | _offload(plan.offload)
+    return settings | _offload(plan)
 
 
 def _stage3(zero: ZeroSettings) -> dict[str, Any]:
@@ -80,11 +82,33 @@ def _stage3(zero: ZeroSettings) -> dict[str, Any]:
     }
 
 
-def _offload(offload: Offload) -> dict[str, Any]:
-    host = {"device": "cpu", "pin_memory": True}
+def _offload(plan: Plan) -> dict[str, Any]:
+    """Keys: deepspeed 0.19.8, runtime/zero/offload_config.py."""
+    offload, held = plan.offload, plan.offload_settings
+    place: dict[str, Any] = {"device": plan.offload_to, "pin_memory": held.pins}
+    optimizer, parameters = dict(place), dict(place)
+    if plan.swaps:
+        optimizer |= {"nvme_path": held.nvme_path, "buffer_count": held.optimizer_buffers}
+        parameters |= {
+            "nvme_path": held.nvme_path,
+            "buffer_count": held.parameter_buffers,
+            "buffer_size": held.parameter_buffer,
+            "max_in_cpu": held.max_in_host,
+        }
     settings: dict[str, Any] = {}
     if offload.optimizer:
-        settings["offload_optimizer"] = host
+        settings["offload_optimizer"] = optimizer
     if offload.parameters:
-        settings["offload_param"] = host
+        settings["offload_param"] = parameters
     return settings
+
+
+def _aio(held: OffloadSettings) -> dict[str, Any]:
+    """Keys and other defaults: deepspeed 0.19.8, runtime/swap_tensor/constants.py."""
+    return {
+        "block_size": held.block_bytes,
+        "queue_depth": 8,
+        "intra_op_parallelism": held.threads,
+        "single_submit": False,
+        "overlap_events": True,
+    }

@@ -44,6 +44,12 @@ def estimate_report(estimate: Estimate, *, width: int) -> list[RenderableType]:
         f"Host memory of one machine: {gib(memory.host_bytes)} of {gib(memory.host_capacity_bytes)}",
         *_host(memory, estimate.cluster.gpus_per_node, width),
     )
+    if memory.nvme_bytes:
+        parts += section(
+            f"NVMe of one machine: {gib(memory.nvme_bytes)} of {gib(memory.nvme_capacity_bytes)}",
+            Text(f"Of that, one of its {estimate.cluster.gpus_per_node} ranks keeps there:"),
+            _ledger(memory.nvme_ledger, width),
+        )
     if estimate.traffic:
         parts += section("What one GPU sends and copies in a step", *_traffic(estimate.traffic, width))
     parts += section("Time of a step", _time(estimate.time))

@@ -137,6 +137,7 @@ def plan_object(plan: Plan) -> Json:
         "global_batch": int(plan.global_batch),
         "checkpointing": plan.checkpointing.value,
         "offload": plan.offload.value,
+        "offload_to": plan.offload_to,
         "zero": asdict(plan.zero) if plan.strategy.zero_stage is not None else None,
     }
 
@@ -162,6 +163,8 @@ def _memory(memory: Memory) -> Json:
         "host_capacity_bytes": memory.host_capacity_bytes,
         "host_ledger": [_line(*line) for line in memory.host_ledger],
         "nvme_bytes": memory.nvme_bytes,
+        "nvme_capacity_bytes": memory.nvme_capacity_bytes,
+        "nvme_ledger": [_line(*line) for line in memory.nvme_ledger],
     }
 
 

@@ -79,13 +79,13 @@ def barred(question: Question, found: Barred) -> Rejected:
 def refused(question: Question, nearest: Plan) -> Rejected:
     """A strategy of which nothing fits, with its nearest miss and the cheapest way out."""
     held = memory(program(question, nearest), nearest, question.cluster, question.calibration)
-    device, host = shortages(held, question.margin_share)
+    short = max(shortages(held, question.margin_share))
     _, why = judge(held, question.margin_share)
     try:
         remedy = next(remedies(question, nearest), None)
     except ConfigError:  # a traced model whose code knows no checkpointing, which every remedy counts on
         remedy = None
-    return Rejected(plan=nearest, why=why, short_by_bytes=max(device, host), remedy=remedy)
+    return Rejected(plan=nearest, why=why, short_by_bytes=short, remedy=remedy)
 
 
 def remedies(question: Question, nearest: Plan) -> Iterator[str]:

@@ -46,6 +46,10 @@ class Calibration:
     """Host memory that a machine is assumed to have for each of its GPUs where nobody said."""
     host_bandwidth_bytes_per_s_per_gpu: float
     """Streaming bandwidth of a machine's host memory for each of its GPUs."""
+    nvme_bytes_per_gpu: int
+    """NVMe that a machine is assumed to have for each of its GPUs where nobody said."""
+    nvme_bandwidth_bytes_per_s_per_gpu: float
+    """What reading or writing the NVMe of a machine reaches for each of its GPUs."""
     source: str
 
     def workspace_bytes(self, compute_capability: str) -> int:

@@ -71,6 +71,10 @@ class Cluster:
     host_memory_bytes: int
     cpu_memory_bandwidth_bytes_per_s: float
     """Streaming bandwidth of one machine's host memory, which bounds an optimizer on the CPU."""
+    nvme_bytes: int = 0
+    """One machine's."""
+    nvme_bandwidth_bytes_per_s: float = 0.0
+    """What one machine reads from its NVMe, or writes to it; its GPUs share it."""
 
     def __post_init__(self) -> None:
         if self.gpus < 1 or self.nodes < 1:

@@ -17,6 +17,8 @@ from advisor.errors import SpecError
 
 GradientFormat = Literal["fp32", "bf16", "fp16"]
 
+OffloadPlace = Literal["cpu", "nvme"]
+
 Count = int | NDArray[Any]
 """A whole number, or many of them side by side."""
 
@@ -124,6 +126,37 @@ class FsdpSettings:
             raise SpecError(f"FSDP has versions 1 and 2, got {self.version}")
 
 
+ADAM_BUFFERS = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OffloadSettings:
+    """How DeepSpeed holds what it offloads, buffers in elements.
+
+    Defaults: deepspeed 0.19.8, runtime/zero/offload_config.py and runtime/swap_tensor/constants.py.
+    """
+
+    pins: bool = True
+    """``pin_memory``: host buffers cannot be paged out, and a GPU copies from them while it computes."""
+    nvme_path: str = "/local_nvme"
+    """Folder on the NVMe; DeepSpeed has no default."""
+    parameter_buffers: int = 5
+    parameter_buffer: int = 100_000_000
+    """``buffer_size``: a rank's share of any one tensor has to fit in."""
+    max_in_host: int = 1_000_000_000
+    """``max_in_cpu``: weights that stay in host memory all the same."""
+    optimizer_buffers: int = 4
+    block_bytes: int = 2**20
+    """``aio.block_size``; what is smaller than this, or than 1 MiB, does not go to the NVMe."""
+    threads: int = 1
+    """``aio.intra_op_parallelism``: each takes 1 KiB at least, to which sizes are rounded."""
+
+    def __post_init__(self) -> None:
+        for name in ("parameter_buffers", "parameter_buffer", "block_bytes", "threads"):
+            if getattr(self, name) < 1:
+                raise SpecError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """How one training step is split over GPUs. Counts only; no cost."""
@@ -134,8 +167,9 @@ class Plan:
     accumulation_steps: Count = 1
     checkpointing: Checkpointing = Checkpointing.NONE
     offload: Offload = Offload.NONE
-    offload_to: Literal["cpu", "nvme"] = "cpu"
+    offload_to: OffloadPlace = "cpu"
     """Where what is offloaded lives."""
+    offload_settings: OffloadSettings = OffloadSettings()
     zero: ZeroSettings = ZeroSettings()
     fsdp: FsdpSettings = FsdpSettings()
 
@@ -143,10 +177,24 @@ class Plan:
         for name in _COUNTS:
             if np.any(np.asarray(getattr(self, name)) < 1):
                 raise SpecError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.offload.optimizer and self.strategy not in (Strategy.ZERO2, Strategy.ZERO3):
-            raise SpecError(f"{self.strategy.title} keeps its optimizer on the GPU; offload needs zero2 or zero3")
+        if self.offload.optimizer and not self.strategy.zero_stage:
+            raise SpecError(
+                f"{self.strategy.title} keeps its optimizer on the GPU; offload needs zero1, zero2 or zero3"
+            )
         if self.offload.parameters and self.strategy is not Strategy.ZERO3:
             raise SpecError(f"{self.strategy.title} keeps whole weights on each GPU; offloading them needs zero3")
+        if self.swaps and self.strategy is not Strategy.ZERO3:
+            raise SpecError(f"{self.strategy.title} offloads to host memory alone; NVMe needs zero3")
+        if self.swaps and self.offload_settings.optimizer_buffers < ADAM_BUFFERS:
+            raise SpecError(
+                f"Adam swaps {ADAM_BUFFERS} tensors at once (weights, gradients, two moments), got "
+                f"{self.offload_settings.optimizer_buffers} buffers; set offload_optimizer.buffer_count higher"
+            )
+
+    @property
+    def swaps(self) -> bool:
+        """Whether it reads from and writes to the NVMe."""
+        return self.offload.optimizer and self.offload_to == "nvme"
 
     @property
     def global_batch(self) -> Count:
@@ -161,6 +209,7 @@ class Plan:
             Offload.OPTIMIZER: " + optimizer offload",
             Offload.OPTIMIZER_AND_PARAMETERS: " + optimizer and parameter offload",
         }[self.offload]
+        extra += " to NVMe" if self.swaps else ""
         name = self.strategy.title.replace("FSDP", "FSDP1") if self.fsdp.version == 1 else self.strategy.title
         alone = self.strategy is Strategy.DDP and bool(np.all(np.asarray(self.gpus) == 1))
         return f"{'one GPU' if alone else name}{extra}"

@@ -19,8 +19,11 @@ from advisor.step.fsdp import FullyShardedDataParallel
 from advisor.step.fsdp_one import FullyShardedDataParallelOne
 from advisor.step.laying import laid_for
 from advisor.step.masks import Shared, shared_by
-from advisor.step.offload import OffloadedZeroThree, OffloadedZeroTwo
+from advisor.step.nvme import SwappedZeroThree
+from advisor.step.offload import OffloadedZeroOne, OffloadedZeroTwo
+from advisor.step.offload_three import OffloadedZeroThree
 from advisor.step.program import (
+    NOTHING,
     Amount,
     Block,
     Category,
@@ -59,6 +62,8 @@ class StepProgram:
     """What only one rank of a machine holds there besides."""
     rank: Count = 0
     """Whose step it is."""
+    nvme: Node = NOTHING
+    """What one rank keeps on its machine's NVMe; no phases."""
 
     @property
     def device(self) -> Node:
@@ -98,6 +103,7 @@ def _program(scheme: Scheme) -> StepProgram:
         init=phase("init", *scheme.states(), hold("tables of the model", "buffers", scheme.tables_bytes)),
         step=then(*micro_steps, phase("step", *scheme.update())),
         host=then(*scheme.host()),
+        nvme=then(*scheme.nvme()),
         host_once=then(*scheme.host_once()),
         rank=scheme.rank,
     )
@@ -139,10 +145,12 @@ def _scheme_class(job: Job, plan: Plan) -> type[Scheme]:
     if plan.strategy is Strategy.ZERO0:
         return StageZero
     if plan.strategy is Strategy.ZERO1:
-        return ZeroOne
+        return OffloadedZeroOne if plan.offload.optimizer else ZeroOne
     if plan.strategy is Strategy.ZERO2:
         return OffloadedZeroTwo if plan.offload.optimizer else ZeroTwo
     if plan.strategy is Strategy.ZERO3:
+        if plan.swaps:
+            return SwappedZeroThree
         return OffloadedZeroThree if plan.offload.optimizer else ZeroThree
     return DataParallel
 
@@ -179,6 +187,7 @@ class _Walk:
         self.pieces: dict[tuple[int, int], tuple[Sequence, Nodes]] = {}
         self.joined: dict[tuple[tuple[int, int], ...], Sequence] = {}
         self.runs_backward: dict[tuple[int, MicroStep | None], Sequence] = {}
+        self.stretches_backward: dict[tuple[int, int, MicroStep | None], Node] = {}
         self.forward, self.loss = self._forward(), self._loss()
 
     def _alone(self) -> bool:
@@ -259,14 +268,25 @@ class _Walk:
 
     def _backward_run(self, index: int, micro: MicroStep) -> Sequence:
         """The layers of one of the model's runs; the same node for every micro-step where that is all the same."""
-        key = (index, micro if self.scheme.micro_steps_differ else None)
+        scheme = self.scheme
+        apart = any(part.number in scheme.layers_apart for parts, _ in self.stretches[index] for part in parts)
+        differs = scheme.micro_steps_differ or (scheme.layers_apart_differ and apart)
+        key = (index, micro if differs else None)
         if key not in self.runs_backward:
-            steps: list[Node] = []
-            for parts, times in reversed(self.stretches[index]):
-                body = [node for part in reversed(parts) for node in self._backward_layer(part, micro)]
-                steps.append(repeat(then(*body), times))
-            self.runs_backward[key] = then(*steps)
+            steps = [self._backward_stretch(index, place, micro) for place in range(len(self.stretches[index]))]
+            self.runs_backward[key] = then(*reversed(steps))
         return self.runs_backward[key]
+
+    def _backward_stretch(self, index: int, place: int, micro: MicroStep) -> Node:
+        """Layers that follow one another; the same node for every micro-step in which they fare alike."""
+        scheme, (parts, times) = self.scheme, self.stretches[index][place]
+        apart = any(part.number in scheme.layers_apart for part in parts)
+        differs = scheme.micro_steps_differ or (scheme.layers_apart_differ and apart)
+        key = (index, place, micro if differs else None)
+        if key not in self.stretches_backward:
+            body = [node for part in reversed(parts) for node in self._backward_layer(part, micro)]
+            self.stretches_backward[key] = repeat(then(*body), times)
+        return self.stretches_backward[key]
 
     @cached_property
     def stretches(self) -> list[list[tuple[tuple[Part, ...], int]]]:

@@ -8,7 +8,7 @@ Everything here counts elements.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -102,6 +102,30 @@ def _over(reduce: np.ufunc, values: NDArray[Any], starts: NDArray[Any], ends: ND
     pairs = np.stack([starts, np.maximum(ends, starts)], axis=1).reshape(-1)
     found: NDArray[Any] = reduce.reduceat(np.append(values, values[-1]), np.minimum(pairs, len(values)))[::2]
     return found
+
+
+def owned(start: int, size: int, shard: int) -> Iterator[tuple[int, int]]:
+    """Who owns how many elements of the tensor of *size* at *start*, where a rank's share is *shard*."""
+    end = start + size
+    for owner in range(start // shard, (end - 1) // shard + 1):
+        yield owner, min(end, (owner + 1) * shard) - max(start, owner * shard)
+
+
+@lru_cache(maxsize=512)
+def owned_total(sizes: tuple[int, ...], amounts: tuple[int, ...], ranks: int) -> NDArray[Any]:
+    """For every rank of *ranks*, the sum of *amounts*, one for each tensor, over those that its share touches."""
+    found = np.zeros(ranks, dtype=np.int64)
+    shard = int(flat_shard(sum(sizes), ranks))
+    for start, size, amount in zip(starts(sizes), sizes, amounts, strict=True):
+        found[start // shard : (start + size - 1) // shard + 1] += amount
+    return found
+
+
+def by_count(number: Callable[[int], int], gpus: Count) -> Amount:
+    """``number(gpus)`` for every entry of *gpus*."""
+    counts, where = np.unique(np.asarray(gpus), return_inverse=True)
+    found = np.array([number(int(count)) for count in counts], dtype=np.int64)
+    return found[where.reshape(np.shape(gpus))] if np.ndim(gpus) else int(found[0])
 
 
 def gathered_from(table: Callable[[int], NDArray[Any]], gpus: Count, rank: Count) -> Amount:

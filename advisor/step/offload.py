@@ -1,20 +1,25 @@
-"""ZeRO with optimizer states, and at stage 3 weights, in host memory (deepspeed 0.19.8, zero/offload_config.py).
+"""ZeRO's stages 1 and 2 with the optimizer in host memory (deepspeed 0.19.8, runtime/zero/stage_1_and_2.py).
 
-Pinned host buffers are rounded up to powers of two by torch's CachingHostAllocator.
+Stages 1 and 2 keep the optimizer in host memory even where ``offload_optimizer`` says ``nvme``. Pinned host memory is
+handed out in powers of two (torch 2.13, ATen/core/CachingHostAllocator.h ``allocate``). Left out: what is on the host
+only while states are made, which is less than Adam's moments take afterwards.
 """
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
-from advisor.step.flat_partition import Reduction
+from advisor.specs.model import Parameter
+from advisor.step.flat_partition import Reduction, flat_shard, gathered_from, owned, owned_total
 from advisor.step.program import Amount, Block, Copy, hold, release, scratch
 from advisor.step.scheme import MicroStep, Nodes, Part
-from advisor.step.states import MOMENTS
-from advisor.step.zero_flat import ZeroTwo
-from advisor.step.zero_three import ZeroThree
+from advisor.step.states import FP32_BYTES, MOMENTS
+from advisor.step.zero import NORM_BYTES
+from advisor.step.zero_flat import ZeroFlat, ZeroOne, ZeroTwo
+
+ROUNDED = "pinned memory rounded up to powers of two"
 
 
 def pinned(size_bytes: Amount) -> Amount:
@@ -22,18 +27,14 @@ def pinned(size_bytes: Amount) -> Amount:
     return 2 ** np.ceil(np.log2(np.maximum(size_bytes, 1))).astype(np.int64)
 
 
-def _optimizer_in_host(scheme: ZeroTwo | ZeroThree) -> Nodes:
-    """One rank's optimizer states and gradients on the host: 18 bytes per parameter of its share in mixed precision."""
-    shard, master, state = scheme.shard, scheme.master_bytes, scheme.state_bytes
-    return (
-        hold("master weights (pinned)", "optimizer", pinned(shard * master) if master else 0 * shard),
-        hold("optimizer's gradients (pinned)", "gradients", pinned(shard * state)),
-        hold("Adam moments", "optimizer", MOMENTS * shard * state),
-        hold("half-format staging (pinned)", "buffers", pinned(shard * scheme.job.compute_bytes)),
-    )
+def rounded(size_bytes: Amount, pins: bool) -> Block:
+    """What pinning a tensor of *size_bytes* takes beyond them."""
+    more = (pinned(size_bytes) - size_bytes) * (np.asarray(size_bytes) > 0) if pins else 0
+    return hold(ROUNDED, "rounding", more)
 
 
-def _cpu_adam(shard: Amount, half_bytes: int) -> tuple[Block, ...]:
+def cpu_adam(shard: Amount, half_bytes: int) -> tuple[Block, ...]:
+    """DeepSpeedCPUAdam works in place; *half_bytes* per element go back to the GPU."""
     back = Copy("updated weights", "host-to-device", shard * half_bytes, waits=True)
     return (
         Block("Adam update on the CPU", "optimizer", host_updated_parameters=shard),
@@ -41,8 +42,36 @@ def _cpu_adam(shard: Amount, half_bytes: int) -> tuple[Block, ...]:
     )
 
 
-class OffloadedZeroTwo(ZeroTwo):
-    """Stage 2 with its optimizer on the host: gradients leave for the host as they are reduced."""
+def _beside_the_bucket(size_bytes: int) -> Block:
+    """A gradient too large for the bucket is copied first (``reduce_independent_p_g_buckets_and_remove_grads``)."""
+    return scratch("copy of a gradient too large for the bucket", size_bytes, "gradients")
+
+
+class OffloadedFlat(ZeroFlat):
+    """What the two stages share: a rank's slices leave for the host one after another when their bucket is reduced."""
+
+    @property
+    def pins(self) -> bool:
+        return self.plan.offload_settings.pins
+
+    @cached_property
+    def owned_bytes(self) -> Amount:
+        """No gradient stays on the device."""
+        return 0
+
+    @cached_property
+    def padding_bytes(self) -> Amount:
+        return 0
+
+    def contenders(self, ranks: int) -> np.ndarray:
+        """Those whose norms take most in a reduction, where no earlier one, with more activations, took as much."""
+        chosen, most = [], -1
+        for reduction in self.reductions:
+            peaks = self._norms(reduction, ranks)[0]
+            if peaks.max() > most:
+                most = int(peaks.max())
+                chosen.append(int(peaks.argmax()))
+        return np.unique(chosen)
 
     def states(self) -> Nodes:
         half = self.job.compute_bytes
@@ -51,94 +80,157 @@ class OffloadedZeroTwo(ZeroTwo):
             hold("buffer of the largest tensor", "buffers", self.model.largest_parameter.numel * half),
         )
 
+    def _norms(self, reduction: Reduction, ranks: int) -> tuple[np.ndarray, np.ndarray]:
+        if (reduction, ranks) not in self._known_norms:
+            self._known_norms[reduction, ranks] = self._norms_by_rank(reduction, ranks)
+        return self._known_norms[reduction, ranks]
+
+    @cached_property
+    def _known_norms(self) -> dict[tuple[Reduction, int], tuple[np.ndarray, np.ndarray]]:
+        return {}
+
+    def _norms_by_rank(self, reduction: Reduction, ranks: int) -> tuple[np.ndarray, np.ndarray]:
+        """For every rank: bytes that the norms of its slices in *reduction* take at most, and what stays of them.
+
+        ``set_norm_for_param_grad_in_gpu`` casts a slice to fp64 and keeps its norm until the optimizer has stepped.
+        The cast to the optimizer's format that follows takes no more.
+        """
+        peaks, kept = np.zeros(ranks, dtype=np.int64), np.zeros(ranks, dtype=np.int64)
+        shard = int(flat_shard(self.model.parameter_count, ranks))
+        for tensor in reduction.tensors:
+            for owner, elements in owned(self.starts[tensor], self.sizes[tensor], shard):
+                peaks[owner] = max(peaks[owner], kept[owner] + NORM_BYTES * (elements + 1))
+                kept[owner] += NORM_BYTES
+        return peaks, kept
+
+    def _norms_at(self, at: int, reduction: Reduction, ranks: int) -> np.ndarray:
+        return self._norms(reduction, ranks)[at]
+
+    @cached_property
+    def norms(self) -> dict[Reduction, Block]:
+        """Of this rank, for each reduction."""
+        found: dict[Reduction, Block] = {}
+        for reduction in self.reductions:
+            peak, kept = (
+                gathered_from(partial(self._norms_at, at, reduction), self.plan.gpus, self.rank) for at in (0, 1)
+            )
+            found[reduction] = Block("gradient norms in fp64", "gradients", kept, peak)
+        return found
+
     @cached_property
     def reducing(self) -> dict[Reduction, Nodes]:
-        # Cast to the optimizer's format on the GPU, one tensor at a time, before it leaves for the host.
+        """What the last micro-step's reductions take."""
         return {
             reduction: (
                 scratch("flat copy of a bucket", self._copied(reduction) * self.job.compute_bytes),
-                scratch(
-                    "optimizer's gradient on its way to the host",
-                    max(self.sizes[tensor] for tensor in reduction.tensors) * self.state_bytes,
-                    "gradients",
-                ),
+                self.norms[reduction],
             )
             for reduction in self.reductions
         }
 
-    def end_backward(self, micro: MicroStep) -> Nodes:
+    def to_host(self) -> Copy:
+        return Copy("gradients", "device-to-host", self.shard * self.state_bytes, waits=True)
+
+    def update(self) -> Nodes:
+        kept = sum((norm.net_bytes for norm in self.norms.values()), 0)
+        return (
+            *cpu_adam(self.shard, self.job.compute_bytes),
+            release("gradient norms in fp64", "gradients", kept),
+            self.gather_updated(),
+        )
+
+    def host(self) -> Nodes:
+        shard, state, half, pins = self.shard, self.state_bytes, self.job.compute_bytes, self.pins
+        largest = self.model.largest_parameter.numel * half
+        return (
+            hold("master weights", "optimizer", shard * state),
+            rounded(shard * state, pins),
+            hold("optimizer's gradients", "gradients", shard * state),
+            rounded(shard * state, pins),
+            hold("half-format staging", "buffers", shard * half),
+            rounded(shard * half, pins),
+            hold("buffer of the largest tensor", "buffers", largest),
+            rounded(largest, pins),
+            hold("Adam moments", "optimizer", MOMENTS * shard * state),
+            hold("gradient norm", "buffers", FP32_BYTES),
+        )
+
+
+class OffloadedZeroOne(OffloadedFlat, ZeroOne):
+    """Stage 1: whole gradients stay on the GPU to the last micro-step, and nothing accumulates on the host."""
+
+    @cached_property
+    def reducing(self) -> dict[Reduction, Nodes]:
         half = self.job.compute_bytes
+        return {
+            reduction: (_beside_the_bucket(self.sizes[reduction.tensors[0]] * half), *nodes)
+            if self.bypasses(reduction.tensors[0])
+            else nodes
+            for reduction, nodes in super().reducing.items()
+        }
+
+    def end_backward(self, micro: MicroStep) -> Nodes:
+        if not micro.last:
+            return ()
+        return (
+            *super().end_backward(micro),
+            Block("gradients to the host", "temporaries", transfers=(self.to_host(),)),
+        )
+
+
+class OffloadedZeroTwo(OffloadedFlat, ZeroTwo):
+    """Stage 2: of several micro-steps the gradients are summed in host memory, by way of the GPU."""
+
+    @property
+    def layers_apart_differ(self) -> bool:
+        """Norms are taken in the last micro-step, where a bucket is reduced."""
+        return True
+
+    def gradient(self, part: Part, parameter: Parameter, size_bytes: int, micro: MicroStep) -> Nodes:
+        nodes = super().gradient(part, parameter, size_bytes, micro)
+        if parameter.numel <= self.plan.zero.reduce_bucket:
+            return nodes
+        return (*nodes, _beside_the_bucket(size_bytes))
+
+    def reduce(self, reduction: Reduction, micro: MicroStep) -> Nodes:
+        nodes = super().reduce(reduction, micro)
+        return nodes if micro.last else tuple(node for node in nodes if node is not self.norms[reduction])
+
+    @cached_property
+    def accumulated_bytes(self) -> Amount:
+        """A sum for each tensor that the partition touches, whole; pure half formats sum in the optimizer's own."""
+        if self.state_bytes == self.job.compute_bytes:
+            return 0
+        return self._of_rank("held") * self.job.compute_bytes
+
+    def _accumulated_rounding(self) -> Amount:
+        """What pinning each of the sums takes beyond them."""
+        if not self.pins or self.state_bytes == self.job.compute_bytes:
+            return 0
+        half = self.job.compute_bytes
+        sizes = tuple(int(pinned(size * half)) - size * half for size in self.sizes)
+        return gathered_from(lambda ranks: owned_total(self.sizes, sizes, ranks), self.plan.gpus, self.rank)
+
+    def end_backward(self, micro: MicroStep) -> Nodes:
+        moved = self.accumulated_bytes if self.state_bytes != self.job.compute_bytes else self.shard * self.state_bytes
         again = 1 - micro.first
-        steps: list[Copy] = []
+        copies = [
+            Copy("accumulated gradients", "device-to-host", moved * (again if micro.last else 1), waits=False),
+            Copy("accumulated gradients", "host-to-device", moved * again, waits=False),
+        ]
         if micro.last:
-            steps.append(Copy("gradients", "device-to-host", self.shard * self.state_bytes, waits=True))
-        else:
-            steps.append(Copy("accumulated gradients", "device-to-host", self.shard * half, waits=False))
-        steps.append(Copy("accumulated gradients", "host-to-device", self.shard * half * again, waits=False))
+            copies.insert(0, self.to_host())
         return (
             *self.reduce(self.reductions[-1], micro),
             self.all_reduce(),
-            Block("gradients to the host", "temporaries", transfers=tuple(steps)),
+            Block("gradients to the host", "temporaries", transfers=tuple(copies)),
             release("gradient buckets", "buffers", self.buckets * self.bucket_bytes),
         )
 
-    def update(self) -> Nodes:
-        return (*_cpu_adam(self.shard, self.job.compute_bytes), self.gather_updated())
-
     def host(self) -> Nodes:
-        accumulated = self.owned_bytes * (np.asarray(self.plan.accumulation_steps) > 1)
+        several = np.asarray(self.plan.accumulation_steps) > 1
         return (
-            *_optimizer_in_host(self),
-            hold("buffer of the largest tensor", "buffers", self.model.largest_parameter.numel * self.state_bytes),
-            hold("accumulated gradients", "gradients", accumulated),
-        )
-
-
-class OffloadedZeroThree(ZeroThree):
-    """Stage 3 with its optimizer, and its weights where the plan says so, on the host."""
-
-    @property
-    def master_bytes(self) -> int:
-        return self.state_bytes
-
-    def states(self) -> Nodes:
-        half = self.job.compute_bytes
-        on_device = 0 if self.plan.offload.parameters else 1
-        return (
-            hold("weights, rank's share", "parameters", self.shard * half * on_device),
-            hold("small weights kept whole", "parameters", self.persistent * half),
-            hold("gradient bucket", "buffers", self.bucket_bytes),
-        )
-
-    def before_forward(self, part: Part) -> Nodes:
-        return (*self._fetch(part), *super().before_forward(part))
-
-    def before_backward(self, part: Part, micro: MicroStep) -> Nodes:
-        fetched = self._fetch(part) if self.gathers == 2 else ()
-        return (*fetched, *super().before_backward(part, micro))
-
-    def _fetch(self, part: Part) -> Nodes:
-        if not self.plan.offload.parameters:
-            return ()
-        share = -(-part.numel // self.plan.gpus) * self.job.compute_bytes
-        copy = Copy("weights", "host-to-device", share, waits=False)
-        return (Block("weights from the host", "temporaries", transfers=(copy,)),)
-
-    def end_backward(self, micro: MicroStep) -> Nodes:
-        half, again = self.job.compute_bytes, 1 - micro.first
-        copies = (
-            Copy("gradients", "device-to-host", self.shard * (self.state_bytes if micro.last else half), waits=False),
-            Copy("accumulated gradients", "host-to-device", self.shard * half * again, waits=False),
-        )
-        return (*super().end_backward(micro), Block("gradients to the host", "temporaries", transfers=copies))
-
-    def update(self) -> Nodes:
-        return _cpu_adam(self.shard, self.job.compute_bytes)
-
-    def host(self) -> Nodes:
-        half = self.job.compute_bytes
-        weights = pinned(self.shard * half) if self.plan.offload.parameters else 0 * self.shard
-        return (
-            *_optimizer_in_host(self),
-            hold("weights (pinned)", "parameters", weights),
+            *super().host(),
+            hold("accumulated gradients", "gradients", self.accumulated_bytes * several),
+            hold(ROUNDED, "rounding", self._accumulated_rounding() * several),
         )

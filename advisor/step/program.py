@@ -39,7 +39,7 @@ Category = Literal[
 ]
 
 CollectiveKind = Literal["all-reduce", "all-gather", "reduce-scatter", "broadcast"]
-CopyKind = Literal["host-to-device", "device-to-host"]
+CopyKind = Literal["host-to-device", "device-to-host", "nvme-to-host", "host-to-nvme"]
 
 
 class Collective(NamedTuple):
@@ -55,7 +55,7 @@ class Collective(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """A transfer between a GPU and its host."""
+    """A transfer between a GPU and its host, or between the host and its NVMe."""
 
     what: str
     kind: CopyKind

@@ -77,6 +77,11 @@ class Scheme:
         return True
 
     @property
+    def layers_apart_differ(self) -> bool:
+        """Whether at least those do that fare otherwise than their neighbours."""
+        return self.micro_steps_differ
+
+    @property
     def parameter_bytes(self) -> int:
         """Bytes per element of the weights that the modelling code computes with."""
         return self.job.parameter_bytes
@@ -145,6 +150,10 @@ class Scheme:
 
     def host(self) -> Nodes:
         """What one rank holds in host memory. Weights are loaded straight onto the device, so none of them stay."""
+        return ()
+
+    def nvme(self) -> Nodes:
+        """What one rank keeps on its machine's NVMe."""
         return ()
 
     def host_once(self) -> Nodes:

@@ -131,24 +131,27 @@ class ZeroThree(Zero):
 
     def _gather(self, part: Part) -> Block:
         payload = part.numel * self.job.compute_bytes
-        messages = max(1, part.numel // self.plan.zero.prefetch_bucket)
+        at_once = self.plan.zero.prefetch_bucket
+        messages = max(1, part.numel // at_once) if at_once else len(part.parameters)
         gather = Collective("weights", "all-gather", payload, messages, waits=False)
         return Block("gather of weights", "temporaries", moved_bytes=payload, transfers=(gather,))
 
     def gradient(self, part: Part, parameter: Parameter, size_bytes: int, micro: MicroStep) -> Nodes:
         block = self._blocks.get(id(part.layer), ())
         if parameter in block:
-            return self._of_experts(part, parameter, size_bytes, block)
+            return self._of_experts(part, parameter, size_bytes, block, micro)
         if not self._stops(part, parameter):
             return self._passing(size_bytes, self._changes[self._like(part), parameter])
-        return (hold("gradients", "gradients", size_bytes), *self._enters(part, parameter))
+        return (hold("gradients", "gradients", size_bytes), *self._enters(part, parameter, micro))
 
-    def _of_experts(self, part: Part, parameter: Parameter, size_bytes: int, block: tuple[Parameter, ...]) -> Nodes:
+    def _of_experts(
+        self, part: Part, parameter: Parameter, size_bytes: int, block: tuple[Parameter, ...], micro: MicroStep
+    ) -> Nodes:
         """Gradients of a block of experts wait for the last of them (stage3.py ``reduce_leaf_module_grads``)."""
         held = hold("gradients", "gradients", size_bytes)
         if parameter != self._last[block]:
             return (held,)
-        return (held, *(node for each in block for node in self._enters(part, each)))
+        return (held, *(node for each in block for node in self._enters(part, each, micro)))
 
     @cached_property
     def _blocks(self) -> dict[int, tuple[Parameter, ...]]:
@@ -170,13 +173,13 @@ class ZeroThree(Zero):
         full = (at := where(part)) is not None and (at, parameter) in self.reduced_before
         return full or parameter.numel > self.plan.zero.reduce_bucket
 
-    def _enters(self, part: Part, parameter: Parameter) -> Nodes:
+    def _enters(self, part: Part, parameter: Parameter, micro: MicroStep) -> Nodes:
         """A gradient that is held moves into the bucket, which is reduced first where it is full."""
         at = where(part)
         reduction = self.reduced_before.get((at, parameter)) if at is not None else None
         waits = parameter.numel > self.plan.zero.reduce_bucket
         return (
-            *(self._reduce(reduction) if reduction else ()),
+            *(self._reduce(reduction, micro) if reduction else ()),
             release("gradients", "gradients", 0 if waits else parameter.numel * self.job.compute_bytes),
             self._gathered(self._changes[self._like(part), parameter]),
         )
@@ -200,7 +203,7 @@ class ZeroThree(Zero):
             found[source] = next(after[source[0]])
         return found
 
-    def _reduce(self, reduction: Reduction) -> Nodes:
+    def _reduce(self, reduction: Reduction, micro: MicroStep) -> Nodes:
         """Gradients are put together for reduce-scatter, padded to the ranks, and dropped.
 
         comm/coalesced_collectives.py ``reduce_scatter_coalesced``: one tensor that needs no padding is not copied.
@@ -233,7 +236,8 @@ class ZeroThree(Zero):
 
     def end_backward(self, micro: MicroStep) -> Nodes:
         kept = (released(self._output_matrix),) if self.job.loss == "fused" else ()
-        return (self._gathered(Move(-self.passage.last, 0)), *kept, *self._reduce(self.reductions[-1]))
+        # What no module's own backward has released goes last (runtime/engine.py ``_backward_epilogue``).
+        return (*self._reduce(self.reductions[-1], micro), self._gathered(Move(-self.passage.last, 0)), *kept)
 
     def update(self) -> Nodes:
         shard, half = self.shard, self.job.compute_bytes

@@ -15,8 +15,8 @@ from advisor.catalog.huggingface import model_from_config
 from advisor.specs.job import Job
 from advisor.specs.model import AnyLayer, FeedForward, Layer, ModelSpec, Run
 from advisor.specs.plan import Plan
-from advisor.step.build import build
-from advisor.step.program import phase_peaks
+from advisor.step.build import StepProgram, build
+from advisor.step.program import Node, fold, hold, phase, phase_peaks, then, without
 
 if TYPE_CHECKING:
     from advisor.validation.trace import Trace
@@ -157,7 +157,7 @@ def predicted(
 ) -> Mapping[Counter, int]:
     """Bytes of every counter for *rank*, or the one that holds most, without what only a GPU allocates."""
     program = build(model if dropout else without_dropout(model), job, plan, rank)
-    phases = phase_peaks(program.device_without_scratch)
+    phases = phase_peaks(on_one_memory(program) if plan.offload.optimizer else program.device_without_scratch)
     peaks = {name: int(most) for name, (most, _) in phases.items()}
     return _counters(
         states=int(phases["init"][1]),
@@ -166,6 +166,15 @@ def predicted(
         backward=peaks["backward"],
         step=peaks["step"],
     )
+
+
+def on_one_memory(program: StepProgram) -> Node:
+    """The step as a machine without a GPU sees it, where what is offloaded lies in the same memory as all else.
+
+    It copies nothing between two memories, and pins nothing, so that no power of two is taken.
+    """
+    held = fold(without(without(program.host, "workspace"), "rounding")).net_bytes
+    return then(phase("init", hold("host memory", "optimizer", held)), program.device_without_scratch)
 
 
 def counted(traced: Trace) -> Mapping[Counter, int]:

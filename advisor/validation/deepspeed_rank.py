@@ -15,8 +15,13 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from advisor.errors import ConfigError
@@ -24,6 +29,7 @@ from advisor.launch.deepspeed import deepspeed_json
 from advisor.specs.job import Job
 from advisor.specs.plan import Plan
 from advisor.tracing.counter import StorageCounter, resizes_counted
+from advisor.validation.asynchronous_io import plain_files
 from advisor.validation.record import from_plain, plain
 from advisor.validation.trace import Trace
 
@@ -67,12 +73,40 @@ def trace_rank(config: Mapping[str, Any], job: Job, plan: Plan, rank: int) -> Tr
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(plan.gpus), LOCAL_RANK="0")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
     distributed.init_process_group("fake", rank=rank, world_size=int(plan.gpus), store=FakeStore())
-    with StorageCounter() as counter, resizes_counted(counter):
+    if plan.offload.optimizer:
+        _leave_out_cpu_adam()
+    with _nvme(plan) as plan, StorageCounter() as counter, resizes_counted(counter):
         model = built_model(config, job, plan)
         engine = by_deepspeed(model, job, json.loads(deepspeed_json(job, plan)))
         del model
         ids = torch.zeros(int(plan.micro_batch), job.sequence_length, dtype=torch.long)
         return train(counter, engine, ids, int(plan.accumulation_steps))[0]
+
+
+def _leave_out_cpu_adam() -> None:
+    """Spare a compiler: DeepSpeedCPUAdam's kernel works in place, and takes and frees nothing.
+
+    ops/adam/cpu_adam.py makes the moments, and asks which processor this is for a warning alone.
+    """
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    def nothing(*_: object) -> None:
+        """Updates no weights."""
+
+    kernel = SimpleNamespace(create_adam=nothing, adam_update=nothing, destroy_adam=nothing)
+    CPUAdamBuilder.load = lambda self, verbose=True: kernel
+    processor: Any = import_module("cpuinfo")
+    processor.get_cpu_info = dict
+
+
+@contextmanager
+def _nvme(plan: Plan) -> Iterator[Plan]:
+    """*plan* with a folder of this machine for an NVMe, to which DeepSpeed gets without libaio."""
+    if not plan.swaps:
+        yield plan
+        return
+    with tempfile.TemporaryDirectory(prefix="advisor-nvme-") as folder, plain_files():
+        yield replace(plan, offload_settings=replace(plan.offload_settings, nvme_path=folder))
 
 
 def _answer(line: str) -> str:

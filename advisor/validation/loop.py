@@ -72,7 +72,11 @@ def by_deepspeed(model: Any, job: Job, settings: Mapping[str, Any]) -> Engine:
 
     use_collectives_of_torch()
     deepspeed.init_distributed(dist_backend="gloo")
-    engine = deepspeed.initialize(model=model, optimizer=optimizer_of(model, job), config=dict(settings))[0]
+    # Of an optimizer on the host DeepSpeed makes its own, as its JSON says.
+    optimizer = None if "optimizer" in settings else optimizer_of(model, job)
+    weights = model.parameters()
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=weights, config=dict(settings))[0]
+    del optimizer, weights
     return Engine(
         engine,
         engine.optimizer,

@@ -236,8 +236,8 @@ def _gradients_noted(model: Any, counter: StorageCounter) -> Iterator[None]:
 
 
 def leave_out_step_counters(counter: StorageCounter, optimizer: Any) -> None:
-    """Only a fused AdamW keeps its step counters on the GPU."""
-    if not optimizer.defaults["fused"]:
+    """Only a fused AdamW keeps its step counters on the GPU; DeepSpeed's on the CPU counts in a plain number."""
+    if not optimizer.defaults.get("fused", True):
         counter.leave_out(state["step"] for state in optimizer.state.values())
 
 

@@ -20,7 +20,7 @@ from advisor.step.build import build, scheme_of
 from advisor.step.program import Category, Node, fold, peak_of, phase_peaks, then
 from advisor.tracing.real_model import described, needs_torch
 from advisor.tracing.source import undescribed
-from advisor.validation.accuracy import without_dropout
+from advisor.validation.accuracy import on_one_memory, without_dropout
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -84,8 +84,6 @@ def trace(model: str, *, strategy: str | None = None, rank: int = 0, **words: Un
     question, plan = plan_of(model, strategy=strategy, describe=describe, **words)
     if not 0 <= rank < int(plan.gpus):
         raise SpecError(f"--rank must be 0 to {int(plan.gpus) - 1} with {plan.gpus} GPUs, got {rank}")
-    if plan.offload.optimizer:
-        raise SpecError("offload cannot be traced: on a CPU the device's memory and the host's are one; leave it out")
     job = replace(question.job, attention="eager") if question.model.eager_only else question.job
     predicted = _predicted(question.model, job, plan, rank)
     started = time.perf_counter()
@@ -116,7 +114,8 @@ def _predicted(model: ModelSpec, job: Job, plan: Plan, rank: int) -> Reading:
     if not model.described_layers:
         states: Node = then(*scheme_of(model, job, plan, rank).states())
         return Reading({"between steps": int(fold(states).net_bytes)}, {})
-    device = build(without_dropout(model), job, plan, rank).device_without_scratch
+    program = build(without_dropout(model), job, plan, rank)
+    device = on_one_memory(program) if plan.offload.optimizer else program.device_without_scratch
     phases = {name: (int(most), int(left)) for name, (most, left) in phase_peaks(device).items()}
     peak = peak_of(device)
     ledger: Counter[Category] = Counter()
@@ -163,6 +162,8 @@ def _notes(question: Question, plan: Plan, traced: Trace) -> list[str]:
     notes = []
     if not question.model.described_layers:
         notes.append(f"no formula is known for family {question.model.family}: only its states are predicted")
+    if plan.offload.optimizer:
+        notes.append("device and host are one memory here: both are counted, but for pinned memory's rounding")
     if not traced.loss_peak_bytes:
         notes.append("the loss is counted with forward")
     return notes

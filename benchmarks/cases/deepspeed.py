@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from advisor.specs.job import Job
-from advisor.specs.plan import Checkpointing, Plan, Strategy, ZeroSettings
+from advisor.specs.plan import Checkpointing, Offload, OffloadPlace, Plan, Strategy, ZeroSettings
 from advisor.validation.accuracy import Case
 
 STRATEGIES = (Strategy.ZERO1, Strategy.ZERO2, Strategy.ZERO3)
@@ -24,6 +25,30 @@ def cases(seed: int, count: int, strategies: Sequence[Strategy] = STRATEGIES) ->
     """*count* cases, the same for the same *seed*."""
     draw = random.Random(seed)
     return [_case(draw, strategies[number % len(strategies)]) for number in range(count)]
+
+
+OFFLOADED: tuple[tuple[Strategy, Offload, OffloadPlace], ...] = (
+    (Strategy.ZERO1, Offload.OPTIMIZER, "cpu"),
+    (Strategy.ZERO2, Offload.OPTIMIZER, "cpu"),
+    (Strategy.ZERO3, Offload.OPTIMIZER, "cpu"),
+    (Strategy.ZERO3, Offload.OPTIMIZER_AND_PARAMETERS, "cpu"),
+    (Strategy.ZERO3, Offload.OPTIMIZER, "nvme"),
+)
+"""What is offloaded where, in turns."""
+
+
+def offload_cases(seed: int, count: int) -> list[Case]:
+    """*count* cases with offload, whose host and device are one memory here."""
+    draw = random.Random(seed)
+    found = []
+    for number in range(count):
+        strategy, offload, place = OFFLOADED[number % len(OFFLOADED)]
+        case = _case(draw, strategy)
+        plan = replace(case.plan, offload=offload, offload_to=place)
+        if strategy is Strategy.ZERO3:
+            plan = replace(plan, zero=replace(plan.zero, sub_group=draw.choice((plan.zero.sub_group, 500_000))))
+        found.append(replace(case, plan=plan))
+    return found
 
 
 def _case(draw: random.Random, strategy: Strategy) -> Case:

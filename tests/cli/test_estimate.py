@@ -53,6 +53,13 @@ def test_every_word_of_a_plan_reaches_the_estimate(api: Api, run: Run) -> None:
     ]
 
 
+@pytest.mark.parametrize(("said", "heard"), [("2000", 2000.0), ("/mnt/nvme", "/mnt/nvme")])
+def test_an_nvme_is_gib_or_a_folder(api: Api, run: Run, said: str, heard: float | str) -> None:
+    run(*ONE_PLAN[:-1], "zero3", "--offload", "optimizer", "--offload-to", "nvme", "--nvme", said)
+
+    assert (api.asked[0]["offload_to"], api.asked[0]["nvme"]) == ("nvme", heard)
+
+
 def test_json_is_one_object_and_nothing_else(api: Api, run: Run) -> None:
     result = run(*ONE_PLAN, "--json")
 

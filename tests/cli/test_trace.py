@@ -103,11 +103,15 @@ def test_a_model_too_large_for_this_machine_is_refused_with_the_sum(
     assert "ZeRO-2 is traced on real tensors" in result.stderr
 
 
-def test_offload_is_wrong_usage_since_a_cpu_has_one_memory(small: str, run: Run) -> None:
-    result = run("trace", "--model", small, "--strategy", "zero2", "--offload", "optimizer", *WORDS)
+def test_with_offload_device_and_host_are_counted_together(small: str, run: Run) -> None:
+    pytest.importorskip("deepspeed")
+    words = ("trace", "--model", small, "--strategy", "zero1", "--offload", "optimizer", *WORDS, "--json")
+    result = run(*words)
+    phases = {each["phase"]: each for each in json.loads(result.stdout)["phases"]}
 
-    assert result.exit_code == 2
-    assert "offload cannot be traced" in result.stderr
+    assert "device and host are one memory here" in result.stderr
+    assert phases["between steps"]["predicted_bytes"] == phases["between steps"]["traced_bytes"]
+    assert phases["peak"]["error"] == pytest.approx(0, abs=0.01)
 
 
 def test_a_rank_that_the_plan_does_not_have_is_wrong_usage(small: str, run: Run) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +22,10 @@ HOST_CAPACITY = 512 * GIB
 FOUR_A100 = {"gpus": 4, "gpu": "A100-80GB"}
 
 
-def held(used_bytes: int, host_bytes: int = 0) -> Memory:
+NVME_CAPACITY = 1000 * GIB
+
+
+def held(used_bytes: int, host_bytes: int = 0, nvme_bytes: int = 0) -> Memory:
     """Memory of which only what decides is told."""
     return Memory(
         capacity_bytes=CAPACITY,
@@ -39,6 +44,8 @@ def held(used_bytes: int, host_bytes: int = 0) -> Memory:
         host_bytes=host_bytes,
         host_capacity_bytes=HOST_CAPACITY,
         host_ledger=(),
+        nvme_bytes=nvme_bytes,
+        nvme_capacity_bytes=NVME_CAPACITY,
     )
 
 
@@ -78,14 +85,20 @@ def test_a_byte_decides() -> None:
     assert [judge(held(0, used), 0)[0] for used in (HOST_CAPACITY, HOST_CAPACITY + 1)] == ["fits", "no"]
 
 
-@given(st.integers(0, 2 * CAPACITY), st.integers(0, 2 * HOST_CAPACITY), st.floats(0, 0.99))
-def test_verdict_and_shortages_agree(used: int, host: int, margin: float) -> None:
-    found = held(used, host)
-    device_short, host_short = shortages(found, margin)
+@given(
+    st.integers(0, 2 * CAPACITY),
+    st.integers(0, 2 * HOST_CAPACITY),
+    st.integers(0, 2 * NVME_CAPACITY),
+    st.floats(0, 0.99),
+)
+def test_verdict_and_shortages_agree(used: int, host: int, nvme: int, margin: float) -> None:
+    found = held(used, host, nvme)
+    device_short, host_short, nvme_short = shortages(found, margin)
     verdict, _ = judge(found, margin)
 
-    assert (verdict == "fits") == (device_short <= 0 and host_short <= 0)
-    assert (verdict == "no") == (used > CAPACITY or host > HOST_CAPACITY)
+    assert (verdict == "fits") == (device_short <= 0 and host_short <= 0 and nvme_short <= 0)
+    assert (verdict == "no") == (used > CAPACITY or host > HOST_CAPACITY or nvme > NVME_CAPACITY)
+    assert nvme_short == nvme - NVME_CAPACITY
     assert device_short == pytest.approx(used - CAPACITY * (1 - margin), abs=1)
     assert host_short == host - HOST_CAPACITY
 
@@ -215,3 +228,63 @@ def test_another_reason_changes_nothing_else() -> None:
 
     assert other.why == "because"
     assert explained(other, found.why) == found
+
+
+SWAPPED = {"strategy": "zero3", "offload": "optimizer", "offload_to": "nvme"}
+
+
+def test_an_nvme_that_is_too_small_is_said_with_the_arithmetic() -> None:
+    answer = estimate("Qwen2.5-1.5B", **FOUR_A100, **SWAPPED, nvme=10)  # type: ignore[arg-type]
+    needed = answer.memory.nvme_bytes / GIB
+
+    assert answer.verdict == "no"
+    assert answer.why == (f"{needed:.1f} GiB of NVMe needed per machine, 10.0 GiB there: {needed - 10:.1f} GiB short")
+
+
+def test_the_nvme_is_a_folder_s_file_system_or_assumed_and_said(tmp_path: Path) -> None:
+    folder, plan = plan_of("Qwen2.5-1.5B", **FOUR_A100, **SWAPPED, nvme=str(tmp_path))  # type: ignore[arg-type]
+    assumed, usual = plan_of("Qwen2.5-1.5B", **FOUR_A100, **SWAPPED)  # type: ignore[arg-type]
+    origins = [next(each.origin for each in asked.inputs if each.name == "nvme_gib") for asked in (folder, assumed)]
+
+    assert origins == ["given", "assumed"]
+    assert plan.offload_settings.nvme_path == str(tmp_path)
+    assert usual.offload_settings.nvme_path == "/local_nvme"
+    assert 0 < folder.cluster.nvme_bytes <= shutil.disk_usage(tmp_path).total
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ({"nvme": "/no/such/folder"}, "--nvme /no/such/folder: No such file"),
+        ({"nvme": 0}, "--nvme must be a positive number of GiB"),
+        ({"offload": "none"}, "--offload-to nvme says where, not what"),
+        ({"offload_to": "tape"}, "--offload-to must be one of cpu, nvme, got 'tape'"),
+        ({"strategy": "zero2"}, "ZeRO-2 offloads to host memory alone"),
+    ],
+)
+def test_words_about_the_nvme_that_make_no_sense_are_refused(words: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(SpecError, match=complaint):
+        plan_of("Qwen2.5-1.5B", **(FOUR_A100 | SWAPPED | words))
+
+
+def test_the_nvme_is_waited_for_and_costs_what_its_bandwidth_says() -> None:
+    host, nvme = (estimate("Qwen2.5-1.5B", **FOUR_A100, **(SWAPPED | {"offload_to": to})) for to in ("cpu", "nvme"))  # type: ignore[arg-type]
+    lines = [line for line in nvme.traffic if line.link == "NVMe"]
+    share_bytes_per_s = nvme.cluster.nvme_bandwidth_bytes_per_s / 4
+
+    assert not any(line.link == "NVMe" for line in host.traffic)
+    assert {line.collective for line in lines} == {"nvme-to-host", "host-to-nvme"}
+    for line in lines:
+        assert line.seconds == pytest.approx(line.bytes_per_step / share_bytes_per_s)
+    assert nvme.time.step_s > host.time.step_s
+
+
+def test_what_is_on_the_nvme_is_not_in_host_memory() -> None:
+    host, nvme = (
+        estimate("Llama-3.1-8B", **FOUR_A100, **(SWAPPED | {"offload_to": to})).memory  # type: ignore[arg-type]
+        for to in ("cpu", "nvme")
+    )
+
+    assert host.nvme_bytes == 0
+    assert sum(line.size_bytes for line in nvme.nvme_ledger) * 4 == nvme.nvme_bytes
+    assert nvme.device_used_bytes >= host.device_used_bytes

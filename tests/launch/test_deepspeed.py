@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 
 from advisor.launch.deepspeed import GRADIENT_CLIPPING, deepspeed_json
 from advisor.specs.job import Job
-from advisor.specs.plan import Offload, Plan, Strategy, ZeroSettings
+from advisor.specs.plan import Offload, OffloadSettings, Plan, Strategy, ZeroSettings
 from launch.examples import jobs, plan, zero_plans
 
 UNUSUAL = ZeroSettings(
@@ -29,6 +30,12 @@ CASES = {
     "zero3": plan(Strategy.ZERO3, gpus=3, zero=UNUSUAL),
     "zero3-offload": plan(Strategy.ZERO3, gpus=3, zero=UNUSUAL, offload=Offload.OPTIMIZER),
     "zero3-offload-all": plan(Strategy.ZERO3, gpus=3, zero=UNUSUAL, offload=Offload.OPTIMIZER_AND_PARAMETERS),
+}
+CASES |= {
+    "zero1-offload": plan(Strategy.ZERO1, gpus=3, zero=UNUSUAL, offload=Offload.OPTIMIZER),
+    "zero3-nvme": plan(
+        Strategy.ZERO3, gpus=3, zero=UNUSUAL, offload=Offload.OPTIMIZER_AND_PARAMETERS, offload_to="nvme"
+    ),
 }
 each_case = pytest.mark.parametrize("chosen", CASES.values(), ids=CASES)
 
@@ -83,9 +90,33 @@ def test_deepspeed_reads_the_sizes_of_the_plan(chosen: Plan, monkeypatch: pytest
         assert zero.max_reuse_distance == UNUSUAL.max_reuse_distance
         assert zero.sub_group_size == UNUSUAL.sub_group
         assert zero.gather_16bit_weights_on_model_save
-    assert _device(zero.offload_optimizer) == ("cpu" if chosen.offload.optimizer else None)
-    assert _device(zero.offload_param) == ("cpu" if chosen.offload.parameters else None)
+    assert _device(zero.offload_optimizer) == (chosen.offload_to if chosen.offload.optimizer else None)
+    assert _device(zero.offload_param) == (chosen.offload_to if chosen.offload.parameters else None)
     assert config.optimizer_name == ("adamw" if chosen.offload.optimizer else None)
+
+
+def test_deepspeed_reads_where_the_nvme_is_and_its_buffers() -> None:
+    config_module = pytest.importorskip("deepspeed.runtime.zero.config")
+    from deepspeed.runtime.swap_tensor.aio_config import get_aio_config
+
+    held = OffloadSettings(nvme_path="/scratch", parameter_buffers=7, parameter_buffer=8, max_in_host=9, threads=2)
+    chosen = replace(CASES["zero3-nvme"], offload_settings=replace(held, optimizer_buffers=6, pins=False))
+    written = json.loads(deepspeed_json(Job(), chosen))
+    zero = config_module.DeepSpeedZeroConfig(**written["zero_optimization"])
+    aio = get_aio_config(written)
+
+    assert str(zero.offload_optimizer.nvme_path) == str(zero.offload_param.nvme_path) == "/scratch"
+    assert (zero.offload_optimizer.buffer_count, zero.offload_param.buffer_count) == (6, 7)
+    assert (zero.offload_param.buffer_size, zero.offload_param.max_in_cpu) == (8, 9)
+    assert not zero.offload_optimizer.pin_memory
+    assert (aio["block_size"], aio["intra_op_parallelism"]) == (held.block_bytes, 2)
+
+
+def test_without_nvme_no_file_is_spoken_of() -> None:
+    written = json.loads(deepspeed_json(Job(), CASES["zero3-offload-all"]))
+
+    assert "aio" not in written
+    assert written["zero_optimization"]["offload_param"] == {"device": "cpu", "pin_memory": True}
 
 
 def _device(offload: Any) -> str | None:

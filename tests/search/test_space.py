@@ -76,6 +76,8 @@ def test_the_variants_are_all_that_a_plan_admits() -> None:
 
     # Stage 0 shares nothing, which DDP does with less.
     admitted.remove((Strategy.ZERO0, Offload.NONE))
+    # Stage 1 with its optimizer on the host keeps whole gradients on the GPU, for which offload was to make room.
+    admitted.remove((Strategy.ZERO1, Offload.OPTIMIZER))
     assert sorted(VARIANTS, key=str) == sorted(admitted, key=str)
 
 

@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from advisor.errors import SpecError
-from advisor.specs.plan import Checkpointing, FsdpSettings, Offload, Plan, Strategy, ZeroSettings, zero_settings
+from advisor.specs.plan import (
+    Checkpointing,
+    FsdpSettings,
+    Offload,
+    OffloadSettings,
+    Plan,
+    Strategy,
+    ZeroSettings,
+    zero_settings,
+)
 
 COUNTS = ("gpus", "micro_batch", "accumulation_steps")
 counts = st.integers(1, 10**6)
@@ -23,16 +32,48 @@ def test_a_count_below_one_is_refused_by_name(name: str, value: int) -> None:
         Plan(strategy=Strategy.DDP, **given_counts)
 
 
-@pytest.mark.parametrize("strategy", [each for each in Strategy if each not in (Strategy.ZERO2, Strategy.ZERO3)])
+@pytest.mark.parametrize("strategy", [each for each in Strategy if not each.zero_stage])
 @pytest.mark.parametrize("offload", [Offload.OPTIMIZER, Offload.OPTIMIZER_AND_PARAMETERS])
-def test_only_zero_2_and_3_offload(strategy: Strategy, offload: Offload) -> None:
-    with pytest.raises(SpecError, match=f"{strategy.title} keeps its optimizer on the GPU.*zero2 or zero3"):
+def test_only_sharded_optimizers_are_offloaded(strategy: Strategy, offload: Offload) -> None:
+    with pytest.raises(SpecError, match=f"{strategy.title} keeps its optimizer on the GPU.*zero1, zero2 or zero3"):
         Plan(strategy=strategy, gpus=4, micro_batch=1, offload=offload)
 
 
 def test_whole_weights_are_not_offloaded() -> None:
     with pytest.raises(SpecError, match=r"ZeRO-2 keeps whole weights.*needs zero3"):
         Plan(strategy=Strategy.ZERO2, gpus=4, micro_batch=1, offload=Offload.OPTIMIZER_AND_PARAMETERS)
+
+
+@pytest.mark.parametrize("strategy", [Strategy.ZERO1, Strategy.ZERO2])
+def test_nvme_is_for_stage_3(strategy: Strategy) -> None:
+    with pytest.raises(SpecError, match=f"{strategy.title} offloads to host memory alone; NVMe needs zero3"):
+        Plan(strategy=strategy, gpus=4, micro_batch=1, offload=Offload.OPTIMIZER, offload_to="nvme")
+
+
+@pytest.mark.parametrize("offload", list(Offload))
+def test_only_what_is_offloaded_is_swapped(offload: Offload) -> None:
+    plan = Plan(strategy=Strategy.ZERO3, gpus=4, micro_batch=1, offload=offload, offload_to="nvme")
+
+    assert plan.swaps is offload.optimizer
+    assert plan.title.endswith("to NVMe") is plan.swaps
+
+
+def test_adam_needs_four_swap_buffers() -> None:
+    with pytest.raises(SpecError, match=r"Adam swaps 4 tensors at once.*got 3 buffers"):
+        Plan(
+            strategy=Strategy.ZERO3,
+            gpus=4,
+            micro_batch=1,
+            offload=Offload.OPTIMIZER,
+            offload_to="nvme",
+            offload_settings=OffloadSettings(optimizer_buffers=3),
+        )
+
+
+@pytest.mark.parametrize("name", ["parameter_buffers", "parameter_buffer", "block_bytes", "threads"])
+def test_a_buffer_of_nothing_is_refused_by_name(name: str) -> None:
+    with pytest.raises(SpecError, match=f"{name} must be at least 1, got 0"):
+        OffloadSettings(**{name: 0})
 
 
 @given(counts, counts, counts)

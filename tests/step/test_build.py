@@ -26,7 +26,7 @@ VARIANTS = [
     for offload in Offload
     if offload is Offload.NONE
     or strategy is Strategy.ZERO3
-    or (strategy is Strategy.ZERO2 and offload is Offload.OPTIMIZER)
+    or (strategy in (Strategy.ZERO1, Strategy.ZERO2) and offload is Offload.OPTIMIZER)
 ]
 SHARDED = [variant for variant in VARIANTS if variant[0] not in (Strategy.DDP, Strategy.ZERO0)]
 JOB = Job(sequence_length=512)
@@ -320,7 +320,8 @@ class TestStatesBetweenSteps:
         model = model_of(profile)
         held = states_by_category(model, JOB, plan_of((Strategy.ZERO3, Offload.OPTIMIZER_AND_PARAMETERS), gpus))
 
-        assert held == {"parameters": 2 * small_elements(model, gpus), "buffers": BUCKET_BYTES}
+        overflow_flag = 1
+        assert held == {"parameters": 2 * small_elements(model, gpus), "buffers": BUCKET_BYTES + overflow_flag}
 
 
 # Weights, gradients and optimizer states in bf16: 2 + 2 + 4, and 2 more for DeepSpeed's own copy of the weights.
@@ -361,7 +362,7 @@ def test_the_host_holds_at_least_18_bytes_of_the_share(strategy: Strategy) -> No
     gpus = np.array([1, 2, 8, 64])
     program = build(QWEN, JOB, plan_of((strategy, Offload.OPTIMIZER), gpus))
     share = QWEN.parameter_count / gpus
-    largest = 4 * QWEN.largest_parameter.numel if strategy is Strategy.ZERO2 else 0
+    largest = 2 * QWEN.largest_parameter.numel if strategy is Strategy.ZERO2 else 0
 
     held = np.asarray(fold(program.host).peak_bytes) - largest
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from advisor.specs.job import Job
-from advisor.specs.plan import Checkpointing, Plan, Strategy, ZeroSettings
+from advisor.specs.plan import Checkpointing, Offload, Plan, Strategy, ZeroSettings
 from advisor.validation.accuracy import Case, beside
 from advisor.validation.deepspeed_rank import trace_ranks
 
@@ -36,6 +37,9 @@ WINDOW = ZeroSettings(
     overlap_communication=True,
 )
 
+SUB_GROUPS = replace(WINDOW, sub_group=300_000)
+ON_HOST: dict[str, Any] = {"offload": Offload.OPTIMIZER}
+
 CASES = (
     Case("stage 0", CONFIG, JOB, replace(PLAN, strategy=Strategy.ZERO0, accumulation_steps=2)),
     Case("stage 1", TIED, JOB, replace(PLAN, strategy=Strategy.ZERO1, accumulation_steps=2), rank=3),
@@ -44,6 +48,26 @@ CASES = (
     Case("stage 1, fp32 gradients", CONFIG, JOB, replace(PLAN, strategy=Strategy.ZERO1, zero=FP32_GRADIENTS)),
     Case("stage 3", CONFIG, JOB, replace(PLAN, strategy=Strategy.ZERO3, zero=WINDOW)),
     Case("stage 3, checkpointing", TIED, JOB, replace(PLAN, strategy=Strategy.ZERO3, checkpointing=Checkpointing.FULL)),
+    Case("stage 1, offload", TIED, JOB, replace(PLAN, strategy=Strategy.ZERO1, accumulation_steps=2, **ON_HOST), 2),
+    Case("stage 2, offload", CONFIG, JOB, replace(PLAN, accumulation_steps=2, **ON_HOST), rank=3),
+    Case(
+        "stage 3, everything offloaded",
+        CONFIG,
+        JOB,
+        replace(
+            PLAN,
+            strategy=Strategy.ZERO3,
+            zero=WINDOW,
+            checkpointing=Checkpointing.FULL,
+            offload=Offload.OPTIMIZER_AND_PARAMETERS,
+        ),
+    ),
+    Case(
+        "stage 3, optimizer on NVMe",
+        CONFIG,
+        JOB,
+        replace(PLAN, strategy=Strategy.ZERO3, accumulation_steps=2, zero=SUB_GROUPS, offload_to="nvme", **ON_HOST),
+    ),
     Case("stage 2, fp32 gradients", CONFIG, JOB, replace(PLAN, accumulation_steps=2, zero=FP32_GRADIENTS), rank=2),
 )
 

@@ -93,17 +93,24 @@ ZERO_HARMLESS = (
 """Keys that leave a step's memory and traffic as they are; ``allgather_bucket_size`` because torch gathers into the
 flat weights in one call (runtime/utils.py ``all_gather_dp_groups``)."""
 
-OFFLOAD_UNMODELLED: dict[str, Any] = {"pin_memory": True, "ratio": 1.0, "super_offload": False}
-OFFLOAD_HARMLESS = (
-    "nvme_path",
-    "buffer_count",
-    "buffer_size",
-    "max_in_cpu",
-    "pipeline_read",
-    "pipeline_write",
-    "fast_init",
-    "cpuadam_cores_perc",
-)
+OFFLOAD_UNMODELLED: dict[str, Any] = {
+    "ratio": 1.0,
+    "super_offload": False,
+    "pipeline_read": False,
+    "pipeline_write": False,
+}
+OFFLOAD_HARMLESS = ("fast_init", "cpuadam_cores_perc")
+OFFLOAD_SIZES: dict[str, dict[str, str]] = {
+    "offload_optimizer": {"buffer_count": "optimizer_buffers"},
+    "offload_param": {
+        "buffer_count": "parameter_buffers",
+        "buffer_size": "parameter_buffer",
+        "max_in_cpu": "max_in_host",
+    },
+}
+"""Keys of the two blocks and the fields of the plan's offload settings that they are read to."""
+AIO_SIZES = {"block_size": "block_bytes", "intra_op_parallelism": "threads"}
+AIO_HARMLESS = ("queue_depth", "single_submit", "overlap_events", "use_gds")
 
 TOP_UNMODELLED: dict[str, Any] = {
     "communication_data_type": None,
@@ -138,7 +145,6 @@ TOP_UNMODELLED_BLOCKS: dict[str, dict[str, Any]] = {
 TOP_HARMLESS = (
     "$schema",
     "_comment",
-    "aio",
     "autotuning",
     "checkpoint",
     "comms_logger",
@@ -189,6 +195,7 @@ def from_deepspeed(file: str, held: Any, places: Mapping[str, str] | None = None
     _formats(top, found, warnings)
     zero = top.table("zero_optimization")
     _zero(zero, found, warnings)
+    _aio(top.table("aio"), found)
     warnings += _optimizer(top, found)
     warnings += top.not_modelled(TOP_UNMODELLED)
     for name, usual in TOP_UNMODELLED_BLOCKS.items():
@@ -295,7 +302,8 @@ def _offload(zero: Table, stage: int, found: dict[str, Setting], warnings: list[
         if device in ("cpu", "nvme"):
             devices[part] = (device, place)
             warnings += block.not_modelled(OFFLOAD_UNMODELLED)
-        block.refuse_others((*OFFLOAD_UNMODELLED, *OFFLOAD_HARMLESS))
+            _held(block, OFFLOAD_SIZES[key], found)
+        block.refuse_others((*OFFLOAD_UNMODELLED, *OFFLOAD_HARMLESS, *OFFLOAD_SIZES[key], "pin_memory", "nvme_path"))
     if "params" in devices and stage != 3:
         warnings.append(f"{devices.pop('params')[1]} takes part in stage 3 alone; stage {stage} passes over it")
     if "optimizer" in devices and stage == 0:
@@ -308,12 +316,38 @@ def _offload(zero: Table, stage: int, found: dict[str, Setting], warnings: list[
     if len(kept) > 1:
         said = " and ".join(f"{place} {device}" for device, place in devices.values())
         raise ConfigError(f"{said}: different places for optimizer and parameters are not modelled; take one for both")
+    if stage in (1, 2) and "nvme" in kept:
+        warnings.append(
+            f"{devices['optimizer'][1]} nvme: stage {stage} keeps the optimizer in host memory, as with cpu"
+        )
+        kept = {"cpu"}
     if devices:
         place = devices["params" if "params" in devices else "optimizer"][1]
         found["offload"] = Setting("optimizer+params" if "params" in devices else "optimizer", place)
         found["offload_to"] = Setting(kept.pop(), place)
     else:
         found["offload"] = Setting("none", DEFAULT, written=False)
+
+
+def _held(block: Table, sizes: Mapping[str, str], found: dict[str, Setting]) -> None:
+    """How what is offloaded is held."""
+    pins, path = block.switch("pin_memory"), block.raw("nvme_path")
+    if isinstance(pins, bool):
+        found["pins"] = Setting(pins, block.place("pin_memory"))
+    if isinstance(path, str) and path != AUTO:
+        found["nvme_path"] = Setting(path, block.place("nvme_path"))
+    for key, name in sizes.items():
+        value = block.count(key, least=0)
+        if isinstance(value, int):
+            found[name] = Setting(value, block.place(key))
+
+
+def _aio(block: Table, found: dict[str, Setting]) -> None:
+    for key, name in AIO_SIZES.items():
+        value = block.count(key)
+        if isinstance(value, int):
+            found[name] = Setting(value, block.place(key))
+    block.refuse_others(AIO_HARMLESS)
 
 
 def _optimizer(top: Table, found: dict[str, Setting]) -> Iterator[str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from advisor.catalog.training_config.deepspeed import SIZES, WIDTH_SIZES
 from advisor.catalog.training_config.settings import AUTO, Setting, Settings
 from advisor.errors import ConfigError, SpecError
-from advisor.specs.plan import FsdpSettings, Strategy, ZeroSettings, zero_settings
+from advisor.specs.plan import FsdpSettings, OffloadSettings, Strategy, ZeroSettings, zero_settings
 from advisor.specs.question import Input
 
 FLAG = "flag"
@@ -150,6 +150,11 @@ def filled(name: str, value: Any, width: int) -> Any:
         "prefetch_bucket": int(0.9 * width * width),
         "persistence_threshold": 10 * width,
     }[name]
+
+
+def offload_settings_of(found: Mapping[str, Setting]) -> OffloadSettings:
+    named = {each.name for each in fields(OffloadSettings)}
+    return OffloadSettings(**{name: found[name].value for name in found if name in named})
 
 
 def fsdp_of(found: Mapping[str, Setting]) -> FsdpSettings:

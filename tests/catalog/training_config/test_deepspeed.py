@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from advisor.catalog.training_config.deepspeed import (
+    AIO_SIZES,
     OFFLOAD_HARMLESS,
+    OFFLOAD_SIZES,
     OFFLOAD_UNMODELLED,
     SIZES,
     ZERO_HARMLESS,
@@ -19,7 +21,8 @@ from advisor.catalog.training_config.deepspeed import (
 from advisor.catalog.training_config.settings import Settings
 from advisor.cost.estimate import plan_of
 from advisor.errors import AdvisorError, ConfigError
-from advisor.specs.plan import Offload, Plan, Strategy, ZeroSettings
+from advisor.launch.deepspeed import deepspeed_json
+from advisor.specs.plan import Offload, OffloadSettings, Plan, Strategy, ZeroSettings
 from advisor.specs.question import Question
 from catalog.training_config.examples import PLAIN_ZERO2, TRAINER_ZERO3, changed
 
@@ -245,7 +248,9 @@ def test_every_key_of_deepspeed_s_zero_block_is_known() -> None:
     read_keys |= {"stage", "overlap_comm", "offload_param", "offload_optimizer", "cpu_offload", "cpu_offload_param"}
     assert names(DeepSpeedZeroConfig) - read_keys == ZERO_UNMODELLED.keys() | set(ZERO_HARMLESS)
     offload = names(DeepSpeedZeroOffloadOptimizerConfig) | names(DeepSpeedZeroOffloadParamConfig)
-    assert offload - {"device"} == OFFLOAD_UNMODELLED.keys() | set(OFFLOAD_HARMLESS)
+    sizes = {key for keys in OFFLOAD_SIZES.values() for key in keys}
+    read_ones = {"device", "pin_memory", "nvme_path"} | sizes
+    assert offload - read_ones == OFFLOAD_UNMODELLED.keys() | set(OFFLOAD_HARMLESS)
 
 
 def test_every_key_that_deepspeed_asks_for_is_known() -> None:
@@ -272,12 +277,80 @@ def test_every_key_that_deepspeed_asks_for_is_known() -> None:
 
 def test_the_defaults_are_deepspeed_s_own() -> None:
     pytest.importorskip("deepspeed")
+    from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
 
+    blocks = {
+        "offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
+        "offload_param": DeepSpeedZeroOffloadParamConfig,
+    }
     theirs, ours = DeepSpeedZeroConfig(), ZeroSettings()
     for name, keys in SIZES.items():
         field = keys[-1]
         assert getattr(theirs, field) == getattr(ours, name), field
+    for block, kind in blocks.items():
+        for key, name in OFFLOAD_SIZES[block].items():
+            assert getattr(OffloadSettings(), name) == kind.model_fields[key].default, key
+        assert kind.model_fields["pin_memory"].default == OffloadSettings().pins
+    for key, name in AIO_SIZES.items():
+        assert getattr(OffloadSettings(), name) == AIO_DEFAULT_DICT[key], key
     for key, usual in ZERO_UNMODELLED.items():
         if usual is not None and hasattr(theirs, key):
             assert getattr(theirs, key) == usual, key
+
+
+NVME_ZERO3: dict[str, Any] = {
+    "zero_optimization": {
+        "stage": 3,
+        "offload_optimizer": {"device": "nvme", "nvme_path": "/scratch", "buffer_count": 6, "pin_memory": False},
+        "offload_param": {"device": "nvme", "nvme_path": "/scratch", "buffer_size": 2e8, "max_in_cpu": 0},
+    },
+    "aio": {"block_size": 262144, "queue_depth": 32, "intra_op_parallelism": 2},
+    "train_micro_batch_size_per_gpu": 1,
+}
+
+
+def test_an_nvme_and_its_buffers_are_read_and_no_longer_warned_of(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps(NVME_ZERO3))
+    question, plan = plan_of(MODEL, config=str(tmp_path / "ds.json"), gpus=8, gpu="A100-80GB")
+
+    assert plan.swaps
+    assert plan.offload.parameters
+    assert plan.offload_settings == OffloadSettings(
+        pins=False,
+        nvme_path="/scratch",
+        optimizer_buffers=6,
+        parameter_buffer=200_000_000,
+        max_in_host=0,
+        block_bytes=262144,
+        threads=2,
+    )
+    assert not any("NVMe" in warning or "nvme" in warning for warning in question.warnings)
+    assert any(each.name == "nvme_gib" and each.origin == "assumed" for each in question.inputs)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_stages_that_keep_the_optimizer_in_host_memory_whatever_is_said(stage: int, tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(
+        json.dumps({"zero_optimization": {"stage": stage, "offload_optimizer": {"device": "nvme"}}})
+    )
+    question, plan = plan_of(MODEL, config=str(tmp_path / "ds.json"), gpus=2, gpu="A100-80GB")
+
+    assert (plan.offload, plan.offload_to) == (Offload.OPTIMIZER, "cpu")
+    assert any(f"stage {stage} keeps the optimizer in host memory" in warning for warning in question.warnings)
+
+
+def test_what_is_written_for_an_nvme_is_read_again(tmp_path: Path) -> None:
+    words: dict[str, Any] = {"gpus": 8, "gpu": "A100-80GB", "nvme": 4000.0}
+    asked, plan = plan_of(
+        MODEL, strategy="zero3", offload="optimizer+params", offload_to="nvme", global_batch=64, **words
+    )
+    (tmp_path / "ds.json").write_text(deepspeed_json(asked.job, plan))
+
+    again, read_plan = plan_of(MODEL, config=str(tmp_path / "ds.json"), **words)
+    assert read_plan == plan
+    assert again.cluster == asked.cluster

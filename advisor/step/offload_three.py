@@ -1,0 +1,187 @@
+"""ZeRO's stage 3 with the optimizer, and the weights where the plan says so, in host memory.
+
+deepspeed 0.19.8, runtime/zero/stage3.py and partition_parameters.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from advisor.step.flat_partition import Reduction, by_count
+from advisor.step.offload import ROUNDED, cpu_adam, pinned, rounded
+from advisor.step.program import Amount, Block, Collective, Copy, hold, release, released
+from advisor.step.scheme import MicroStep, Nodes, Part
+from advisor.step.states import FP32_BYTES, MOMENTS
+from advisor.step.zero import NORM_BYTES
+from advisor.step.zero_three import ZeroThree
+
+NORM_ELEMENTS = 250_000_000
+"""Elements that are cast to fp64 at once (``_constant_buffered_norm2``)."""
+
+
+def shares(sizes: Sequence[int], ranks: int) -> tuple[int, ...]:
+    """Elements of one rank's share of each tensor."""
+    return tuple(-(-size // ranks) for size in sizes)
+
+
+def sub_groups(parts: Sequence[int], size: int) -> tuple[tuple[int, ...], ...]:
+    """Numbers of the tensors that the optimizer updates together (``_create_fp16_sub_groups``).
+
+    *parts* are a rank's shares; a sub-group is closed by the tensor with which it reaches *size* elements.
+    """
+    if size >= sum(parts):
+        return (tuple(range(len(parts))),)
+    found: list[tuple[int, ...]] = []
+    group: list[int] = []
+    held = 0
+    for number, part in enumerate(parts):
+        group.append(number)
+        held += part
+        if held >= size or number == len(parts) - 1:
+            found.append(tuple(group))
+            group, held = [], 0
+    return tuple(found)
+
+
+class OffloadedZeroThree(ZeroThree):
+    """Gradients leave for the host as they are reduced; a rank's shares of weights come from there to be gathered."""
+
+    @property
+    def pins(self) -> bool:
+        return self.plan.offload_settings.pins
+
+    @property
+    def layers_apart_differ(self) -> bool:
+        """Norms are taken in the last micro-step, where a bucket is reduced."""
+        return True
+
+    def states(self) -> Nodes:
+        half = self.job.compute_bytes
+        on_device = 0 if self.plan.offload.parameters else 1
+        return (
+            hold("weights, rank's share", "parameters", self.shard * half * on_device),
+            hold("small weights kept whole", "parameters", self.persistent * half),
+            hold("gradient bucket", "buffers", self.bucket_bytes),
+            hold("overflow flag", "buffers", 1),
+        )
+
+    def before_forward(self, part: Part) -> Nodes:
+        return (*self.fetch(part), *super().before_forward(part))
+
+    def before_backward(self, part: Part, micro: MicroStep) -> Nodes:
+        fetched = self.fetch(part) if self.gathers == 2 else ()
+        return (*fetched, *super().before_backward(part, micro))
+
+    def fetch(self, part: Part) -> Nodes:
+        """A rank's share of *part*'s weights comes to the GPU, and is dropped when it has been sent to the others."""
+        if not self.plan.offload.parameters:
+            return ()
+        half = self.job.compute_bytes
+        largest = max((parameter.numel for parameter in part.parameters), default=0)
+        return (
+            Block(
+                "rank's share of weights on its way to the others",
+                "workspace",
+                peak_bytes=-(-largest // self.plan.gpus) * half,
+                excess_category="workspace",
+                transfers=(Copy("weights", "host-to-device", -(-part.numel // self.plan.gpus) * half, waits=False),),
+            ),
+        )
+
+    def _reduce(self, reduction: Reduction, micro: MicroStep) -> Nodes:
+        """A rank's shares are put to the host one after another, and brought back for what the GPU computes on them."""
+        copied, *dropped = super()._reduce(reduction, micro)
+        assert isinstance(copied, Block)
+        shares = -(-max(self.sizes[tensor] for tensor in reduction.tensors) // self.plan.gpus)
+        back = hold("rank's share of a gradient back on the GPU", "workspace", shares * self.job.compute_bytes)
+        flat = hold(copied.label, "temporaries", copied.peak_bytes)
+        taken = self.taken_in_last(reduction) if micro.last else ()
+        return (flat, back, *taken, released(back), released(flat), *dropped)
+
+    def taken_in_last(self, reduction: Reduction) -> Nodes:
+        """In the last micro-step the norm of each share is taken, and the share cast to the optimizer's format."""
+        kept = NORM_BYTES * len(reduction.tensors)
+        share = -(-max(self.sizes[tensor] for tensor in reduction.tensors) // self.plan.gpus)
+        cast = np.maximum(NORM_BYTES * np.minimum(share, NORM_ELEMENTS), self.state_bytes * share)
+        return (Block("gradient norms in fp64", "gradients", kept, kept + cast),)
+
+    def end_backward(self, micro: MicroStep) -> Nodes:
+        half = self.shard * self.job.compute_bytes
+        copies = [
+            Copy("accumulated gradients", "device-to-host", half, waits=False),
+            Copy("accumulated gradients", "host-to-device", half, waits=False),
+        ]
+        if micro.last:
+            copies.append(Copy("gradients", "device-to-host", self.shard * self.state_bytes, waits=False))
+        return (
+            *super().end_backward(micro),
+            Block("gradients to the host", "temporaries", transfers=tuple(copies)),
+        )
+
+    def update(self) -> Nodes:
+        payload = self.persistent * self.job.compute_bytes
+        small = hold("small weights kept whole", "parameters", payload)
+        gather = Collective("small weights", "all-gather", payload, 1, waits=True)
+        back = 0 if self.plan.offload.parameters else self.job.compute_bytes
+        return (
+            released(small),
+            *cpu_adam(self.shard, back),
+            Block("all-gather of small weights", "temporaries", transfers=(gather,)),
+            small,
+            release("gradient norms in fp64", "gradients", NORM_BYTES * len(self.sizes)),
+        )
+
+    def over_ranks(self, amounts: str) -> Amount:
+        """What the method called *amounts* says of each of the plan's numbers of GPUs."""
+        return by_count(getattr(self, amounts), self.plan.gpus)
+
+    def parts(self, ranks: int) -> tuple[int, ...]:
+        return shares(self.sizes, ranks)
+
+    def groups(self, ranks: int) -> tuple[tuple[int, ...], ...]:
+        return sub_groups(self.parts(ranks), self.plan.zero.sub_group)
+
+    def gradient_rounding(self, ranks: int) -> int:
+        """What pinning the optimizer's gradients, a tensor for each sub-group, takes beyond them."""
+        parts = self.parts(ranks)
+        sizes = [sum(parts[number] for number in group) * self.state_bytes for group in self.groups(ranks)]
+        return int(sum(pinned(size) - size for size in sizes)) if self.pins else 0
+
+    def freed_blocks(self, ranks: int) -> int:
+        """Pinned blocks in which the weights came, tensor by tensor; torch keeps what is freed of them."""
+        half = self.job.compute_bytes
+        return int(sum(pinned(part * half) for part in self.parts(ranks))) if self.pins else 0
+
+    def host(self) -> Nodes:
+        return (*self.host_optimizer(), *self.host_gradients(), *self.host_weights())
+
+    def host_optimizer(self) -> Nodes:
+        state = self.shard * self.state_bytes
+        return (
+            # A clone, which is not pinned.
+            hold("master weights", "optimizer", state),
+            hold("optimizer's gradients", "gradients", state),
+            hold(ROUNDED, "rounding", self.over_ranks("gradient_rounding")),
+            hold("Adam moments", "optimizer", MOMENTS * state),
+        )
+
+    def host_gradients(self) -> Nodes:
+        half = self.shard * self.job.compute_bytes
+        return (
+            hold("gradients, rank's share", "gradients", half),
+            rounded(half, self.pins),
+            hold("gradient norm", "buffers", FP32_BYTES),
+        )
+
+    def host_weights(self) -> Nodes:
+        if not self.plan.offload.parameters:
+            return ()
+        half = self.shard * self.job.compute_bytes
+        return (
+            hold("weights, rank's share", "parameters", half),
+            # Whatever ``pin_memory`` says (``_create_param_groups_fp16_flat_cpu_memory``).
+            rounded(half, pins=True),
+            hold("freed pinned blocks that torch keeps", "rounding", self.over_ranks("freed_blocks")),
+        )
