@@ -24,7 +24,7 @@ from cases import deepspeed, gloo, one_rank, sharded
 
 from advisor.catalog.profiles import profiles_folder
 from advisor.errors import AdvisorError
-from advisor.validation.accuracy import Case, compare, counted, score, table
+from advisor.validation.accuracy import Case, Score, compare, counted, score, summary, table
 from advisor.validation.deepspeed_rank import trace_ranks
 from advisor.validation.record import Record, read, versions, write
 from advisor.validation.run import Launcher, run
@@ -61,7 +61,7 @@ def on_real_tensors(seed: int, count: int) -> Iterator[Record]:
 
 
 def offloaded(seed: int, count: int) -> Iterator[Record]:
-    title = "DeepSpeed with offload, device and host together, one rank of 2 to 64, real tensors"
+    title = "DeepSpeed with offload, device and host together"
     return one_by_one(title, deepspeed.offload_cases(seed, count))
 
 
@@ -106,12 +106,12 @@ TRUTHS = {
 
 
 def printed(records: Sequence[Record]) -> list[str]:
-    """The table of *records*, those of one truth together, each held against the present model."""
+    """The tables of *records*, those of one truth together, each held against the present model."""
     ordered = sorted(records, key=lambda record: record.truth)
-    lines: list[str] = []
+    scores: list[Score] = []
     for truth, group in groupby(ordered, key=lambda record: record.truth):
-        lines += table(score(truth, [(record.case, record.comparison()) for record in group]))
-    return lines
+        scores += score(truth, [(record.case, record.comparison()) for record in group])
+    return [*summary(scores), "", *table(scores)]
 
 
 @click.command()

@@ -49,7 +49,8 @@ def test_the_python_shown_runs(tmp_path: Path) -> None:
 def test_the_accuracy_shown_is_the_accuracy_recorded() -> None:
     recorded = (ROOT / "benchmarks" / "accuracy.txt").read_text(encoding="utf-8")
 
-    assert recorded.strip() in between("accuracy")
+    summary = recorded.partition("\n\n")[0]
+    assert f"```text\n{summary}\n```\n" in between("accuracy")
 
 
 def test_the_accuracy_recorded_is_that_of_the_present_model() -> None:

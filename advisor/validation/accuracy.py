@@ -120,6 +120,22 @@ def _scored(truth: str, counter: Counter, found: Sequence[tuple[Case, Comparison
     )
 
 
+def summary(scores: Iterable[Score]) -> list[str]:
+    """Lines of text, one a truth: how many cases, what is held between steps, and the highest peak."""
+    found: dict[str, dict[Counter, Score]] = {}
+    for each in scores:
+        found.setdefault(each.truth, {})[each.counter] = each
+    width = max(map(len, found), default=0)
+    lines = [f"{'':{width}}    n  between steps         peak: mean      max"]
+    for truth, by_counter in found.items():
+        states, peak = by_counter["between steps"], by_counter["peak"]
+        lines.append(
+            f"{truth:{width}}  {peak.count:3}  off by at most {states.max_difference_bytes:3,} B"
+            f"  {100 * peak.mean_error:6.3f} %  {100 * peak.max_error:6.3f} %"
+        )
+    return lines
+
+
 def table(scores: Iterable[Score]) -> list[str]:
     """Lines of text, one a score under a line for its truth; the worst case is named for the highest peak."""
     lines: list[str] = []

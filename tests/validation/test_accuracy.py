@@ -18,6 +18,7 @@ from advisor.validation.accuracy import (
     Comparison,
     compare,
     score,
+    summary,
     table,
     with_fewer_layers,
     without_dropout,
@@ -195,6 +196,20 @@ def test_a_score_says_how_far_how_often_and_where() -> None:
     assert peak.max_difference_bytes == 25
     assert {each.max_error for each in others} == {0.0}
     assert table([*others, peak])[-1] == f"  worst peak: {far.title}"
+    assert summary([*others, peak])[-1].split() == [
+        "runs",
+        "2",
+        "off",
+        "by",
+        "at",
+        "most",
+        "0",
+        "B",
+        "10.000",
+        "%",
+        "20.000",
+        "%",
+    ]
 
 
 def test_fewer_layers_leave_the_widths_alone() -> None:
