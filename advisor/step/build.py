@@ -192,8 +192,9 @@ class _Walk:
 
     def _alone(self) -> bool:
         """Whether the micro-batch is one sequence, of a model to which that makes a difference."""
-        broadcasts = any(layer.attention.broadcast_heads for layer in self.model.described_layers)
-        return broadcasts and isinstance(self.batch, int) and self.batch == 1
+        heads = [layer.attention for run in self.model.runs for layer in run.layers if isinstance(layer, Layer)]
+        matters = any(each.broadcast_heads or each.latent for each in heads)
+        return matters and isinstance(self.batch, int) and self.batch == 1
 
     def _shared(self) -> dict[int, Shared]:
         """What the layers of each stack share, by the index of the run that opens the stack."""

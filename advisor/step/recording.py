@@ -38,7 +38,7 @@ class Mode:
     autocasts_half: bool = False
     """Whether forward runs under autocast though its weights have the compute format already (FSDP1)."""
     alone: bool = False
-    """Whether the micro-batch is one sequence, whose one head is repeated as a view."""
+    """Whether the micro-batch is one sequence, whose heads products can read as views."""
     loss: LossKernel = "full"
 
     @property
