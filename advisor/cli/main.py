@@ -5,6 +5,8 @@ Subcommands are loaded when they are called, so that ``advisor --help`` answers 
 
 from __future__ import annotations
 
+import gc
+import os
 import sys
 from importlib import import_module
 from typing import Any
@@ -141,6 +143,10 @@ def cli() -> None:
 
 def main() -> None:
     """What the installed ``advisor`` command runs."""
+    # numpy's threads take time to start and nothing here multiplies matrices. To be said before numpy is loaded.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # An answer is made of many small values that live as long as the process: garbage is not worth looking for.
+    gc.set_threshold(50_000)
     from advisor.report.terminal import accept_any_text
 
     for stream in (sys.stdout, sys.stderr):

@@ -31,7 +31,7 @@ from advisor.specs.plan import (
     zero_settings,
 )
 from advisor.specs.question import Input, Question
-from advisor.step.build import gradients_modelled
+from advisor.step.build import StepProgram, gradients_modelled
 from advisor.step.nvme import swap_buffers
 
 Choice = TypeVar("Choice", bound=Enum)
@@ -234,7 +234,12 @@ def _choices(kind: type[Enum]) -> str:
 def price(question: Question, plan: Plan, rank: int | None = None) -> Estimate:
     """All readings of a single plan, for *rank* or the rank that holds most."""
     step = program(question, plan, rank)
-    held = memory(step, plan, question.cluster, question.calibration, fullest=rank is None)
+    held = memory(step, plan, question.cluster, question.calibration, fullest=rank is None, squeezed=True)
+    return priced(question, plan, step, held)
+
+
+def priced(question: Question, plan: Plan, step: StepProgram, held: Memory) -> Estimate:
+    """The same where *step*, the program of *plan*, and what it holds are known."""
     timed = step_time(step.step, question.job, plan, question.cluster, question.calibration)
     verdict, why = judge(held, question.margin_share)
     return Estimate(
@@ -276,8 +281,11 @@ def judge(held: Memory, margin_share: float) -> tuple[Verdict, str]:
             f"{held.nvme_bytes / GIB:.1f} GiB of NVMe needed per machine, "
             f"{held.nvme_capacity_bytes / GIB:.1f} GiB there: {nvme / GIB:.1f} GiB short"
         )
-    if host > 0 or nvme > 0 or used > capacity:
+    if host > 0 or nvme > 0 or (used > capacity and held.cache_releases is None):
         return "no", "; ".join(lacking)
+    if held.cache_releases:
+        lacking.append(f"runs if torch gives cached memory back {held.cache_releases} times in two steps, a stall each")
+        return "tight", "; ".join(lacking)
     if lacking:
         return "tight", lacking[0]
     return (

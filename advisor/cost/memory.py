@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from advisor.cost.allocator import OutOfMemoryError, Settings
+from advisor.cost.pools import ROUND_LARGE_BYTES
+from advisor.cost.reserved import replayed
 from advisor.cost.results import Memory, PhaseMemory
 from advisor.specs.calibration import Calibration
 from advisor.specs.hardware import Cluster
 from advisor.specs.plan import Plan
 from advisor.step.build import StepProgram
-from advisor.step.program import Amount, Node, fold, held_after, hold, peak_of, phase_peaks, then
+from advisor.step.program import Amount, Line, fold, held_after, hold, peak_of, phase_peaks, then
 
-SEGMENT_BYTES = 2 * 2**20
-"""torch's caching allocator reserves device memory in pieces of this size."""
+ALLOCATOR = Settings(expandable_segments=True)
+"""As the ``run.sh`` that advisor writes sets it."""
+WORKSPACES = "cuBLAS workspaces"
 GEMM_THREADS = 2
 """Forward and backward run in threads of their own, each with a cuBLAS workspace."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Footprint:
-    """Bytes on the program's rank's device and on one machine's host, for every plan of a program."""
+    """Bytes on the program's rank's device and on one machine's host, for every plan of a program.
+
+    Reserved and used are bounds: what they would be if tensors needed no rounding and left no gaps.
+    """
 
     states_bytes: Amount
     peak_allocated_bytes: Amount
@@ -30,26 +37,34 @@ class Footprint:
     host_bytes: Amount
 
 
-def on_device(program: StepProgram, cluster: Cluster, calibration: Calibration) -> Node:
+def on_device(program: StepProgram, cluster: Cluster, calibration: Calibration) -> StepProgram:
     """The step as torch's allocator sees it on this GPU: cuBLAS workspaces are taken at the first product."""
-    workspace = GEMM_THREADS * calibration.workspace_bytes(cluster.gpu.compute_capability)
-    return then(program.init, hold("cuBLAS workspaces", "workspace", workspace), program.step)
+    workspace = calibration.workspace_bytes(cluster.gpu.compute_capability)
+    return replace(
+        program,
+        init=then(program.init, hold(WORKSPACES, "workspace", GEMM_THREADS * workspace)),
+        tensor_sizes={**program.tensor_sizes, WORKSPACES: lambda: GEMM_THREADS * [workspace]},
+    )
 
 
 def footprint(program: StepProgram, plan: Plan, cluster: Cluster, calibration: Calibration) -> Footprint:
-    """Sizes of every plan that *program* stands for.
-
-    Reserved is allocated plus a measured share of what the step takes and gives back, in whole segments. The device
-    also holds the CUDA context and, with several ranks, the communicator's buffers, outside torch's allocator.
-    Left out: rounding of single tensors (at most 512 B each, 1 MiB for large ones that leave a remainder unsplit).
-    """
+    """Sizes of every plan that *program* stands for. No plan needs less; :func:`memory` says what one does need."""
     states = fold(program.init).net_bytes
-    allocated = fold(on_device(program, cluster, calibration)).peak_bytes
-    churn = np.maximum(allocated - states, 0)
-    reserved = np.ceil((allocated + calibration.fragmentation_share * churn) / SEGMENT_BYTES) * SEGMENT_BYTES
-    communicators = np.asarray(plan.gpus) > 1
-    used = reserved + calibration.context_bytes + calibration.communicator_bytes * communicators
+    allocated = fold(on_device(program, cluster, calibration).device).peak_bytes
+    waiting = _waiting_bytes(allocated - states, plan, calibration)
+    reserved = np.ceil((allocated + waiting) / ROUND_LARGE_BYTES) * ROUND_LARGE_BYTES
+    used = reserved + _outside_bytes(plan, calibration)
     return Footprint(states, allocated, reserved, used, _host_bytes(program, plan, cluster, calibration))
+
+
+def _waiting_bytes(churn: Amount, plan: Plan, calibration: Calibration) -> Amount:
+    """What blocks weigh that wait for another stream before they are free, of *churn* bytes that come and go."""
+    return calibration.waiting_share * np.maximum(churn, 0) * (np.asarray(plan.gpus) > 1)
+
+
+def _outside_bytes(plan: Plan, calibration: Calibration) -> Amount:
+    """Beside torch's allocator: the CUDA context and, with several ranks, the communicator's buffers."""
+    return calibration.context_bytes + calibration.communicator_bytes * (np.asarray(plan.gpus) > 1)
 
 
 def short_by(used_bytes: Amount, capacity_bytes: int, margin_share: float) -> Amount:
@@ -65,19 +80,39 @@ def _host_bytes(program: StepProgram, plan: Plan, cluster: Cluster, calibration:
 
 
 def memory(
-    program: StepProgram, plan: Plan, cluster: Cluster, calibration: Calibration, fullest: bool = True
+    program: StepProgram,
+    plan: Plan,
+    cluster: Cluster,
+    calibration: Calibration,
+    *,
+    fullest: bool = True,
+    squeezed: bool = False,
 ) -> Memory:
-    """The same for a single plan, with the ledger at the peak and the phases on the way to it."""
+    """The same for a single plan replayed through the allocator, with the ledger at the peak and the phases to it.
+
+    *fullest* says that the program is that of the rank that holds most; *squeezed* asks whether a device that is too
+    small would run it all the same. Left out of the replay, and stated instead: blocks that wait for other streams
+    (``Calibration.waiting_share``).
+    """
     found = footprint(program, plan, cluster, calibration)
     device = on_device(program, cluster, calibration)
-    peak = peak_of(device)
-    used = int(found.device_used_bytes)
+    counted = replayed(device, ALLOCATOR)
+    peak = peak_of(device.device)
+    rounding = counted.peak_allocated_bytes - peak.size_bytes
+    waiting = int(_waiting_bytes(peak.size_bytes - found.states_bytes, plan, calibration))
+    reserved = -(-(counted.peak_reserved_bytes + waiting) // ROUND_LARGE_BYTES) * ROUND_LARGE_BYTES
+    outside = int(_outside_bytes(plan, calibration))
+    used = reserved + outside
     host = peak_of(program.host)
+    room = cluster.gpu.memory_bytes - outside - waiting
+    releases = 0 if counted.peak_reserved_bytes <= room else None
+    if squeezed and releases is None and counted.peak_allocated_bytes <= room:
+        releases = _cache_releases(device, room)
     return Memory(
         capacity_bytes=cluster.gpu.memory_bytes,
         states_bytes=int(found.states_bytes),
-        peak_allocated_bytes=int(found.peak_allocated_bytes),
-        peak_reserved_bytes=int(found.peak_reserved_bytes),
+        peak_allocated_bytes=counted.peak_allocated_bytes,
+        peak_reserved_bytes=reserved,
         device_used_bytes=used,
         low_bytes=int(used * calibration.low_memory_share),
         high_bytes=int(used * calibration.high_memory_share),
@@ -85,8 +120,12 @@ def memory(
         peak_label=peak.label,
         rank=int(program.rank),
         fullest=fullest,
-        ledger=peak.ledger,
-        timeline=tuple(PhaseMemory(name, int(most), int(left)) for name, (most, left) in phase_peaks(device).items()),
+        allocator="expandable segments" if ALLOCATOR.expandable_segments else "fixed segments",
+        cache_releases=releases,
+        ledger=(*peak.ledger, Line("rounding", "rounding to 512 B", rounding)) if rounding else peak.ledger,
+        timeline=tuple(
+            PhaseMemory(name, int(most), int(left)) for name, (most, left) in phase_peaks(device.device).items()
+        ),
         host_bytes=int(found.host_bytes),
         host_capacity_bytes=cluster.host_memory_bytes,
         host_ledger=host.ledger,
@@ -94,6 +133,14 @@ def memory(
         nvme_capacity_bytes=cluster.nvme_bytes,
         nvme_ledger=held_after(program.nvme),
     )
+
+
+def _cache_releases(device: StepProgram, room_bytes: int) -> int | None:
+    """How often *device* gives cached memory back where torch's allocator has *room_bytes*; None if it cannot run."""
+    try:
+        return replayed(device, replace(ALLOCATOR, capacity_bytes=room_bytes)).retries
+    except OutOfMemoryError:
+        return None
 
 
 def states_ledger(program: StepProgram) -> tuple[tuple[str, str, int], ...]:

@@ -19,7 +19,7 @@ Verdict = Literal["fits", "tight", "no"]
 
 @dataclass(frozen=True, slots=True)
 class PhaseMemory:
-    """Allocated bytes of one phase of the step."""
+    """Bytes of the tensors in one phase of the step, before the allocator rounds them."""
 
     phase: str
     peak_bytes: int
@@ -34,6 +34,7 @@ class Memory:
     states_bytes: int
     peak_allocated_bytes: int
     peak_reserved_bytes: int
+    """On a device that is large enough."""
     device_used_bytes: int
     low_bytes: int
     high_bytes: int
@@ -43,6 +44,11 @@ class Memory:
     rank: int
     fullest: bool
     """Whether the rank was chosen because it holds most; else it was asked for."""
+    allocator: str
+    """How torch's allocator was taken to reserve memory."""
+    cache_releases: int | None
+    """How often two steps must give cached memory back to the device, because more would be reserved than it has; None
+    if it cannot hold the step even so."""
     ledger: tuple[Line, ...]
     """What is held at the peak of allocated memory; sums to ``peak_allocated_bytes``."""
     timeline: tuple[PhaseMemory, ...]

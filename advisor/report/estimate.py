@@ -60,7 +60,10 @@ def _totals(memory: Memory) -> RenderableType:
     sizes = {
         "between steps": (memory.states_bytes, "weights, gradients that are kept, optimizer"),
         "allocated at the peak": (memory.peak_allocated_bytes, "torch.cuda.max_memory_allocated()"),
-        "reserved at the peak": (memory.peak_reserved_bytes, "torch.cuda.max_memory_reserved()"),
+        "reserved at the peak": (
+            memory.peak_reserved_bytes,
+            f"torch.cuda.max_memory_reserved(), with {memory.allocator} as run.sh sets",
+        ),
         "used on the device": (
             memory.device_used_bytes,
             f"as nvidia-smi shows it; a real run may lie between {memory.low_bytes / GIB:.1f} and "

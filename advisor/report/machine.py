@@ -155,6 +155,8 @@ def _memory(memory: Memory) -> Json:
         "peak_label": memory.peak_label,
         "rank": memory.rank,
         "fullest_rank": memory.fullest,
+        "allocator": memory.allocator,
+        "cache_releases": memory.cache_releases,
         "ledger": [_line(*line) for line in memory.ledger],
         "timeline": [
             {"phase": phase.phase, "bytes": phase.peak_bytes, "end_bytes": phase.end_bytes} for phase in memory.timeline

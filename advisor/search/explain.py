@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,17 +10,19 @@ from numpy.typing import NDArray
 
 from advisor.catalog.gpus import all_gpus
 from advisor.cost.estimate import judge, shortages
-from advisor.cost.memory import footprint, memory, short_by
+from advisor.cost.memory import footprint, short_by
 from advisor.cost.question import program
 from advisor.cost.results import Estimate
 from advisor.errors import ConfigError
 from advisor.search.results import Rejected
-from advisor.search.sheet import shortfall
+from advisor.search.sheet import held_by, shortfall
 from advisor.search.space import VARIANTS, Barred, bar, nearest_batch
 from advisor.specs.hardware import Cluster
 from advisor.specs.model import ModelSpec
 from advisor.specs.plan import Checkpointing, Count, Offload, Plan, Strategy, zero_settings
 from advisor.specs.question import Question
+
+Variant = tuple[Strategy, Offload]
 
 GIB = 2**30
 GB = 10**9
@@ -78,7 +80,7 @@ def barred(question: Question, found: Barred) -> Rejected:
 
 def refused(question: Question, nearest: Plan) -> Rejected:
     """A strategy of which nothing fits, with its nearest miss and the cheapest way out."""
-    held = memory(program(question, nearest), nearest, question.cluster, question.calibration)
+    held = held_by(question, nearest, squeezed=True)
     short = max(shortages(held, question.margin_share))
     _, why = judge(held, question.margin_share)
     try:
@@ -93,30 +95,26 @@ def remedies(question: Question, nearest: Plan) -> Iterator[str]:
     cluster, variant = question.cluster, (nearest.strategy, nearest.offload)
     if question.job.loss == "full" and _has_loss_in_pieces(question.model):
         pieces = replace(question, job=replace(question.job, loss="chunked"))
-        if _short_by(pieces, _leanest(pieces, *variant, cluster.gpus)).min() <= 0:
+        if _some_fit(pieces, *variant, cluster.gpus):
             yield "--loss chunked"
     for divisor in (2, 4, 8):
         length = question.job.sequence_length // divisor
         if length < SHORTEST_SEQUENCE:
             break
         shorter = replace(question, job=replace(question.job, sequence_length=length))
-        if _short_by(shorter, _leanest(shorter, *variant, cluster.gpus)).min() <= 0:
+        if _some_fit(shorter, *variant, cluster.gpus):
             yield f"--seq-len {length}"
             break
-    more = fewest_gpus(question, *variant)
+    more = fewest_gpus(question, [variant])
     if more is not None:
         yield f"{more} GPUs{_with_batch(question, more)}"
     leanest = _leanest(question, *variant, cluster.gpus)
-    held = [
-        footprint(program(question, plan), plan, cluster, question.calibration)
-        for plan in (leanest.at(0), leanest.at(1))
-    ]
-    least = min(held, key=lambda found: float(found.device_used_bytes))
+    least = held_by(question, leanest.at(int(np.argmin(_short_by(question, leanest)))))
     parts = []
     if least.host_bytes > cluster.host_memory_bytes:
-        parts.append(f"{np.ceil(float(least.host_bytes) / GIB):.0f} GiB of host memory per machine")
+        parts.append(f"{np.ceil(least.host_bytes / GIB):.0f} GiB of host memory per machine")
     if short_by(least.device_used_bytes, cluster.gpu.memory_bytes, question.margin_share) > 0:
-        needed = float(least.device_used_bytes) / (1 - question.margin_share)
+        needed = least.device_used_bytes / (1 - question.margin_share)
         if needed > max(gpu.memory_bytes for gpu in all_gpus()):
             return
         parts.append(f"a GPU of {np.ceil(needed / GIB):.0f} GiB")
@@ -135,11 +133,24 @@ def _with_batch(question: Question, gpus: int) -> str:
     return "" if near == question.job.global_batch else f" with --global-batch {near}"
 
 
-def fewest_gpus(question: Question, strategy: Strategy, offload: Offload) -> int | None:
-    """The fewest GPUs, in machines like the given ones, on which the strategy fits; None where more never helps.
+def fewest_gpus(question: Question, variants: Iterable[Variant]) -> int | None:
+    """The fewest GPUs, in machines like the given ones, on which one of *variants* fits; None where more never helps.
 
-    The global batch is the nearest that divides over them. Doublings find the range, and passes over it the answer:
-    more ranks never need more memory each.
+    The global batch is the nearest that divides over them. Bounds say from how many on a strategy may fit, and its
+    price from how many on it does.
+    """
+    bounds = {variant: _least_gpus(question, *variant) for variant in variants}
+    fewest: int | None = None
+    for variant, least in sorted(bounds.items(), key=lambda each: each[1] or 0):
+        if least is not None and (fewest is None or least < fewest):
+            fewest = min(filter(None, (fewest, _from_gpus(question, *variant, least))), default=None)
+    return fewest
+
+
+def _least_gpus(question: Question, strategy: Strategy, offload: Offload) -> int | None:
+    """Below how many GPUs the strategy cannot fit.
+
+    Doublings find the range, and passes over it the answer: more ranks never need more memory each.
     """
     machine = question.cluster.gpus_per_node
     least = question.cluster.nodes
@@ -160,6 +171,39 @@ def _first_fit(question: Question, strategy: Strategy, offload: Offload, counts:
         return None
     fits = _short_by(question, _leanest(question, strategy, offload, counts)).reshape(2, -1).min(axis=0) <= 0
     return int(counts[fits][0]) if fits.any() else None
+
+
+def _from_gpus(question: Question, strategy: Strategy, offload: Offload, least: int) -> int | None:
+    """A count of GPUs from *least* on at which the strategy fits by its price and a machine less would not do.
+
+    Steps that double find one that is enough, and halving the way back where it begins to be. Gaps between tensors
+    change with the sizes of shards, so that in rare cases a smaller count would do too.
+    """
+    machine = question.cluster.gpus_per_node
+    most = question.cluster.nodes * 2**MOST_DOUBLINGS
+    low, high = least // machine - 1, least // machine
+    while not _some_fit(question, strategy, offload, machine * high):
+        if high >= most:
+            return None
+        low, high = high, min(3 * high - 2 * low, most)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _some_fit(question, strategy, offload, machine * middle):
+            high = middle
+        else:
+            low = middle
+    return machine * high
+
+
+def _some_fit(question: Question, strategy: Strategy, offload: Offload, gpus: int) -> bool:
+    """Whether one of the two leanest plans fits."""
+    both = _leanest(question, strategy, offload, gpus)
+    bounds = _short_by(question, both)
+    alike = both.at(0).micro_batch == both.at(1).micro_batch
+    return any(
+        bounds[index] <= 0 and max(shortages(held_by(question, both.at(index)), question.margin_share)) <= 0
+        for index in ((0,) if alike else (0, 1))
+    )
 
 
 def _enlarged(cluster: Cluster, gpus: int) -> Cluster:
@@ -188,7 +232,7 @@ def _leanest(question: Question, strategy: Strategy, offload: Offload, gpus: Cou
 
 
 def _short_by(question: Question, plan: Plan) -> NDArray[np.float64]:
-    """What each of the plans lacks."""
+    """What each of the plans lacks at least."""
     found = footprint(program(question, plan), plan, question.cluster, question.calibration)
     return np.broadcast_to(shortfall(found, question.cluster, question.margin_share), np.shape(plan.gpus))
 
@@ -205,8 +249,7 @@ def headline(question: Question, plans: Sequence[Estimate], rejected: Sequence[R
         ), None
     missing = [each for each in rejected if each.short_by_bytes > 0]
     nearest = min(missing, key=lambda each: each.short_by_bytes)
-    counts = [fewest_gpus(question, strategy, offload) for strategy, offload in VARIANTS]
-    fewest = min((count for count in counts if count is not None), default=None)
+    fewest = fewest_gpus(question, VARIANTS)
     way_out = f"; the fewest that would do: {fewest} GPUs{_with_batch(question, fewest)}" if fewest else ""
     return (
         f"Does not fit: {name} on {where}. Nearest is {nearest.plan.title}, "

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from advisor.cost.estimate import explained, price
+from advisor.cost.estimate import explained
 from advisor.cost.question import ask
 from advisor.cost.results import Estimate
 from advisor.errors import ConfigError
@@ -14,7 +14,7 @@ from advisor.search.explain import barred, headline, lost, refused, won
 from advisor.search.results import Recommendation, Rejected
 from advisor.search.sheet import Sheet, fastest, nearest_miss, price_sheet
 from advisor.search.space import VARIANTS, Barred, sheets
-from advisor.specs.plan import Offload, Plan, Strategy
+from advisor.specs.plan import Offload, Strategy
 from advisor.specs.question import Question
 
 if TYPE_CHECKING:
@@ -66,14 +66,14 @@ def search(question: Question) -> Recommendation:
     ruled_out += [
         barred(question, Barred(*variant, why)) for variant, why in untraceable.items() if variant not in priced
     ]
-    chosen: list[Plan] = []
+    chosen: list[Estimate] = []
     for variant in priced.values():
-        best = fastest(variant)
+        best = fastest(question, variant)
         if best is None:
             ruled_out.append(refused(question, nearest_miss(variant)))
         else:
             chosen.append(best)
-    plans = _explained(_ranked([price(question, plan) for plan in chosen]))
+    plans = _explained(_ranked(chosen))
     text, fewest = headline(question, plans, ruled_out)
     return Recommendation(
         model=question.model,

@@ -1,4 +1,7 @@
-"""A sheet: plans that differ only in their counts, priced together."""
+"""A sheet: plans that differ only in their counts, priced together.
+
+Its memory is a bound that no plan can stay below; a plan that is offered or refused is replayed by itself.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from advisor.cost.memory import Footprint, footprint, short_by
+from advisor.cost.estimate import priced, shortages
+from advisor.cost.memory import Footprint, footprint, memory, short_by
 from advisor.cost.question import program
+from advisor.cost.results import Estimate, Memory
 from advisor.cost.schedule import step_time
 from advisor.specs.hardware import Cluster
 from advisor.specs.plan import Plan
@@ -22,10 +27,11 @@ class Sheet:
     """Plans with what decides between them, one entry each."""
 
     plan: Plan
-    footprint: Footprint
+    rank: NDArray[Any]
+    """The one that holds most."""
     tokens_per_s: NDArray[Any]
     short_by_bytes: NDArray[Any]
-    """Device or host memory that is lacking, whichever is worse; at most 0 where the plan fits with the margin."""
+    """Device or host memory that is lacking at least, whichever is worse; above 0, a plan cannot fit."""
 
     @property
     def size(self) -> int:
@@ -37,31 +43,42 @@ def price_sheet(question: Question, plan: Plan) -> Sheet:
     step = program(question, plan)
     found = footprint(step, plan, question.cluster, question.calibration)
     timed = step_time(step.step, question.job, plan, question.cluster, question.calibration)
-    shape = np.broadcast_shapes(*(np.shape(each) for each in (plan.gpus, plan.micro_batch, plan.accumulation_steps)))
-    short = np.broadcast_to(shortfall(found, question.cluster, question.margin_share), shape or (1,))
-    return Sheet(plan, found, np.broadcast_to(timed.tokens_per_s, shape or (1,)), short)
+    counts = (plan.gpus, plan.micro_batch, plan.accumulation_steps)
+    shape = np.broadcast_shapes(*(np.shape(each) for each in counts)) or (1,)
+    short = shortfall(found, question.cluster, question.margin_share)
+    return Sheet(plan, *(np.broadcast_to(each, shape) for each in (step.rank, timed.tokens_per_s, short)))
 
 
 def shortfall(found: Footprint, cluster: Cluster, margin_share: float) -> NDArray[Any]:
-    """Bytes that the device lacks beside its margin, or the host, whichever is more."""
+    """Bytes that the device lacks beside its margin at least, or the host, whichever is more."""
     device = short_by(found.device_used_bytes, cluster.gpu.memory_bytes, margin_share)
     host = np.asarray(found.host_bytes) - cluster.host_memory_bytes
     short: NDArray[Any] = np.maximum(device, host)
     return short
 
 
-def fastest(sheets: Sequence[Sheet]) -> Plan | None:
-    """The fastest plan that fits, of one strategy's sheets."""
-    best: tuple[float, Plan] | None = None
-    for sheet in sheets:
-        speed = np.where(sheet.short_by_bytes <= 0, sheet.tokens_per_s, -1.0)
-        index = int(np.argmax(speed))
-        if speed[index] > 0 and (best is None or speed[index] > best[0]):
-            best = float(speed[index]), sheet.plan.at(index)
-    return best[1] if best else None
+def fastest(question: Question, sheets: Sequence[Sheet]) -> Estimate | None:
+    """The fastest plan that fits, of one strategy's sheets. A sheet's bound proposes, the price of the plan decides."""
+    possible = [
+        (float(sheet.tokens_per_s[index]), sheet, int(index))
+        for sheet in sheets
+        for index in np.flatnonzero(sheet.short_by_bytes <= 0)
+    ]
+    for _, sheet, index in sorted(possible, key=lambda each: -each[0]):
+        plan = sheet.plan.at(index)
+        step = program(question, plan, int(sheet.rank[index]))
+        held = memory(step, plan, question.cluster, question.calibration)
+        if max(shortages(held, question.margin_share)) <= 0:
+            return priced(question, plan, step, held)
+    return None
 
 
 def nearest_miss(sheets: Sequence[Sheet]) -> Plan:
-    """The plan that lacks least, of one strategy's sheets none of whose plans fits."""
+    """The plan whose bound lacks least, of one strategy's sheets none of whose plans fits."""
     sheet = min(sheets, key=lambda each: float(each.short_by_bytes.min()))
     return sheet.plan.at(int(np.argmin(sheet.short_by_bytes)))
+
+
+def held_by(question: Question, plan: Plan, *, squeezed: bool = False) -> Memory:
+    """What a single plan needs."""
+    return memory(program(question, plan), plan, question.cluster, question.calibration, squeezed=squeezed)

@@ -17,8 +17,9 @@ class Calibration:
     """CUDA context and loaded kernels of one process, outside torch's allocator."""
     communicator_bytes: int
     """NCCL buffers of one communicator, outside torch's allocator."""
-    fragmentation_share: float
-    """Reserved beyond allocated memory, as a share of what the step allocates and frees."""
+    waiting_share: float
+    """Reserved memory for blocks that wait until another stream is done with them (``record_stream``), with several
+    ranks, as a share of what the step allocates and frees."""
     margin_share: float
     """Share of device memory that ``--margin auto`` keeps free."""
     low_memory_share: float

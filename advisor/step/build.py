@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 
@@ -64,6 +64,10 @@ class StepProgram:
     """Whose step it is."""
     nvme: Node = NOTHING
     """What one rank keeps on its machine's NVMe; no phases."""
+    tensor_sizes: Mapping[str, Callable[[], Iterable[int]]] = field(default_factory=dict)
+    """Sizes of the tensors that are taken together under a label, for a single plan; one where nobody says."""
+    streams: Mapping[str, str] = field(default_factory=dict)
+    """CUDA streams, other than the one that computes, from whose memory a label is taken."""
 
     @property
     def device(self) -> Node:
@@ -106,6 +110,8 @@ def _program(scheme: Scheme) -> StepProgram:
         nvme=then(*scheme.nvme()),
         host_once=then(*scheme.host_once()),
         rank=scheme.rank,
+        tensor_sizes=scheme.tensor_sizes,
+        streams=scheme.streams,
     )
 
 

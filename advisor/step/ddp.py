@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
 from advisor.specs.model import Parameter
 from advisor.step.program import Block, Collective, hold, release, scratch
 from advisor.step.scheme import MicroStep, Nodes, Part, Scheme
-from advisor.step.states import ADAM_MOVES, MOMENTS, adam_step_counters, adam_temporaries
+from advisor.step.states import ADAM_MOVES, FP32_BYTES, MOMENTS, adam_step_counters, adam_temporaries
 
-BUCKET_BYTES = 25 * 2**20
-"""``bucket_cap_mb``: gradients are reduced in pieces of this size."""
+FIRST_BUCKET_BYTES, BUCKET_BYTES = 2**20, 25 * 2**20
+"""``_DEFAULT_FIRST_BUCKET_BYTES`` and ``bucket_cap_mb``: gradients are reduced in pieces of these sizes."""
 
 
 class DataParallel(Scheme):
     """Whole states on every rank; fp32 weights compute in the half format through autocast."""
+
+    @property
+    def tensor_sizes(self) -> Mapping[str, Callable[[], Iterable[int]]]:
+        def weights() -> list[int]:
+            return [parameter.numel * self.job.parameter_bytes for parameter in self.model.parameters()]
+
+        return {
+            "weights": weights,
+            "DDP buckets": lambda: bucket_sizes(reversed(weights())),
+            "Adam moments": lambda: [size for size in weights() for _ in range(MOMENTS)],
+            "Adam step counters": lambda: self.model.tensor_count * [FP32_BYTES],
+        }
 
     def states(self) -> Nodes:
         count, element_bytes = self.model.parameter_count, self.job.parameter_bytes
@@ -50,3 +62,17 @@ class DataParallel(Scheme):
             Block("Adam update", "optimizer", moved_bytes=ADAM_MOVES * count * element_bytes, kernels=1),
             release("gradients", "gradients", count * element_bytes),
         )
+
+
+def bucket_sizes(gradients: Iterable[int]) -> list[int]:
+    """Bytes of the buckets that hold *gradients* of these bytes, in the order in which backward makes them.
+
+    A bucket is closed by the gradient that fills it (torch/csrc/distributed/c10d/reducer.cpp
+    ``compute_bucket_assignment_by_size``).
+    """
+    sizes = [0]
+    for gradient in gradients:
+        sizes[-1] += gradient
+        if sizes[-1] >= (BUCKET_BYTES if len(sizes) > 1 else FIRST_BUCKET_BYTES):
+            sizes.append(0)
+    return [size for size in sizes if size]

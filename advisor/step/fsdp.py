@@ -11,7 +11,7 @@ in the half format. There is no autocast. Left out: the caching allocator's late
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 
 from advisor.specs.model import AnyLayer, Parameter
@@ -92,6 +92,14 @@ class FullyShardedDataParallel(Sharded):
                 apart.add(end - 1)
             start = end
         return frozenset(apart)
+
+    @property
+    def streams(self) -> Mapping[str, str]:
+        """``all_gather_copy_in_stream`` and ``reduce_scatter_stream``; copies out of the first are in neither.
+
+        _fsdp_collectives.py ``foreach_all_gather``, ``foreach_reduce``.
+        """
+        return {"gather buffer": "all-gather", "gradients, rank's share": "reduce-scatter"}
 
     @cached_property
     def shard(self) -> Amount:

@@ -10,7 +10,7 @@ Left out: ``record_stream``, which on a GPU lets a freed layer count for a littl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 
 from advisor.specs.model import Parameter
@@ -77,6 +77,15 @@ class FullyShardedDataParallelOne(Sharded):
     @property
     def tensors(self) -> Amount:
         return total(unit.tensors * times for unit, times in self._every_unit)
+
+    def held_sizes(self) -> list[Amount]:
+        return [unit.share for unit, times in self._every_unit for _ in range(times)]
+
+    @property
+    def streams(self) -> Mapping[str, str]:
+        """``_unshard_stream`` and ``_post_backward_stream`` (_runtime_utils.py)."""
+        gathers = dict.fromkeys(("gathered root", "gathered layer"), "unshard")
+        return {**gathers, "gradients, rank's share": "post-backward"}
 
     def begin_forward(self) -> Nodes:
         return self._gather(self.root, "root")

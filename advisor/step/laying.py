@@ -66,8 +66,10 @@ class _Draft:
     net_bytes: int = 0
     peak_bytes: int = 0
     works: list[Work] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
 
     def add(self, event: Event) -> None:
+        self.events.append(event)
         if event.kind == "take":
             self.net_bytes += event.size_bytes
             self.peak_bytes = max(self.peak_bytes, self.net_bytes)
@@ -87,6 +89,8 @@ class _Draft:
             moved_bytes=sum(work.moved_bytes for work in self.works) * batch
             + sum(work.fixed_moved_bytes for work in self.works),
             kernels=sum(work.kernels for work in self.works),
+            events=tuple(self.events),
+            sequences=times,
         )
 
 

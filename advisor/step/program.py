@@ -7,7 +7,7 @@ composition is associative, so a step of any depth folds in time that does not g
     repeat(a, n)  net = n·a.net            peak = max(a.peak, (n-1)·a.net + a.peak)
 
 Every number may be an array: one fold then answers for many plans. :func:`fold` says how much, :func:`expand`
-when and what, and both read the same tree.
+when and what, and both read the same tree; ``moves.py`` reads it a third time, tensor by tensor.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import wraps
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from advisor.errors import SpecError
+
+if TYPE_CHECKING:
+    from advisor.step.tape import Event
 
 Amount = float | NDArray[Any]
 """A quantity, or the same quantity of many plans side by side."""
@@ -101,6 +104,10 @@ class Block:
     transfers: tuple[Collective | Copy, ...] = ()
     host_updated_parameters: Amount = 0
     """Parameters that an optimizer on the CPU updates."""
+    events: tuple[Event, ...] = ()
+    """What net and peak were recorded as, for one sequence or for any number; empty where that is not known."""
+    sequences: Amount = 1
+    """How often each of the events' sizes counts."""
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)

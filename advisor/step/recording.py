@@ -7,7 +7,7 @@ times. A recording depends on neither the micro-batch nor the strategy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol
@@ -23,6 +23,12 @@ from advisor.step.weights import Weights, weights_of
 STREAM = "residual stream"
 GRADIENT_STREAM = "gradient stream"
 ENCODER_OUTPUT = "encoder output"
+
+STREAM_NUMBER, GRADIENT_NUMBER = -2, -3
+"""Numbers of the memory that passes between parts, the same on every tape."""
+UNNUMBERED = -1
+KEPT_NUMBER = -10
+"""From here on downwards, what selective checkpointing keeps of a layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +147,8 @@ def record_embedding(model: ModelSpec, mode: Mode) -> Recording:
     assert root is not None
     del output
     tape.run_backward(root, *shape, None)
-    return Recording(tuple(tape.events[:last]), _after_forward(tape, last, number))
+    forward = _passed(tape.events[:last], STREAM_NUMBER, taken=number)
+    return Recording(forward, _after_forward(tape, last, number))
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +172,7 @@ def record_head(model: ModelSpec, mode: Mode) -> HeadRecording:
     weights = weights_of(parameters, mode.parameter_bytes)
     uncopied = list(weights.unclaimed)
     stream = tape.input(mode.sequence_length * model.hidden_size, mode.stream_bytes, STREAM)
-    start, first = stream.node, len(tape.events)
+    start, first, given = stream.node, len(tape.events), stream.storage.event.storage
     hidden = finish(tape, stream, model, weights)
     del stream
     logits = head(tape, hidden, model, weights) if mode.loss == "full" else None
@@ -184,7 +191,9 @@ def record_head(model: ModelSpec, mode: Mode) -> HeadRecording:
     assert returned is not None
     returned.storage.rename(GRADIENT_STREAM, "temporaries")
     del loss
-    events = tuple(event if event.label != "logits" else _as_logits(event) for event in tape.events)
+    named = (event if event.label != "logits" else _as_logits(event) for event in tape.events)
+    events = _passed(named, STREAM_NUMBER, given=given)
+    events = _passed(events, GRADIENT_NUMBER, taken=returned.storage.event.storage)
     turn = tape.reached_at
     return HeadRecording(events[first:last], events[last:end], events[end:turn], events[turn:])
 
@@ -264,7 +273,7 @@ def _record(run: Run, parameters: tuple[Parameter, ...], hidden_size: int, mode:
     weights = weights_of(parameters, mode.parameter_bytes)
     uncopied = list(weights.unclaimed)
     stream = tape.input(mode.sequence_length * hidden_size, mode.stream_bytes, STREAM)
-    start, first = stream.node, len(tape.events)
+    start, first, given = stream.node, len(tape.events), stream.storage.event.storage
     output = run(tape, stream, weights)
     output.storage.rename(STREAM, "activations")
     del stream
@@ -276,7 +285,9 @@ def _record(run: Run, parameters: tuple[Parameter, ...], hidden_size: int, mode:
     returned = tape.run_backward(root, *shape, start)
     assert returned is not None
     returned.storage.rename(GRADIENT_STREAM, "temporaries")
-    return Recording(_own(tape.events[first:last]), _after_forward(tape, last, number))
+    forward = _passed(_own(tape.events[first:last]), STREAM_NUMBER, given=given, taken=number)
+    backward = _after_forward(tape, last, number, returned.storage.event.storage)
+    return Recording(forward, _passed(backward, STREAM_NUMBER, given=given))
 
 
 def _record_checkpointed(
@@ -290,10 +301,11 @@ def _record_checkpointed(
     forward, kept_copy_bytes, kept = _record_forward_only(run, parameters, hidden_size, mode, selective)
     tape = mode.tape()
     tape.recalled = [tape.new(numel, element_bytes, label=label) for numel, element_bytes, label in reversed(kept)]
+    recalled = _kept_numbers(reversed(tape.recalled))
     weights = weights_of(parameters, mode.parameter_bytes)
     uncopied = list(weights.unclaimed)
     stream = tape.input(mode.sequence_length * hidden_size, mode.stream_bytes, STREAM)
-    start, first = stream.node, len(tape.events)
+    start, first, given = stream.node, len(tape.events), stream.storage.event.storage
     output = run(tape, stream, weights)
     _forget_copies(uncopied)
     cut, last = tape.needed_until, len(tape.events)
@@ -306,10 +318,12 @@ def _record_checkpointed(
     del stream
     unused = {storage for storage, when in tape.taken.items() if when >= cut}
     again = [event for event in tape.events[cut:last] if event.kind == "give" and event.storage < cut]
-    after = [event for event in _after_forward(tape, last, -1) if not cut <= event.storage < last]
+    arrived = _after_forward(tape, last, -1, returned.storage.event.storage)
+    after = [event for event in arrived if not cut <= event.storage < last]
     late = [event for event in (*again, *after) if event.kind == "give" and event.storage in unused]
     early = [event for event in (*tape.events[first:cut], *again, *after) if event not in late]
-    return Recording(forward, _own([*early, *late]), kept_copy_bytes)
+    backward = _passed(_own([*early, *late]), STREAM_NUMBER, given=given)
+    return Recording(forward, _renumbered(backward, recalled), kept_copy_bytes)
 
 
 def _record_forward_only(
@@ -325,22 +339,56 @@ def _record_forward_only(
     weights = weights_of(parameters, mode.parameter_bytes)
     uncopied = list(weights.unclaimed)
     stream = tape.input(mode.sequence_length * hidden_size, mode.stream_bytes, STREAM)
-    first = len(tape.events)
+    first, given = len(tape.events), stream.storage.event.storage
     output = run(tape, stream, weights)
     output.storage.rename(STREAM, "activations")
-    copies = sum(weight.cast.size_bytes for weight in uncopied if weight.cast)
+    copies = {weight.cast.storage.event.storage: weight.cast.size_bytes for weight in uncopied if weight.cast}
+    numbers = {**dict.fromkeys(copies, UNNUMBERED), **_kept_numbers(tape.kept or ())}
+    events = _renumbered(_own(tape.events[first:]), numbers)
     kept = [(each.numel, each.element_bytes, each.storage.event.label) for each in tape.kept or ()]
-    return _own(tape.events[first:]), copies, kept
+    passed = _passed(events, STREAM_NUMBER, given=given, taken=output.storage.event.storage)
+    return passed, sum(copies.values()), kept
 
 
-def _after_forward(tape: Tape, last: int, output: int) -> tuple[Event, ...]:
-    """Events since number *last*, less what belongs to the next part: the output, and the gradient that arrives."""
+def _kept_numbers(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """For what the first run keeps for the second, by its number on one's tape, a number that is the same for both."""
+    return {each.storage.event.storage: KEPT_NUMBER - place for place, each in enumerate(tensors)}
+
+
+def _renumbered(events: Iterable[Event], numbers: Mapping[int, int]) -> tuple[Event, ...]:
+    return tuple(event._replace(storage=numbers.get(event.storage, event.storage)) for event in events)
+
+
+def _after_forward(tape: Tape, last: int, output: int, returned: int | None = None) -> tuple[Event, ...]:
+    """Events since number *last*, less what belongs to the next part: the output, and the gradient that arrives.
+
+    Of the gradient *returned* to the part before, the end belongs to that part.
+    """
     arrival = next(number for number, event in enumerate(tape.events[last:], last) if event.kind == "take")
-    return _own(
+    events = _own(
         event
         for number, event in enumerate(tape.events[last:], last)
         if number != arrival and not (event.kind == "give" and event.storage == output)
     )
+    return _passed(events, GRADIENT_NUMBER, given=arrival, taken=returned)
+
+
+def _passed(
+    events: Iterable[Event], number: int, *, given: int | None = None, taken: int | None = None
+) -> tuple[Event, ...]:
+    """*events* with *number* for the memory that passes from part to part.
+
+    On the tape, *given* is the number of what the part before made, *taken* of what goes on to the next.
+    """
+    found: list[Event] = []
+    newer = 0
+    for event in events:
+        if event.kind == "take" and event.storage == taken:
+            event, newer = event._replace(storage=number), 1
+        elif event.kind == "give" and event.storage == given:
+            event = event._replace(storage=number, newer=newer)
+        found.append(event)
+    return tuple(found)
 
 
 def _own(events: Iterable[Event]) -> tuple[Event, ...]:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -106,6 +106,16 @@ class Scheme:
     def layers_apart(self) -> frozenset[int]:
         """Numbers of the layers that fare otherwise than their neighbours of one kind. The others stand together."""
         return frozenset()
+
+    @property
+    def tensor_sizes(self) -> Mapping[str, Callable[[], Iterable[int]]]:
+        """Sizes of the tensors that are taken together under a label, for a single plan; one where nothing is said."""
+        return {}
+
+    @property
+    def streams(self) -> Mapping[str, str]:
+        """CUDA streams, other than the one that computes, from whose memory a label is taken."""
+        return {}
 
     def states(self) -> Nodes:
         """What is held between steps, in the order in which it is made, with what making it takes."""

@@ -6,12 +6,12 @@ Weights are held in the parameter format, cut over the ranks, and gathered and r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from advisor.specs.plan import Strategy
 from advisor.step.program import Amount, Block, Collective, hold, release, scratch
 from advisor.step.scheme import MicroStep, Nodes, Scheme
-from advisor.step.states import ADAM_MOVES, MOMENTS, adam_step_counters, adam_temporaries
+from advisor.step.states import ADAM_MOVES, FP32_BYTES, MOMENTS, adam_step_counters, adam_temporaries
 
 
 class Sharded(Scheme, ABC):
@@ -49,6 +49,21 @@ class Sharded(Scheme, ABC):
     @abstractmethod
     def sizes(self) -> Iterator[Amount]:
         """Elements of each of them, in their order."""
+
+    def held_sizes(self) -> Iterable[Amount]:
+        """Elements of each tensor that the weights on this rank are held in."""
+        return self.sizes()
+
+    @property
+    def tensor_sizes(self) -> Mapping[str, Callable[[], Iterable[int]]]:
+        element_bytes = self.job.parameter_bytes
+        return {
+            "weights, rank's share": lambda: [int(size) * element_bytes for size in self.held_sizes() if size],
+            "Adam moments, rank's share": lambda: [
+                int(size) * element_bytes for size in self.sizes() if size for _ in range(MOMENTS)
+            ],
+            "Adam step counters": lambda: int(self.tensors) * [FP32_BYTES],
+        }
 
     def reduces(self, micro: MicroStep) -> bool:
         """Whether gradients are reduced in *micro*."""

@@ -6,6 +6,8 @@ every weight; FP16_Optimizer stands in only for DeepSpeed's or apex's own FusedA
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
+
 from advisor.specs.model import Parameter
 from advisor.step.program import Block, Collective, hold, release, scratch
 from advisor.step.scheme import MicroStep, Nodes, Part
@@ -27,6 +29,15 @@ class StageZero(Zero):
     def master_bytes(self) -> int:
         """None for an fp32 model, which has no wrapper."""
         return 0 if self.job.compute_bytes == FP32_BYTES else FP32_BYTES
+
+    @property
+    def tensor_sizes(self) -> Mapping[str, Callable[[], Iterable[int]]]:
+        return {
+            "weights": lambda: [size * self.job.compute_bytes for size in self.sizes],
+            "master weights": lambda: [size * self.master_bytes for size in self.sizes],
+            "Adam moments": lambda: [size * FP32_BYTES for size in self.sizes for _ in range(MOMENTS)],
+            "Adam step counters": lambda: len(self.sizes) * [FP32_BYTES],
+        }
 
     def states(self) -> Nodes:
         count, half = self.model.parameter_count, self.job.compute_bytes

@@ -58,6 +58,8 @@ class Event(NamedTuple):
     """Which memory is taken or given back: its number on this tape."""
     work: Work = NO_WORK
     parameter: Parameter | None = None
+    newer: int = 0
+    """How many memories of the same number, taken later, stay when this one is given back."""
 
 
 class _Storage:

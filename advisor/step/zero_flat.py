@@ -6,6 +6,7 @@ which tensors its partition touches, so a step is laid out for one rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 
 import numpy as np
@@ -41,6 +42,15 @@ class ZeroFlat(Zero):
     @property
     def buckets(self) -> int:
         return 2 if self.plan.zero.overlap_communication else 1
+
+    @property
+    def tensor_sizes(self) -> Mapping[str, Callable[[], Iterable[int]]]:
+        return {"gradient buckets": lambda: self.buckets * [self.bucket_bytes]}
+
+    @property
+    def streams(self) -> Mapping[str, str]:
+        """``reduction_stream``."""
+        return {"flat copy of a bucket": "reduce"} if self.plan.zero.overlap_communication else {}
 
     @cached_property
     def registered(self) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 
 import numpy as np
@@ -86,6 +87,13 @@ class ZeroThree(Zero):
             if self.sizes[tensor] > self.plan.zero.reduce_bucket:
                 special.add(source[0])
         return self.passage.unusual | {each for each in special if isinstance(each, int)}
+
+    @property
+    def streams(self) -> Mapping[str, str]:
+        """``__allgather_stream`` and ``reduce_and_partition_stream``."""
+        if not self.plan.zero.overlap_communication:
+            return {}
+        return {"gathered weights": "all-gather", "flat copy of a bucket": "reduce"}
 
     def states(self) -> Nodes:
         shard, half = self.shard, self.job.compute_bytes

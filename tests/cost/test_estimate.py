@@ -25,7 +25,7 @@ FOUR_A100 = {"gpus": 4, "gpu": "A100-80GB"}
 NVME_CAPACITY = 1000 * GIB
 
 
-def held(used_bytes: int, host_bytes: int = 0, nvme_bytes: int = 0) -> Memory:
+def held(used_bytes: int, host_bytes: int = 0, nvme_bytes: int = 0, releases: int | None = None) -> Memory:
     """Memory of which only what decides is told."""
     return Memory(
         capacity_bytes=CAPACITY,
@@ -39,6 +39,8 @@ def held(used_bytes: int, host_bytes: int = 0, nvme_bytes: int = 0) -> Memory:
         peak_label="",
         rank=0,
         fullest=True,
+        allocator="expandable segments",
+        cache_releases=releases,
         ledger=(),
         timeline=(),
         host_bytes=host_bytes,
@@ -70,6 +72,15 @@ def held(used_bytes: int, host_bytes: int = 0, nvme_bytes: int = 0) -> Memory:
 )
 def test_the_verdict_comes_with_its_arithmetic(used: float, host: int, verdict: str, why: str) -> None:
     assert judge(held(int(used * GIB), host * GIB), 0.05) == (verdict, why)
+
+
+def test_what_runs_only_by_giving_cached_memory_back_is_tight() -> None:
+    verdict, why = judge(held(81 * GIB, releases=3), 0.05)
+
+    assert verdict == "tight"
+    assert why.startswith("81.0 GiB needed per GPU, 80.0 GiB there less 5 % kept free: 5.0 GiB short; ")
+    assert "gives cached memory back 3 times in two steps" in why
+    assert judge(held(81 * GIB, HOST_CAPACITY + 1, releases=3), 0.05)[0] == "no"
 
 
 def test_a_byte_decides() -> None:

@@ -178,6 +178,8 @@ def made_estimate(
             peak_label="loss backward",
             rank=0,
             fullest=True,
+            allocator="expandable segments",
+            cache_releases=0,
             ledger=tuple(ledger),
             timeline=(
                 PhaseMemory("init", round(11.5 * GIB), round(7.2 * GIB)),

@@ -37,6 +37,8 @@ ESTIMATE_FIELDS = {
         "low_bytes",
         "high_bytes",
         "peak_phase",
+        "allocator",
+        "cache_releases",
         "ledger",
         "timeline",
         "host_bytes",

@@ -7,8 +7,14 @@ from functools import cache
 from typing import Any
 
 from advisor.catalog.request import resolve
+from advisor.cost.estimate import price
+from advisor.cost.memory import footprint
+from advisor.cost.question import program
+from advisor.cost.results import Estimate
+from advisor.cost.schedule import step_time
 from advisor.search.recommend import search
 from advisor.search.results import Recommendation
+from advisor.search.sheet import shortfall
 from advisor.specs.hardware import Cluster, Link
 from advisor.specs.plan import Offload, Plan, Strategy
 from advisor.specs.question import Question
@@ -78,3 +84,19 @@ ASKED: dict[str, Question] = {
 def answer(name: str) -> Recommendation:
     """What the search says to the question called *name*."""
     return search(ASKED[name])
+
+
+@cache
+def priced(name: str, plan: Plan) -> Estimate:
+    """The price of *plan* for the question called *name*."""
+    return price(ASKED[name], plan)
+
+
+@cache
+def bounded(name: str, plan: Plan) -> tuple[float, float]:
+    """Tokens per second of *plan* for the question called *name*, and the bytes that it lacks at least."""
+    asked = ASKED[name]
+    step = program(asked, plan)
+    held = footprint(step, plan, asked.cluster, asked.calibration)
+    timed = step_time(step.step, asked.job, plan, asked.cluster, asked.calibration)
+    return float(timed.tokens_per_s), float(shortfall(held, asked.cluster, asked.margin_share))

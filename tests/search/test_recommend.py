@@ -8,7 +8,6 @@ from itertools import pairwise, product
 
 import pytest
 
-from advisor.cost.estimate import price
 from advisor.cost.results import Estimate
 from advisor.errors import SpecError
 from advisor.search.recommend import OFFLOAD_LEAD, TIE_SHARE, recommend, search
@@ -17,7 +16,7 @@ from advisor.search.sheet import price_sheet
 from advisor.search.space import SEARCHED_CHECKPOINTING, VARIANTS, bar, sheets
 from advisor.specs.plan import Offload, Plan, Strategy, zero_settings
 from advisor.specs.question import Question
-from search.questions import ASKED, answer, question, variant_of, with_free_communication, with_memory
+from search.questions import ASKED, answer, bounded, priced, question, variant_of, with_free_communication, with_memory
 
 every_question = pytest.mark.parametrize("name", ASKED)
 
@@ -39,26 +38,25 @@ def every_legal_plan(asked: Question) -> Iterator[Plan]:
             )
 
 
-def best_of_each(asked: Question) -> dict[tuple[Strategy, Offload], Estimate]:
-    """Of each variant the fastest plan that fits with the margin, each priced alone."""
+def best_of_each(name: str) -> dict[tuple[Strategy, Offload], Estimate]:
+    """Of each variant the fastest plan that fits with the margin, each read alone."""
     best: dict[tuple[Strategy, Offload], Estimate] = {}
-    for plan in every_legal_plan(asked):
-        found = price(asked, plan)
-        key = variant_of(plan)
-        if found.verdict == "fits" and (key not in best or found.time.tokens_per_s > best[key].time.tokens_per_s):
-            best[key] = found
+    possible = [plan for plan in every_legal_plan(ASKED[name]) if bounded(name, plan)[1] <= 0]
+    for plan in sorted(possible, key=lambda plan: bounded(name, plan), reverse=True):
+        if variant_of(plan) not in best and priced(name, plan).verdict == "fits":
+            best[variant_of(plan)] = priced(name, plan)
     return best
 
 
 @every_question
 def test_no_plan_that_fits_is_faster_than_the_one_offered_of_its_strategy(name: str) -> None:
-    found, brute_force = answer(name), best_of_each(ASKED[name])
+    found, brute_force = answer(name), best_of_each(name)
 
     assert {variant_of(each.plan) for each in found.plans} == set(brute_force)
     for each in found.plans:
         fastest = brute_force[variant_of(each.plan)]
         assert each.time.tokens_per_s == pytest.approx(fastest.time.tokens_per_s, rel=1e-12)
-        assert replace(each, why="") == replace(price(ASKED[name], each.plan), why="")
+        assert replace(each, why="") == replace(priced(name, each.plan), why="")
 
 
 @every_question
@@ -86,15 +84,15 @@ def test_each_strategy_is_offered_or_rejected_with_a_reason(name: str) -> None:
 
 
 @every_question
-def test_a_sheet_says_of_each_plan_what_its_price_says(name: str) -> None:
+def test_a_sheet_says_of_each_plan_what_is_read_of_it_alone(name: str) -> None:
     asked = ASKED[name]
     for plan in sheets(asked):
         if isinstance(plan, Plan):
             sheet = price_sheet(asked, plan)
             for index in range(sheet.size):
-                alone = price(asked, plan.at(index))
-                assert sheet.tokens_per_s[index] == pytest.approx(alone.time.tokens_per_s, rel=1e-12)
-                assert (sheet.short_by_bytes[index] <= 0) == (alone.verdict == "fits")
+                tokens_per_s, short_by_bytes = bounded(name, plan.at(index))
+                assert sheet.tokens_per_s[index] == pytest.approx(tokens_per_s, rel=1e-12)
+                assert sheet.short_by_bytes[index] == short_by_bytes
 
 
 def standing(estimate: Estimate) -> float:
@@ -222,7 +220,7 @@ def test_machines_talk_over_the_network() -> None:
 
 def test_a_wider_margin_never_fits_more() -> None:
     offered = []
-    for margin in (0.0, 0.1, 0.3, 0.6, 0.9):
+    for margin in (0.0, 0.1, 0.9):
         asked = replace(ASKED["some fit"], margin_share=margin)
         found = search(asked)
         offered.append({variant_of(each.plan) for each in found.plans})

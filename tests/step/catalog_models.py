@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 from advisor.catalog.models import find_model
@@ -15,3 +16,8 @@ PROFILES = sorted(path.stem for path in model_profiles().glob("*.json"))
 def model_of(profile: str) -> ModelSpec:
     """The model of the file *profile*, whose name is its Hub id with ``__`` for the slash."""
     return find_model(profile.replace("__", "/")).model
+
+
+def shallow(model: ModelSpec) -> ModelSpec:
+    """The same with at most three repeats of each run of layers, as one stack."""
+    return replace(model, runs=tuple(replace(run, repeats=min(run.repeats, 3)) for run in model.runs), decoder_start=0)
