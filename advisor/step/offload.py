@@ -71,7 +71,7 @@ class OffloadedFlat(ZeroFlat):
             if peaks.max() > most:
                 most = int(peaks.max())
                 chosen.append(int(peaks.argmax()))
-        return np.unique(chosen)
+        return np.array(sorted(set(chosen)))
 
     def states(self) -> Nodes:
         half = self.job.compute_bytes
