@@ -12,7 +12,7 @@ from advisor.catalog.gpus import all_gpus
 from advisor.cost.estimate import judge, shortages
 from advisor.cost.memory import footprint, short_by
 from advisor.cost.question import program
-from advisor.cost.results import Estimate
+from advisor.cost.results import Estimate, Memory
 from advisor.errors import ConfigError
 from advisor.search.results import Rejected
 from advisor.search.sheet import held_by, shortfall
@@ -23,6 +23,10 @@ from advisor.specs.plan import Checkpointing, Count, Offload, Plan, Strategy, ze
 from advisor.specs.question import Question
 
 Variant = tuple[Strategy, Offload]
+ANY_BYTES = 2**60
+"""More host memory than any machine has."""
+Leasts = dict[Variant, int | None]
+"""Below how many GPUs a variant cannot fit, of those that were asked about; None where more never help."""
 
 GIB = 2**30
 GB = 10**9
@@ -78,48 +82,59 @@ def barred(question: Question, found: Barred) -> Rejected:
     return Rejected(plan=plan, why=found.why, short_by_bytes=0, remedy=None)
 
 
-def refused(question: Question, nearest: Plan) -> Rejected:
+def refused(question: Question, nearest: Plan, known: Leasts) -> Rejected:
     """A strategy of which nothing fits, with its nearest miss and the cheapest way out."""
     held = held_by(question, nearest, squeezed=True)
     short = max(shortages(held, question.margin_share))
     _, why = judge(held, question.margin_share)
     try:
-        remedy = next(remedies(question, nearest), None)
+        remedy = next(remedies(question, nearest, held, known), None)
     except ConfigError:  # a traced model whose code knows no checkpointing, which every remedy counts on
         remedy = None
     return Rejected(plan=nearest, why=why, short_by_bytes=short, remedy=remedy)
 
 
-def remedies(question: Question, nearest: Plan) -> Iterator[str]:
-    """Changes that would make the strategy of *nearest* fit, cheapest first."""
+def remedies(question: Question, nearest: Plan, held: Memory, known: Leasts) -> Iterator[str]:
+    """Changes that would make the strategy of *nearest*, which needs *held*, fit, cheapest first."""
     cluster, variant = question.cluster, (nearest.strategy, nearest.offload)
-    if question.job.loss == "full" and _has_loss_in_pieces(question.model):
-        pieces = replace(question, job=replace(question.job, loss="chunked"))
-        if _some_fit(pieces, *variant, cluster.gpus):
-            yield "--loss chunked"
-    for divisor in (2, 4, 8):
-        length = question.job.sequence_length // divisor
-        if length < SHORTEST_SEQUENCE:
-            break
-        shorter = replace(question, job=replace(question.job, sequence_length=length))
-        if _some_fit(shorter, *variant, cluster.gpus):
-            yield f"--seq-len {length}"
-            break
-    more = fewest_gpus(question, [variant])
+    if short_by(held.states_bytes, held.capacity_bytes, question.margin_share) <= 0:
+        yield from _smaller_steps(question, variant)
+    more = fewest_gpus(question, [variant], known)
     if more is not None:
         yield f"{more} GPUs{_with_batch(question, more)}"
     leanest = _leanest(question, *variant, cluster.gpus)
+    largest = max(all_gpus(), key=lambda gpu: gpu.memory_bytes)
+    boundless = replace(cluster, gpu=largest, host_memory_bytes=ANY_BYTES)
+    if _short_by(replace(question, cluster=boundless), leanest).min() > 0:
+        return
     least = held_by(question, leanest.at(int(np.argmin(_short_by(question, leanest)))))
     parts = []
     if least.host_bytes > cluster.host_memory_bytes:
         parts.append(f"{np.ceil(least.host_bytes / GIB):.0f} GiB of host memory per machine")
     if short_by(least.device_used_bytes, cluster.gpu.memory_bytes, question.margin_share) > 0:
         needed = least.device_used_bytes / (1 - question.margin_share)
-        if needed > max(gpu.memory_bytes for gpu in all_gpus()):
+        if needed > largest.memory_bytes:
             return
         parts.append(f"a GPU of {np.ceil(needed / GIB):.0f} GiB")
     if parts:
         yield " and ".join(parts)
+
+
+def _smaller_steps(question: Question, variant: Variant) -> Iterator[str]:
+    """Steps that hold less at a time and would fit."""
+    gpus, job = question.cluster.gpus, question.job
+    in_pieces = job.loss == "full" and _has_loss_in_pieces(question.model)
+    lengths = [length for divisor in (2, 4, 8) if (length := job.sequence_length // divisor) >= SHORTEST_SEQUENCE]
+    chunked = replace(job, loss="chunked") if in_pieces else job
+    least = replace(chunked, sequence_length=lengths[-1]) if lengths else chunked
+    if not _some_fit(replace(question, job=least), *variant, gpus):
+        return
+    if in_pieces and _some_fit(replace(question, job=chunked), *variant, gpus):
+        yield "--loss chunked"
+    for length in lengths:
+        if _some_fit(replace(question, job=replace(job, sequence_length=length)), *variant, gpus):
+            yield f"--seq-len {length}"
+            return
 
 
 def _has_loss_in_pieces(model: ModelSpec) -> bool:
@@ -133,15 +148,16 @@ def _with_batch(question: Question, gpus: int) -> str:
     return "" if near == question.job.global_batch else f" with --global-batch {near}"
 
 
-def fewest_gpus(question: Question, variants: Iterable[Variant]) -> int | None:
+def fewest_gpus(question: Question, variants: Iterable[Variant], known: Leasts) -> int | None:
     """The fewest GPUs, in machines like the given ones, on which one of *variants* fits; None where more never helps.
 
     The global batch is the nearest that divides over them. Bounds say from how many on a strategy may fit, and its
     price from how many on it does.
     """
-    bounds = {variant: _least_gpus(question, *variant) for variant in variants}
+    asked = list(variants)
+    known |= {variant: _least_gpus(question, *variant) for variant in asked if variant not in known}
     fewest: int | None = None
-    for variant, least in sorted(bounds.items(), key=lambda each: each[1] or 0):
+    for variant, least in sorted(((each, known[each]) for each in asked), key=lambda each: each[1] or 0):
         if least is not None and (fewest is None or least < fewest):
             fewest = min(filter(None, (fewest, _from_gpus(question, *variant, least))), default=None)
     return fewest
@@ -237,7 +253,9 @@ def _short_by(question: Question, plan: Plan) -> NDArray[np.float64]:
     return np.broadcast_to(shortfall(found, question.cluster, question.margin_share), np.shape(plan.gpus))
 
 
-def headline(question: Question, plans: Sequence[Estimate], rejected: Sequence[Rejected]) -> tuple[str, int | None]:
+def headline(
+    question: Question, plans: Sequence[Estimate], rejected: Sequence[Rejected], known: Leasts
+) -> tuple[str, int | None]:
     """The verdict in one line, and where nothing fits the fewest GPUs on which something would."""
     cluster, name = question.cluster, question.model.name
     where = f"{cluster.gpus} × {cluster.gpu.name}"
@@ -249,7 +267,7 @@ def headline(question: Question, plans: Sequence[Estimate], rejected: Sequence[R
         ), None
     missing = [each for each in rejected if each.short_by_bytes > 0]
     nearest = min(missing, key=lambda each: each.short_by_bytes)
-    fewest = fewest_gpus(question, VARIANTS)
+    fewest = fewest_gpus(question, VARIANTS, known)
     way_out = f"; the fewest that would do: {fewest} GPUs{_with_batch(question, fewest)}" if fewest else ""
     return (
         f"Does not fit: {name} on {where}. Nearest is {nearest.plan.title}, "

@@ -10,7 +10,7 @@ from advisor.cost.estimate import explained
 from advisor.cost.question import ask
 from advisor.cost.results import Estimate
 from advisor.errors import ConfigError
-from advisor.search.explain import barred, headline, lost, refused, won
+from advisor.search.explain import Leasts, barred, headline, lost, refused, won
 from advisor.search.results import Recommendation, Rejected
 from advisor.search.sheet import Sheet, fastest, nearest_miss, price_sheet
 from advisor.search.space import VARIANTS, Barred, sheets
@@ -67,14 +67,15 @@ def search(question: Question) -> Recommendation:
         barred(question, Barred(*variant, why)) for variant, why in untraceable.items() if variant not in priced
     ]
     chosen: list[Estimate] = []
+    known: Leasts = {}
     for variant in priced.values():
         best = fastest(question, variant)
         if best is None:
-            ruled_out.append(refused(question, nearest_miss(variant)))
+            ruled_out.append(refused(question, nearest_miss(variant), known))
         else:
             chosen.append(best)
     plans = _explained(_ranked(chosen))
-    text, fewest = headline(question, plans, ruled_out)
+    text, fewest = headline(question, plans, ruled_out, known)
     return Recommendation(
         model=question.model,
         job=question.job,

@@ -188,7 +188,7 @@ TOO_LITTLE: dict[str, tuple[Question, Variant]] = {
 
 @pytest.mark.parametrize(("asked", "variant"), TOO_LITTLE.values(), ids=TOO_LITTLE)
 def test_the_fewest_gpus_are_enough_and_a_machine_less_is_not(asked: Question, variant: Variant) -> None:
-    fewest = fewest_gpus(asked, [variant])
+    fewest = fewest_gpus(asked, [variant], {})
     machine = asked.cluster.gpus_per_node
 
     assert fewest is not None
@@ -202,7 +202,7 @@ def test_where_more_gpus_never_help_there_is_no_count() -> None:
     asked = question("Qwen2.5-7B", gpus=8, global_batch=8)
     ddp = next(each for each in search(asked).rejected if each.plan.title == "DDP")
 
-    assert fewest_gpus(asked, [variant_of(ddp.plan)]) is None
+    assert fewest_gpus(asked, [variant_of(ddp.plan)], {}) is None
     assert ddp.remedy is not None
     assert "GPUs" not in ddp.remedy
 
@@ -284,7 +284,7 @@ def test_the_fewest_of_many_machines_are_found() -> None:
     """Between two doublings lie more counts than one pass prices."""
     asked = question("Llama-3.1-405B", gpus=1, global_batch=1, seq_len=256, gpu_gib=24, host_gib=10_000)
     variant = Strategy.ZERO3, Offload.NONE
-    fewest = fewest_gpus(asked, [variant])
+    fewest = fewest_gpus(asked, [variant], {})
 
     assert fewest is not None
     assert 512 < fewest <= 1024
