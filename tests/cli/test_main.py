@@ -185,6 +185,7 @@ def test_an_interrupted_process_says_so_in_one_line() -> None:
     program = f"""
 import signal
 import advisor.search.recommend
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background ignores it
 advisor.search.recommend.recommend = lambda **words: signal.raise_signal(signal.SIGINT)
 {PROGRAM}
 """
