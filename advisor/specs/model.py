@@ -8,7 +8,7 @@ its other fields say how the part computes, because what autograd saves depends 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Literal
@@ -39,10 +39,11 @@ class Parameter:
 
     name: str
     shape: tuple[int, ...]
+    numel: int = field(init=False, compare=False, repr=False)
+    """Its elements."""
 
-    @property
-    def numel(self) -> int:
-        return prod(self.shape)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "numel", prod(self.shape))
 
 
 @dataclass(frozen=True, slots=True)

@@ -189,6 +189,8 @@ class _Walk:
         self.embedding = Part("embedding", self.model.embedding)
         self.head = Part("head", self.model.head)
         self.shared = self._shared()
+        self.recorded: dict[int, Recording] = {}
+        """By the identity of a layer of the model."""
         self.laid = laid_for(self.model, scheme.source, self.batch)
         self.pieces: dict[tuple[int, int], tuple[Sequence, Nodes]] = {}
         self.joined: dict[tuple[tuple[int, int], ...], Sequence] = {}
@@ -318,8 +320,11 @@ class _Walk:
         return found
 
     def _record(self, layer: AnyLayer) -> Recording:
-        selective = self.plan.checkpointing is Checkpointing.SELECTIVE
-        return self.scheme.source.layer(layer, self.model.hidden_size, self.mode, self.checkpointed, selective)
+        if id(layer) not in self.recorded:
+            selective = self.plan.checkpointing is Checkpointing.SELECTIVE
+            found = self.scheme.source.layer(layer, self.model.hidden_size, self.mode, self.checkpointed, selective)
+            self.recorded[id(layer)] = found
+        return self.recorded[id(layer)]
 
     def _record_embedding(self) -> Recording:
         return self.scheme.source.embedding(self.model, self.mode, self.checkpointed)

@@ -24,6 +24,8 @@ ROUNDED = "pinned memory rounded up to powers of two"
 
 def pinned(size_bytes: Amount) -> Amount:
     """Host bytes behind a pinned tensor: the next power of two."""
+    if isinstance(size_bytes, int):
+        return 1 << (max(size_bytes, 1) - 1).bit_length()
     return 2 ** np.ceil(np.log2(np.maximum(size_bytes, 1))).astype(np.int64)
 
 

@@ -336,8 +336,8 @@ def test_in_pure_bf16_states_are_narrow(strategy: Strategy, bytes_per_parameter:
     assert held / QWEN.parameter_count == pytest.approx(bytes_per_parameter, rel=1e-5)
 
 
-# Every stage clones its share of the weights. Stage 3 has a branch to do without, which compares a torch.device with its
-# name and so is never taken (deepspeed 0.19.8, stage3.py _create_fp32_partitions).
+# Every stage clones its share of the weights. Stage 3 has a branch to do without, which compares a torch.device with
+# its name and so is never taken (deepspeed 0.19.8, stage3.py _create_fp32_partitions).
 @pytest.mark.parametrize(
     ("strategy", "per_parameter"), [(Strategy.ZERO1, 4 + 12 / 8), (Strategy.ZERO3, (4 + 4 + 4 + 8) / 8)]
 )
