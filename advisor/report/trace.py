@@ -72,6 +72,7 @@ def _ledger(found: TracedPlan, width: int) -> RenderableType:
         [_of(found.predicted.ledger, name) for name in names],
         [_of(found.traced.ledger, name) for name in names],
         width,
+        least_bytes=LEAST_SHOWN_BYTES,
     )
 
 
@@ -94,14 +95,20 @@ def _of(ledger: Mapping[Category, int], name: Category) -> int | None:
 
 
 def _side_by_side(
-    what: str, names: list[str], predicted: list[int | None], traced: list[int | None], width: int
+    what: str,
+    names: list[str],
+    predicted: list[int | None],
+    traced: list[int | None],
+    width: int,
+    least_bytes: int = 1,
 ) -> RenderableType:
+    """Predicted and traced, with an error where both are *least_bytes* or more."""
     pairs = list(zip(predicted, traced, strict=True))
     short = [
         Column(header=what, cells=names, justify="left"),
         Column(header="Predicted\nGiB", cells=[_gib(size) for size in predicted]),
         Column(header="Traced\nGiB", cells=[_gib(size) for size in traced]),
-        Column(header="Error", cells=[_error(*pair) for pair in pairs]),
+        Column(header="Error", cells=[_error(*pair, least_bytes) for pair in pairs]),
     ]
     exact = [
         Column(header="Predicted\nbytes", cells=[_bytes(size) for size in predicted]),
@@ -120,8 +127,10 @@ def _bytes(size: int | None) -> str:
     return UNKNOWN if size is None else f"{size:,}"
 
 
-def _error(predicted: int | None, traced: int | None) -> str:
-    return _percent(predicted / traced - 1) if predicted is not None and traced else UNKNOWN
+def _error(predicted: int | None, traced: int | None, least_bytes: int) -> str:
+    if predicted is None or traced is None or min(predicted, traced) < least_bytes:
+        return UNKNOWN
+    return _percent(predicted / traced - 1)
 
 
 def _percent(error: float) -> str:
