@@ -54,10 +54,9 @@ def copy(tape: Tape, x: Tensor) -> Tensor:
 def add(tape: Tape, x: Tensor, y: Tensor) -> Tensor:
     output = tape.new(max(x.numel, y.numel), max(x.element_bytes, y.element_bytes))
     tape.work(x, y, output)
-    formats = (x.element_bytes, y.element_bytes)
 
     def backward(tape: Tape, gradient: Tensor) -> Gradients:
-        return cast(tape, gradient, formats[0]), cast(tape, gradient, formats[1])
+        return gradient, gradient
 
     return tape.attach(output, [x, y], backward, saves="nothing")
 
@@ -68,8 +67,8 @@ def multiply(tape: Tape, x: Tensor, y: Tensor) -> Tensor:
     tape.work(x, y, output)
 
     def backward(tape: Tape, gradient: Tensor) -> Gradients:
-        first = tape.like(gradient, x.element_bytes)
-        second = tape.like(gradient, y.element_bytes)
+        first = tape.like(gradient)
+        second = tape.like(gradient)
         tape.work(gradient, x, y, first, second, gradient, kernels=2)
         return first, second
 
@@ -88,7 +87,7 @@ def scale_rows(tape: Tape, x: Tensor, scale: Tensor, element_bytes: int | None =
         for_scale = tape.like(scale, gradient.element_bytes)
         tape.work(full, for_scale)
         del full
-        return cast(tape, for_x, x.element_bytes), cast(tape, for_scale, scale.element_bytes)
+        return for_x, for_scale
 
     return tape.attach(output, [x, scale], backward)
 
@@ -97,12 +96,11 @@ def multiply_constant(tape: Tape, x: Tensor, element_bytes: int | None = None) -
     """*x* times a tensor or number that needs no gradient, so *x* itself is not saved."""
     output = tape.like(x, element_bytes)
     tape.work(x, output)
-    original = x.element_bytes
 
     def backward(tape: Tape, gradient: Tensor) -> Gradients:
         scaled = tape.like(gradient)
         tape.work(gradient, scaled)
-        return (cast(tape, scaled, original),)
+        return (scaled,)
 
     return tape.attach(output, [x], backward, saves="nothing")
 
@@ -111,8 +109,7 @@ def add_constant(tape: Tape, x: Tensor, element_bytes: int = 0) -> Tensor:
     """*x* plus something of *element_bytes* that needs no gradient, such as a mask; the wider format wins."""
     output = tape.like(x, max(x.element_bytes, element_bytes))
     tape.work(x, output)
-    original = x.element_bytes
-    return tape.attach(output, [x], lambda tape, gradient: (cast(tape, gradient, original),), saves="nothing")
+    return tape.attach(output, [x], lambda tape, gradient: (gradient,), saves="nothing")
 
 
 def multiply_weight(tape: Tape, x: Tensor, weight: Weight, element_bytes: int) -> Tensor:
@@ -128,7 +125,7 @@ def multiply_weight(tape: Tape, x: Tensor, weight: Weight, element_bytes: int) -
         summed = weight_gradient(tape, weight.parameter, weight.element_bytes)
         tape.work(for_weight, summed)
         del for_weight
-        return summed, cast(tape, for_x, x.element_bytes)
+        return summed, for_x
 
     return tape.attach(output, [weight, x], backward)
 

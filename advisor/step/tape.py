@@ -124,6 +124,8 @@ class GraphNode:
     inputs: tuple[GraphNode | Weight | None, ...]
     backward: Backward | None
     scope: str = ""
+    formats: tuple[int | None, ...] = ()
+    """Bytes per element of each input, which its gradient is cast to."""
 
 
 @dataclass(eq=False, slots=True)
@@ -226,7 +228,8 @@ class Tape:
                 self.needed_until = len(self.events)
             self.order += 1
             edges = tuple(each.node if isinstance(each, Tensor) else each for each in inputs)
-            output.node = GraphNode(self.order, edges, backward, self.scope)
+            formats = tuple(each.element_bytes if each else None for each in inputs)
+            output.node = GraphNode(self.order, edges, backward, self.scope, formats)
         return output
 
     def input(self, numel: int, element_bytes: int, label: str) -> Tensor:
@@ -260,6 +263,7 @@ class Tape:
             produced = list(node.backward(self, arrived))
             del arrived
             edges, node.inputs, node.backward = node.inputs, (), None
+            self._cast_to(node.formats, produced)
             for edge in reversed(edges):
                 part = produced.pop()
                 if edge is None or part is None:
@@ -281,6 +285,14 @@ class Tape:
                     heapq.heappush(ready, (-edge.order, edge))
         self.backward_running, self.grad_enabled = False, True
         return found
+
+    def _cast_to(self, formats: tuple[int | None, ...], produced: list[Tensor | None]) -> None:
+        """Give gradients the formats of what they are of, once the node let go (engine.cpp ``validate_outputs``)."""
+        for index, (part, wanted) in enumerate(zip(produced, formats, strict=True)):
+            if part is not None and wanted is not None and part.element_bytes != wanted:
+                narrowed = self.like(part, wanted)
+                self.work(part, narrowed)
+                produced[index] = narrowed
 
 
 def _dependencies(root: GraphNode) -> tuple[dict[GraphNode, int], dict[Weight, int]]:
