@@ -28,10 +28,14 @@ def activation(tape: Tape, x: Tensor, name: str) -> Tensor:
     if name == "gelu_new":
         half = multiply_constant(tape, x)
         # Autocast runs the power in fp32, and what follows is promoted to it.
-        cube = unary(tape, cast(tape, x, 4) if tape.autocast else x, saves="input", temporaries=2)
-        inner = multiply_constant(tape, add(tape, x, multiply_constant(tape, cube)))
-        del cube
-        return multiply(tape, half, add_constant(tape, unary(tape, inner, saves="output")))
+        inner = unary(tape, cast(tape, x, 4) if tape.autocast else x, saves="input", temporaries=2)
+        # One name, because of each intermediate result the expression keeps no more than the next one needs.
+        inner = multiply_constant(tape, inner)
+        inner = add(tape, x, inner)
+        inner = multiply_constant(tape, inner)
+        inner = unary(tape, inner, saves="output")
+        inner = add_constant(tape, inner)
+        return multiply(tape, half, inner)
     return unary(tape, x, saves="output" if name == "relu" else "input")
 
 
