@@ -245,10 +245,10 @@ def _eager(
     """
     if spec.key_value_heads < spec.heads and not spec.expanded_heads:
         key, value = expand_heads(tape, key, spec), expand_heads(tape, value, spec)
-    if spec.fused_projection or (spec.latent and not tape.alone):
-        # Products copy heads that are strided views.
+    if (spec.fused_projection or spec.latent) and not tape.alone:
+        # Products copy heads that are strided views, except those of a single sequence.
         value = copy(tape, value)
-    if spec.fused_projection:
+    if spec.fused_projection and not tape.alone:
         query, key = (query, key) if spec.rotary_fraction else (copy(tape, query), copy(tape, key))
     scores = matrix_product(tape, query, key, spec, scores=True)
     held = [scores] if spec.holds_scores else []

@@ -1,7 +1,8 @@
 """Cases for real runs of two and four ranks on a CPU: small models of many families under every strategy.
 
 Left out is what a CPU computes otherwise than a GPU: LayerNorm under autocast (a GPU runs it in fp32, a CPU does not),
-mixtures under autocast, whose grouped products a CPU has only in bf16, and DeepSpeed in fp16, which it refuses there.
+mixtures under autocast, whose grouped products a CPU has only in bf16, fused attention in fp32, for which the two have
+kernels of their own, and DeepSpeed in fp16, which it refuses there.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def _case(chance: random.Random, strategy: Strategy, launcher: Launcher) -> Case
         global_batch=ranks * steps * micro_batch,
         precision=precision,
         parameter_format=parameter_format,
+        attention="eager" if precision == "fp32" else "sdpa",
         optimizer=chance.choice(("adamw-fused", "adamw-fused", "adamw-foreach", "adamw-loop")),
     )
     return Case(family, _configuration(chance, family), job, plan)
