@@ -243,7 +243,6 @@ REMEDIED = {
     "70B": question("Llama-3.1-70B", gpus=8),
     "accumulating": question("Qwen2.5-3B", gpus=4, gpu_gib=22, global_batch=64),
     "long sequences": question("Qwen2.5-14B", gpus=8, gpu_gib=40, global_batch=16, seq_len=16384),
-    "405B": question("Llama-3.1-405B", gpus=64, nodes=8),
     "many logits": question("Llama-3.2-1B", gpus=1, gpu_gib=18, seq_len=8192),
 }
 
