@@ -103,11 +103,12 @@ def remedies(question: Question, nearest: Plan, held: Memory, known: Leasts) -> 
     if more is not None:
         yield f"{more} GPUs{_with_batch(question, more)}"
     leanest = _leanest(question, *variant, cluster.gpus)
+    found = footprint(program(question, leanest), leanest, cluster, question.calibration)
     largest = max(all_gpus(), key=lambda gpu: gpu.memory_bytes)
     boundless = replace(cluster, gpu=largest, host_memory_bytes=ANY_BYTES)
-    if _short_by(replace(question, cluster=boundless), leanest).min() > 0:
+    if shortfall(found, boundless, question.margin_share).min() > 0:
         return
-    least = held_by(question, leanest.at(int(np.argmin(_short_by(question, leanest)))))
+    least = held_by(question, leanest.at(int(np.argmin(shortfall(found, cluster, question.margin_share)))))
     parts = []
     if least.host_bytes > cluster.host_memory_bytes:
         parts.append(f"{np.ceil(least.host_bytes / GIB):.0f} GiB of host memory per machine")

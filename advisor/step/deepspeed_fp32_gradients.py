@@ -82,14 +82,10 @@ class ZeroTwoFp32Gradients(ZeroTwo):
         """The first takes the fp32 share when the first slice comes."""
         return True
 
-    @cached_property
-    def owned_bytes(self) -> Amount:
-        """Nothing is kept beside the fp32 share."""
-        return 0
-
-    @cached_property
-    def padding_bytes(self) -> Amount:
-        return 0
+    @property
+    def keeps_gradients(self) -> bool:
+        """They are added to the fp32 share."""
+        return False
 
     @cached_property
     def reducing(self) -> dict[Reduction, Nodes]:

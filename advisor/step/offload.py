@@ -56,14 +56,10 @@ class OffloadedFlat(ZeroFlat):
     def pins(self) -> bool:
         return self.plan.offload_settings.pins
 
-    @cached_property
-    def owned_bytes(self) -> Amount:
-        """No gradient stays on the device."""
-        return 0
-
-    @cached_property
-    def padding_bytes(self) -> Amount:
-        return 0
+    @property
+    def keeps_gradients(self) -> bool:
+        """They leave for the host."""
+        return False
 
     def contenders(self, ranks: int) -> np.ndarray:
         """Those whose norms take most in a reduction, where no earlier one, with more activations, took as much."""

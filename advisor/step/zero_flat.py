@@ -96,15 +96,20 @@ class ZeroFlat(Zero):
     def _known_shares(self) -> dict[int, Shares]:
         return {}
 
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether reduced gradients stay on the device as they are until the step."""
+        return True
+
     @cached_property
     def owned_bytes(self) -> Amount:
         """Gradients that this rank keeps for its partition once they are reduced."""
-        return self._of_rank("held") * self.job.compute_bytes
+        return self._of_rank("held") * self.job.compute_bytes if self.keeps_gradients else 0
 
     @cached_property
     def padding_bytes(self) -> Amount:
         """The last rank's gradient is filled up with zeros."""
-        return self._of_rank("padding") * self.job.compute_bytes
+        return self._of_rank("padding") * self.job.compute_bytes if self.keeps_gradients else 0
 
     def contenders(self, ranks: int) -> np.ndarray:
         """The ranks of *ranks* that can be the fullest.

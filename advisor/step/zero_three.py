@@ -157,24 +157,24 @@ class ZeroThree(Zero):
     ) -> Nodes:
         """Gradients of a block of experts wait for the last of them (stage3.py ``reduce_leaf_module_grads``)."""
         held = hold("gradients", "gradients", size_bytes)
-        if parameter != self._last[block]:
+        if parameter != self._last[id(part.layer)]:
             return (held,)
         return (held, *(node for each in block for node in self._enters(part, each, micro)))
 
     @cached_property
     def _blocks(self) -> dict[int, tuple[Parameter, ...]]:
         """Of each layer, by identity, what waits until its block of experts is done."""
-        return {id(layer): block_of_experts(self.model, layer) for layer in self.model.layers}
+        kinds = (layer for run in self.model.runs for layer in run.layers)
+        return {id(layer): block_of_experts(self.model, layer) for layer in kinds}
 
     @cached_property
-    def _last(self) -> dict[tuple[Parameter, ...], Parameter]:
-        """The parameter of each block of experts whose gradient backward makes last."""
-        made = arrival(self.model, self.mode, self.checkpointed, self.source).sources
-        return {
-            block: next(parameter for part, parameter in reversed(made) if part == number and parameter in block)
-            for number, layer in enumerate(self.model.layers)
-            if (block := self._blocks[id(layer)])
-        }
+    def _last(self) -> dict[int, Parameter]:
+        """By a layer's identity, the parameter of its block of experts whose gradient backward makes last."""
+        found: dict[int, Parameter] = {}
+        for at, parameter in arrival(self.model, self.mode, self.checkpointed, self.source).sources:
+            if isinstance(at, int) and parameter in self._blocks[id(layer := self.model.layers[at])]:
+                found[id(layer)] = parameter
+        return found
 
     def _stops(self, part: Part, parameter: Parameter) -> bool:
         """Whether a gradient waits beside the bucket, or finds it full."""

@@ -20,7 +20,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,6 +30,7 @@ from advisor.specs.plan import Plan
 from advisor.tracing.counter import StorageCounter, resizes_counted
 from advisor.validation.asynchronous_io import plain_files
 from advisor.validation.record import from_plain, plain
+from advisor.validation.run import on_cpu
 from advisor.validation.trace import Trace
 
 Asked = tuple[Mapping[str, Any], Job, Plan, int]
@@ -41,7 +41,7 @@ def trace_ranks(asked: Sequence[Asked]) -> list[Trace]:
     """One trace for each of *asked*, all from one process of this module. Raises ConfigError where a run fails."""
     lines = "".join(_request(*each) + "\n" for each in asked)
     done = subprocess.run(
-        [sys.executable, "-m", __name__], input=lines, capture_output=True, text=True, check=False, env=_environment()
+        [sys.executable, "-m", __name__], input=lines, capture_output=True, text=True, check=False, env=on_cpu()
     )
     printed = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if len(printed) != len(asked):
@@ -49,13 +49,6 @@ def trace_ranks(asked: Sequence[Asked]) -> list[Trace]:
         last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), f"exit {done.returncode}")
         raise ConfigError(f"DeepSpeed did not run {config.get('model_type')}: {last.strip()}")
     return [from_plain(Trace, json.loads(line)) for line in printed]
-
-
-def _environment() -> dict[str, str]:
-    """The caller's, with DeepSpeed on the CPU, and this very package first on the path."""
-    here = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
-    return os.environ | {"PYTHONPATH": path, "DS_ACCELERATOR": "cpu"}
 
 
 def _request(config: Mapping[str, Any], job: Job, plan: Plan, rank: int) -> str:

@@ -101,17 +101,16 @@ def _free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def _environment(mark: str) -> dict[str, str]:
-    """The caller's, with one thread a rank, no GPU in sight, and this very package first on the path."""
+def on_cpu() -> dict[str, str]:
+    """The caller's environment, with DeepSpeed on the CPU, and this very package first on the path."""
     here = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
-    return os.environ | {
-        "PYTHONPATH": path,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
-        MARK: mark,
-    }
+    return os.environ | {"PYTHONPATH": path, "DS_ACCELERATOR": "cpu"}
+
+
+def _environment(mark: str) -> dict[str, str]:
+    """One thread a rank, and no GPU in sight."""
+    return on_cpu() | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", MARK: mark}
 
 
 def _finish(command: list[str], timeout_s: float) -> str:

@@ -72,8 +72,7 @@ def _case(draw: random.Random, strategy: Strategy) -> Case:
         global_batch=gpus * micro_batch * steps,
         parameter_format="bf16" if pure else "fp32",
     )
-    # Stage 3 compares its traces with those of rank 0, which only rank 0 passes when the others are not there; it cuts
-    # every tensor evenly.
+    # Stage 3 cuts every tensor evenly, so that all ranks hold the same.
     rank = 0 if strategy is Strategy.ZERO3 else draw.choice((0, gpus - 1, draw.randrange(gpus)))
     return Case(family, config, job, plan, rank)
 
