@@ -18,7 +18,6 @@ from advisor.specs.job import Job
 from advisor.specs.model import AnyLayer, Buffer, ModelSpec, Parameter, UndescribedLayer
 from advisor.step.recording import INDEX_BYTES, HeadRecording, Mode, Recording, mode_of
 from advisor.step.tape import Event
-from advisor.tracing.gpu_operators import gpu_operators, masks_for
 from advisor.tracing.passes import EMBEDDING, HEAD
 from advisor.tracing.real_model import (
     Description,
@@ -156,13 +155,14 @@ def _recorded(source: TracedSource, mode: Mode, checkpointed: bool) -> tuple[Fac
 def _run(description: Description, mode: Mode, checkpointed: bool, shortened: bool) -> tuple[Facts, Recordings]:
     needs_torch("tracing a model")
     if mode.padded:
-        raise SpecError("padded batches are not traced layer by layer; leave out --padding or --trace")
+        raise SpecError("padded batches are not traced layer by layer; leave out --padded or --trace")
     if mode.loss != "full":
         raise SpecError(f"the {mode.loss} loss is not traced apart from the layers; leave out --loss or --trace")
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from advisor.tracing.flash_attention import flash_attn_installed
+    from advisor.tracing.gpu_operators import gpu_operators, masks_for
     from advisor.tracing.recorder import Recorder, record
 
     # Sizes are what is recorded, and fp16's are bf16's.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,24 @@ def test_without_torch_it_says_what_to_install(tmp_path: Path, run: Run, monkeyp
     assert result.stderr.splitlines() == [
         "Error: advisor trace needs torch and transformers (torch is missing); pip install 'advisor[run]'"
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        ("trace --model gpt2 --gpus 2 --strategy ddp", "advisor trace"),
+        ("recommend --model gpt2 --gpus 2 --trace", "tracing a model"),
+        ("estimate --model gpt2 --gpus 2 --strategy ddp --trace", "tracing a model"),
+    ],
+)
+def test_where_torch_never_was_no_command_fails_on_its_way_to_say_so(words: str, what: str) -> None:
+    program = "import sys; sys.modules['torch'] = None\nfrom advisor.cli.main import main; main()"
+    result = subprocess.run(
+        [sys.executable, "-c", program, *words.split()], capture_output=True, text=True, check=False
+    )
+
+    needed = f"Error: {what} needs torch and transformers (torch is missing); pip install 'advisor[run]'\n"
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", needed)
 
 
 def test_a_model_too_large_for_this_machine_is_refused_with_the_sum(
