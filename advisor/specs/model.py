@@ -170,6 +170,9 @@ class Experts:
     """Router and its input are cast to fp32 (DeepSeek)."""
     every_token: bool = False
     """Every expert computes every token, and the scores zero what was not chosen (Llama 4)."""
+    outputs_first: bool = True
+    """Matrices are stored as (experts, outputs, inputs), and the products read transposed views of them; not so in
+    gpt-oss and Llama 4."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.active <= self.count:

@@ -12,6 +12,17 @@ from functools import lru_cache
 from typing import NamedTuple
 
 
+class Call(NamedTuple):
+    """A module call: which tensors it touches, by number."""
+
+    tensors: tuple[int, ...] = ()
+    """Those that the module itself owns; of a leaf, all beneath it."""
+    beneath: tuple[int, ...] = ()
+    """Those of the module and of all within it."""
+    is_leaf: bool = False
+    """DeepSpeed takes the module for one, and does not see what is within it (``z3_leaf_module``)."""
+
+
 class Limits(NamedTuple):
     """DeepSpeed's settings, in elements."""
 
@@ -30,6 +41,8 @@ class Level(NamedTuple):
     """While the module runs."""
     after: int
     """Once the module has ended."""
+    freed: tuple[int, ...]
+    """The tensors that it frees as it ends."""
 
 
 class _Gather:
@@ -45,22 +58,22 @@ class _Gather:
 class _Coordinator:
     """The state of one pass."""
 
-    def __init__(self, calls: Sequence[tuple[int, ...]], sizes: Sequence[int], limits: Limits) -> None:
+    def __init__(self, calls: Sequence[Call], sizes: Sequence[int], limits: Limits, small_are_whole: bool) -> None:
         self.calls, self.sizes, self.limits = calls, sizes, limits
         self.persists = [size <= limits.persistence_threshold for size in sizes]
-        self.queue = [(tensor, call) for call, tensors in enumerate(calls) for tensor in sorted(tensors)]
+        self.queue = [(tensor, at) for at, call in enumerate(calls) for tensor in sorted(call.tensors)]
         self.head = 0
         self.last_fetch_for = [-1] * len(sizes)
         self.in_flight: dict[int, _Gather] = {}
-        self.whole = {tensor for tensor, stays in enumerate(self.persists) if stays}
+        self.whole = {tensor for tensor, stays in enumerate(self.persists) if stays and small_are_whole}
         self.available = self.held = self.most = 0
         self.passed = [0]
-        for tensors in calls:
-            self.passed.append(self.passed[-1] + sum(sizes[tensor] for tensor in tensors))
         self.uses: list[list[int]] = [[] for _ in sizes]
-        for call, tensors in enumerate(calls):
-            for tensor in tensors:
-                self.uses[tensor].append(call)
+        for at, call in enumerate(calls):
+            owned = () if call.is_leaf else call.tensors
+            self.passed.append(self.passed[-1] + sum(sizes[tensor] for tensor in owned))
+            for tensor in owned:
+                self.uses[tensor].append(at)
 
     def gather(self, tensors: Iterable[int]) -> None:
         missing = [tensor for tensor in tensors if tensor not in self.whole and tensor not in self.in_flight]
@@ -72,23 +85,26 @@ class _Coordinator:
             self.available += self.sizes[tensor]
             self._hold(self.sizes[tensor])
 
-    def wait(self, tensor: int) -> None:
-        started = self.in_flight.pop(tensor, None)
-        if started is None:
-            return
-        if not started.copied:
-            started.copied = True
-            for each in started.tensors:
-                self.whole.add(each)
-                if started.several:
-                    self._hold(self.sizes[each])
-        started.waiting.discard(tensor)
-        if started.several and not started.waiting:
-            self._hold(-sum(self.sizes[each] for each in started.tensors))
+    def wait(self, tensors: Iterable[int]) -> None:
+        """Take *tensors* out of what is in flight.
+
+        DeepSpeed goes through a set of them, in no order of its own: as a rule every buffer has been opened before
+        the first is done with, and so it is here.
+        """
+        landed = [(tensor, self.in_flight.pop(tensor)) for tensor in tensors if tensor in self.in_flight]
+        for _, started in landed:
+            if not started.copied:
+                started.copied = True
+                self.whole.update(started.tensors)
+                self._hold(sum(self.sizes[each] for each in started.tensors) * started.several)
+        for tensor, started in landed:
+            started.waiting.discard(tensor)
+            if started.several and not started.waiting:
+                self._hold(-sum(self.sizes[each] for each in started.tensors))
 
     def dequeue(self, call: int) -> None:
         """Take the call's own tensors off the queue, unless a prefetch has."""
-        left = {tensor for tensor in self.calls[call] if self.last_fetch_for[tensor] < call}
+        left = {tensor for tensor in self.calls[call].tensors if self.last_fetch_for[tensor] < call}
         while left and self.head < len(self.queue):
             tensor, used_at = self.queue[self.head]
             self.head += 1
@@ -108,18 +124,38 @@ class _Coordinator:
                 elements += self.sizes[tensor]
         self.gather(chosen)
 
-    def release(self, tensors: Iterable[int], call: int) -> None:
-        """Free what is not used again soon, and was not passed over by the prefetch because it was there."""
-        for tensor in tensors:
-            if self.persists[tensor] or tensor not in self.whole or tensor in self.in_flight:
-                continue
-            again = next((use for use in self.uses[tensor] if use > call), None)
-            soon = again is not None and self.passed[again] - self.passed[call + 1] < self.limits.max_reuse
-            if soon or self.last_fetch_for[tensor] > call + 1:
-                continue
+    def to_release(self, call: int) -> tuple[int, ...]:
+        """What is not used again soon, and was not passed over by the prefetch because it was there."""
+        used_soon = self._used_soon_after_leaf if self.calls[call].is_leaf else self._used_soon
+        return tuple(
+            tensor
+            for tensor in self.calls[call].tensors
+            if not self.persists[tensor] and self.last_fetch_for[tensor] <= call + 1 and not used_soon(tensor, call)
+        )
+
+    def release(self, tensors: Iterable[int]) -> tuple[int, ...]:
+        """Free those of *tensors* that are whole."""
+        freed = tuple(tensor for tensor in tensors if tensor in self.whole and tensor not in self.in_flight)
+        for tensor in freed:
             self.whole.discard(tensor)
             self.available -= self.sizes[tensor]
             self._hold(-self.sizes[tensor])
+        return freed
+
+    def _used_soon(self, tensor: int, call: int) -> bool:
+        again = next((use for use in self.uses[tensor] if use > call), None)
+        return again is not None and self.passed[again] - self.passed[call + 1] < self.limits.max_reuse
+
+    def _used_soon_after_leaf(self, tensor: int, call: int) -> bool:
+        """After a leaf, every module on the way counts with all within it, the outermost with the whole model."""
+        passed = 0
+        for each in self.calls[call + 1 :]:
+            if passed >= self.limits.max_reuse:
+                return False
+            if tensor in each.beneath:
+                return True
+            passed += sum(self.sizes[other] for other in each.beneath)
+        return False
 
     def _hold(self, elements: int) -> None:
         self.held += elements
@@ -127,22 +163,38 @@ class _Coordinator:
 
 
 @lru_cache(maxsize=64)
-def gathered(calls: tuple[tuple[int, ...], ...], sizes: tuple[int, ...], limits: Limits) -> tuple[Level, ...]:
-    """The level at each of *calls*, which list the tensors that each module call of a micro-step owns.
+def gathered(
+    calls: tuple[Call, ...], sizes: tuple[int, ...], limits: Limits, small_come_late: bool = False
+) -> tuple[Level, ...]:
+    """The level at each of a micro-step's module *calls*. *sizes* are those of the tensors, in elements.
+
+    What a call frees is decided in the first pass whose order is known, and kept for good (``__params_to_release`` is
+    cached). That is the second micro-step. Small tensors, whole ever after, *small_come_late* where it is not the
+    first of an optimizer step: they too are gathered in it, and what is prefetched then is another.
 
     Left out: the padding of each tensor to a multiple of the ranks.
     """
-    state = _Coordinator(calls, sizes, limits)
+    if not small_come_late:
+        return _passed(_Coordinator(calls, sizes, limits, small_are_whole=True))[0]
+    decided = _passed(_Coordinator(calls, sizes, limits, small_are_whole=False))[1]
+    return _passed(_Coordinator(calls, sizes, limits, small_are_whole=True), decided)[0]
+
+
+def _passed(
+    state: _Coordinator, decided: Sequence[tuple[int, ...]] = ()
+) -> tuple[tuple[Level, ...], list[tuple[int, ...]]]:
+    """The levels of one pass, and what each call decides to free, unless that was *decided* before."""
     found: list[Level] = []
-    for call, tensors in enumerate(calls):
+    decisions: list[tuple[int, ...]] = []
+    for at, call in enumerate(state.calls):
         state.most = state.held
-        state.gather(sorted(tensors))
-        for tensor in tensors:
-            state.wait(tensor)
-        state.dequeue(call)
-        if limits.prefetch_bucket > 0:
+        state.gather(sorted(call.tensors))
+        state.wait(call.tensors)
+        state.dequeue(at)
+        if state.limits.prefetch_bucket > 0:
             state.prefetch()
         peak, running = state.most, state.held
-        state.release(tensors, call)
-        found.append(Level(peak, running, state.held))
-    return tuple(found)
+        decisions.append(decided[at] if decided else state.to_release(at))
+        freed = state.release(decisions[at])
+        found.append(Level(peak, running, state.held, freed))
+    return tuple(found), decisions

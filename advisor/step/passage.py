@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from advisor.specs.model import AnyLayer, ModelSpec, Parameter
+from advisor.specs.model import AnyLayer, Experts, Layer, ModelSpec, Parameter
 from advisor.specs.plan import ZeroSettings
 from advisor.step.arrival import Arrival, Source, Where, arrival, handed_over
-from advisor.step.gathering import Level, Limits, gathered
+from advisor.step.gathering import Call, Level, Limits, gathered
 from advisor.step.recording import Mode
 from advisor.step.recording import Source as Recordings
 
@@ -35,6 +35,8 @@ class Stay(NamedTuple):
 
     entering: Move
     leaving: Move
+    kept: tuple[Parameter, ...] = ()
+    """Of what is freed as it ends, what backward's saved tensors keep nevertheless."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,20 +66,22 @@ class Passage:
         )
 
 
-Call = tuple[Where, tuple[int, ...]]
-"""A module call: in which part, and the numbers of the tensors that the module owns."""
+PartCall = tuple[Where, Call]
+"""A module call, and in which part."""
 
 
 @lru_cache(maxsize=32)
-def passage(model: ModelSpec, mode: Mode, checkpointed: bool, zero: ZeroSettings, recordings: Recordings) -> Passage:
+def passage(
+    model: ModelSpec, mode: Mode, checkpointed: bool, zero: ZeroSettings, accumulates: bool, recordings: Recordings
+) -> Passage:
     """The passage of *model* in micro-steps after the first of all, in which DeepSpeed only takes note of the order."""
     arrived = reduced(model, mode, checkpointed, recordings)
     forward = _forward_calls(model, mode, checkpointed, recordings)
     backward = _backward_calls(model, mode, checkpointed, recordings)
     limits = Limits(zero.prefetch_bucket, zero.max_live_parameters, zero.max_reuse_distance, zero.persistence_threshold)
     sizes = tuple(parameter.numel for parameter in model.parameters())
-    levels = gathered(tuple(call[1] for call in (*forward, *backward)), sizes, limits)
-    stays, held = _stays(forward, levels, mode.loss == "full")
+    levels = gathered(tuple(call[1] for call in (*forward, *backward)), sizes, limits, accumulates)
+    stays, held = _stays(model, forward, levels, mode.loss == "full", checkpointed)
     first, after, last = _changes(arrived, backward, levels[len(forward) :], held)
     return Passage(
         forward=stays,
@@ -120,7 +124,21 @@ def block_of_experts(model: ModelSpec, layer: AnyLayer) -> tuple[Parameter, ...]
     return tuple(each for each in layer.parameters if each.name.partition(".")[0] in blocks)
 
 
-def _stays(calls: list[Call], levels: tuple[Level, ...], loss_after: bool) -> tuple[dict[Where, Stay], int]:
+def seen_transposed(layer: AnyLayer) -> tuple[Parameter, ...]:
+    """The matrices of *layer*'s experts of which the grouped products save a transposed view.
+
+    A view keeps what was gathered, while DeepSpeed frees a weight by giving it other data, so that a product that
+    saves the weight itself keeps nothing (integrations/moe.py ``_grouped_linear``, transformers 5.23).
+    """
+    block = layer.feed_forward if isinstance(layer, Layer) else None
+    if not isinstance(block, Experts) or not block.outputs_first:
+        return ()
+    return tuple(each for each in layer.parameters if ".experts." in each.name)
+
+
+def _stays(
+    model: ModelSpec, calls: list[PartCall], levels: tuple[Level, ...], loss_after: bool, checkpointed: bool
+) -> tuple[dict[Where, Stay], int]:
     """Each part's forward pass takes the most that any of its module calls finds, as if from its start to its end.
 
     In the head that is the loss, which *loss_after* says comes after the last module has ended, not within its call.
@@ -134,19 +152,30 @@ def _stays(calls: list[Call], levels: tuple[Level, ...], loss_after: bool) -> tu
         if calls[start][0] == "head":
             most = left if loss_after else part[-1].running
         peak = max(level.peak for level in part)
-        found[calls[start][0]] = Stay(Move(most - held, peak - held), Move(left - most, 0))
+        freed = {tensor for level in part for tensor in level.freed}
+        kept = () if checkpointed else _kept(model, calls[start][0], freed)
+        found[calls[start][0]] = Stay(Move(most - held, peak - held), Move(left - most, 0), kept)
         held, start = left, end
     return found, held
 
 
+def _kept(model: ModelSpec, part: Where, freed: set[int]) -> tuple[Parameter, ...]:
+    """What views keep of the tensors *freed* in *part*."""
+    if not isinstance(part, int) or not (seen := seen_transposed(model.layers[part])):
+        return ()
+    first = len(model.embedding) + sum(len(layer.parameters) for layer in model.layers[:part])
+    numbered = enumerate(model.layers[part].parameters, first)
+    return tuple(each for number, each in numbered if number in freed and each in seen)
+
+
 def _changes(
-    arrived: Arrival, calls: list[Call], levels: tuple[Level, ...], held: int
+    arrived: Arrival, calls: list[PartCall], levels: tuple[Level, ...], held: int
 ) -> tuple[Move, dict[Where, tuple[Move, ...]], int]:
     """The change at the start of backward, that after each gradient, and what is left at the end.
 
     Between two gradients stands the most that the module calls between them find.
     """
-    call_of = {tensor: at for at, (_, tensors) in enumerate(calls) for tensor in tensors}
+    call_of = {tensor: at for at, (_, call) in enumerate(calls) for tensor in call.tensors}
     moves: list[Move] = []
     passed, before = 0, held
     for tensor in arrived.tensors:
@@ -178,75 +207,88 @@ def _usual(model: ModelSpec, stays: dict[Where, Stay], after: dict[Where, tuple[
     return found
 
 
-def _forward_calls(model: ModelSpec, mode: Mode, checkpointed: bool, recordings: Recordings) -> list[Call]:
-    # The model with its head, the model, the embedding, the rotary embedding.
-    calls: list[Call] = [("embedding", ()), ("embedding", ())]
-    calls += [("embedding", tensors) for tensors in _modules(model.embedding, range(len(model.embedding)))]
-    calls.append(("embedding", ()))
-    for number, used in enumerate(_layers(model, mode, checkpointed, recordings)):
-        calls += [(number, ()), *((number, tensors) for tensors in used)]
-    return [*calls, *(("head", tensors) for tensors in _head(model))]
+def _forward_calls(model: ModelSpec, mode: Mode, checkpointed: bool, recordings: Recordings) -> list[PartCall]:
+    outermost, inner = _around(model)
+    embeddings = _modules(model.embedding, range(len(model.embedding)))
+    rotary_embedding = Call()
+    calls: list[PartCall] = [("embedding", call) for call in (outermost, inner, *embeddings, rotary_embedding)]
+    for number, (layer, used) in enumerate(_layers(model, mode, checkpointed, recordings)):
+        calls += [(number, layer), *((number, call) for call in used)]
+    return [*calls, *(("head", call) for call in _head(model))]
 
 
-def _backward_calls(model: ModelSpec, mode: Mode, checkpointed: bool, recordings: Recordings) -> list[Call]:
-    head = list(reversed(_head(model)))
-    calls: list[Call] = [("head", ()), ("head", head[0]), ("head", ()), *(("head", tensors) for tensors in head[1:])]
+def _backward_calls(model: ModelSpec, mode: Mode, checkpointed: bool, recordings: Recordings) -> list[PartCall]:
+    outermost, inner = _around(model)
+    output, *others = reversed(_head(model))
+    calls: list[PartCall] = [("head", call) for call in (outermost, output, inner, *others)]
     layers = _layers(model, mode, checkpointed, recordings)
     for number in range(len(layers) - 1, -1, -1):
-        again = _enclosing_first(layers[number])
-        calls.append((number, ()))
+        layer, used = layers[number]
+        again = _enclosing_first(used)
+        calls.append((number, layer))
         if checkpointed:
             # The first module whose backward needs what was not kept has the layer computed again.
-            calls += [(number, tensors) for tensors in (*again[:2], *layers[number], *again[2:])]
+            calls += [(number, call) for call in (*again[:2], *used, *again[2:])]
         else:
-            calls += [(number, tensors) for tensors in again]
-    embeddings = list(reversed(_modules(model.embedding, range(len(model.embedding)))))
-    return [*calls, *(("embedding", tensors) for tensors in embeddings)]
+            calls += [(number, call) for call in again]
+    embeddings = reversed(_modules(model.embedding, range(len(model.embedding))))
+    return [*calls, *(("embedding", call) for call in embeddings)]
 
 
-def _enclosing_first(calls: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+def _around(model: ModelSpec) -> tuple[Call, Call]:
+    """The model with its head, and the model without it."""
+    everything = tuple(range(model.tensor_count))
+    outside = 0 if model.tied_embeddings else 1
+    return Call(beneath=everything), Call(beneath=everything[: len(everything) - outside])
+
+
+def _enclosing_first(calls: list[Call]) -> list[Call]:
     """Backward's order: modules from the last to the first, each after the one that encloses it."""
-    found: list[tuple[int, ...]] = []
-    inside: list[tuple[int, ...]] = []
-    for tensors in reversed(calls):
-        if tensors:
-            inside.append(tensors)
+    found: list[Call] = []
+    inside: list[Call] = []
+    for call in reversed(calls):
+        if call.tensors:
+            inside.append(call)
         else:
-            found += [tensors, *inside]
+            found += [call, *inside]
             inside = []
     return [*found, *inside]
 
 
-def _head(model: ModelSpec) -> list[tuple[int, ...]]:
+def _head(model: ModelSpec) -> list[Call]:
     first = model.tensor_count - len(model.head)
     calls = _modules(model.head, range(first, model.tensor_count))
-    return [*calls, (0,)] if model.tied_embeddings else calls
+    return [*calls, Call((0,), (0,))] if model.tied_embeddings else calls
 
 
-def _layers(model: ModelSpec, mode: Mode, checkpointed: bool, recordings: Recordings) -> list[list[tuple[int, ...]]]:
-    """For each layer the module calls inside it, in the order of its forward pass."""
-    found: list[list[tuple[int, ...]]] = []
+def _layers(model: ModelSpec, mode: Mode, checkpointed: bool, recordings: Recordings) -> list[tuple[Call, list[Call]]]:
+    """Each layer's own module call, and those inside it, in the order of its forward pass."""
+    found: list[tuple[Call, list[Call]]] = []
     first = len(model.embedding)
     for layer in model.layers:
         experts = block_of_experts(model, layer)
         recorded = recordings.layer(layer, model.hidden_size, mode, checkpointed).backward
         used = handed_over(recorded)[::-1]
         at = {parameter: first + index for index, parameter in enumerate(layer.parameters)}
-        calls: list[tuple[int, ...]] = []
+        calls: list[Call] = []
         container = ""
         for path, parameters in _by_module(used, experts):
             if path.rpartition(".")[0] != container:
                 container = path.rpartition(".")[0]
-                calls += [()] if container else []
-            calls.append(tuple(sorted(at[each] for each in parameters)))
-        found.append(calls if experts else [*calls[:-1], (), calls[-1]])
+                within = tuple(at[each] for each in used if each.name.startswith(f"{container}."))
+                calls += [Call(beneath=within)] if container else []
+            own = tuple(sorted(at[each] for each in parameters))
+            calls.append(Call(own, own, is_leaf=parameters[0] in experts))
+        inside = calls if experts else [*calls[:-1], Call(), calls[-1]]
+        found.append((Call(beneath=tuple(at.values())), inside))
         first += len(layer.parameters)
     return found
 
 
-def _modules(parameters: tuple[Parameter, ...], numbers: range) -> list[tuple[int, ...]]:
+def _modules(parameters: tuple[Parameter, ...], numbers: range) -> list[Call]:
     at = dict(zip(parameters, numbers, strict=True))
-    return [tuple(at[each] for each in found) for _, found in _by_module(list(parameters))]
+    owned = [tuple(at[each] for each in found) for _, found in _by_module(list(parameters))]
+    return [Call(tensors, tensors) for tensors in owned]
 
 
 def _by_module(parameters: list[Parameter], together: tuple[Parameter, ...] = ()) -> list[tuple[str, list[Parameter]]]:

@@ -44,7 +44,9 @@ class ZeroThree(Zero):
     @cached_property
     def passage(self) -> Passage:
         """How the window of gathered weights moves through a micro-step."""
-        return passage(self.model, self.mode, self.checkpointed, self.plan.zero, self.source)
+        # Plans laid out together are taken to accumulate; with the settings that are searched it is all the same.
+        accumulates = bool(np.any(np.asarray(self.plan.accumulation_steps) > 1))
+        return passage(self.model, self.mode, self.checkpointed, self.plan.zero, accumulates, self.source)
 
     @property
     def checkpointed(self) -> bool:
@@ -114,7 +116,8 @@ class ZeroThree(Zero):
         return (self._gather(part), self._gathered(self.passage.forward[self._like(part)].entering))
 
     def after_forward(self, part: Part) -> Nodes:
-        return (self._gathered(self.passage.forward[self._like(part)].leaving),)
+        stay = self.passage.forward[self._like(part)]
+        return (self._gathered(stay.leaving), *(self._kept(each) for each in stay.kept))
 
     def end_forward(self) -> Nodes:
         return (self._gathered(self.passage.forward["head"].leaving),)
@@ -133,6 +136,10 @@ class ZeroThree(Zero):
         """For each kind of layer, by identity, one that fares as most of them do."""
         return {id(layer): self.passage.usual[number] for number, layer in enumerate(self.model.layers)}
 
+    def _kept(self, parameter: Parameter) -> Block:
+        """What a view of a weight keeps of it until the view has been used in backward."""
+        return hold("gathered weights seen by backward", "parameters", parameter.numel * self.job.compute_bytes)
+
     def _gathered(self, move: Move) -> Block:
         half = self.job.compute_bytes
         return Block("gathered weights", "parameters", move.net * half, max(move.peak, move.net, 0) * half, "buffers")
@@ -147,10 +154,16 @@ class ZeroThree(Zero):
     def gradient(self, part: Part, parameter: Parameter, size_bytes: int, micro: MicroStep) -> Nodes:
         block = self._blocks.get(id(part.layer), ())
         if parameter in block:
-            return self._of_experts(part, parameter, size_bytes, block, micro)
-        if not self._stops(part, parameter):
-            return self._passing(size_bytes, self._changes[self._like(part), parameter])
-        return (hold("gradients", "gradients", size_bytes), *self._enters(part, parameter, micro))
+            handed_over = self._of_experts(part, parameter, size_bytes, block, micro)
+        elif self._stops(part, parameter):
+            handed_over = (hold("gradients", "gradients", size_bytes), *self._enters(part, parameter, micro))
+        else:
+            handed_over = self._passing(size_bytes, self._changes[self._like(part), parameter])
+        # A gradient is made before what its product saved is dropped.
+        stay = self.passage.forward[self._like(part)]
+        if parameter not in stay.kept:
+            return handed_over
+        return (handed_over[0], released(self._kept(parameter)), *handed_over[1:])
 
     def _of_experts(
         self, part: Part, parameter: Parameter, size_bytes: int, block: tuple[Parameter, ...], micro: MicroStep

@@ -5,16 +5,16 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from advisor.step.gathering import Limits, gathered
+from advisor.step.gathering import Call, Limits, gathered
 
 ALL = 10**9
 WHOLE = Limits(prefetch_bucket=ALL, max_live=ALL, max_reuse=ALL, persistence_threshold=0)
 
 
-def there_and_back(tensors: int) -> tuple[tuple[int, ...], ...]:
+def there_and_back(tensors: int) -> tuple[Call, ...]:
     """One module for each tensor, forward and backward, inside a module without any."""
-    order = [(tensor,) for tensor in range(tensors)]
-    return ((), *order, *reversed(order))
+    order = [Call((tensor,), (tensor,)) for tensor in range(tensors)]
+    return (Call(beneath=tuple(range(tensors))), *order, *reversed(order))
 
 
 def test_without_prefetch_and_reuse_only_the_running_module_is_whole() -> None:
@@ -39,6 +39,32 @@ def test_what_fits_the_reuse_distance_stays_for_backward() -> None:
     assert [level.after for level in levels] == [0, 0, 20, 50, 20, 0, 0]
 
 
+def test_each_module_tells_what_it_frees() -> None:
+    levels = gathered(there_and_back(3), (10, 20, 30), Limits(0, ALL, 61, 0))
+
+    assert [level.freed for level in levels] == [(), (0,), (), (), (2,), (1,), (0,)]
+
+
+def test_after_a_leaf_the_modules_on_the_way_count_with_all_within_them() -> None:
+    leaf, other, whole = Call((0, 1), (0, 1), is_leaf=True), Call((2,), (2,)), Call(beneath=(0, 1, 2))
+    sizes = (10, 20, 30)
+
+    stays = gathered((leaf, other, whole, other, leaf), sizes, Limits(0, ALL, 31, 0))
+    goes = gathered((leaf, other, whole, other, leaf), sizes, Limits(0, ALL, 30, 0))
+
+    # Beyond the 30 elements of the other module the whole model is next, and the leaf's tensors are in it.
+    assert stays[0].freed == ()
+    assert goes[0].freed == (0, 1)
+
+
+def test_another_module_passes_over_a_leaf_as_if_it_owned_nothing() -> None:
+    leaf, other = Call((0, 1), (0, 1), is_leaf=True), Call((2,), (2,))
+
+    levels = gathered((other, leaf, other), (10, 20, 30), Limits(0, ALL, 1, 0))
+
+    assert levels[0].freed == ()
+
+
 def test_small_tensors_are_never_gathered() -> None:
     levels = gathered(there_and_back(2), (10, 20), Limits(ALL, ALL, ALL, 10))
 
@@ -59,6 +85,6 @@ def test_the_window_holds_what_runs_and_ends_empty(
     levels = gathered(calls, tuple(sizes), Limits(prefetch, live, reuse, small))
 
     assert levels[-1].after == 0
-    for tensors, level in zip(calls, levels, strict=True):
+    for call, level in zip(calls, levels, strict=True):
         assert level.peak >= level.running >= level.after >= 0
-        assert level.running >= sum(sizes[tensor] for tensor in tensors if sizes[tensor] > small)
+        assert level.running >= sum(sizes[tensor] for tensor in call.tensors if sizes[tensor] > small)

@@ -38,6 +38,7 @@ WINDOW = ZeroSettings(
 )
 
 SUB_GROUPS = replace(WINDOW, sub_group=300_000)
+MIXTURE = CONFIG | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 ON_HOST: dict[str, Any] = {"offload": Offload.OPTIMIZER}
 
 CASES = (
@@ -47,6 +48,7 @@ CASES = (
     Case("stage 2, pure bf16", TIED, replace(JOB, parameter_format="bf16"), PLAN, rank=0),
     Case("stage 1, fp32 gradients", CONFIG, JOB, replace(PLAN, strategy=Strategy.ZERO1, zero=FP32_GRADIENTS)),
     Case("stage 3", CONFIG, JOB, replace(PLAN, strategy=Strategy.ZERO3, zero=WINDOW)),
+    Case("stage 3, experts", MIXTURE, JOB, replace(PLAN, strategy=Strategy.ZERO3, zero=WINDOW, accumulation_steps=2)),
     Case("stage 3, checkpointing", TIED, JOB, replace(PLAN, strategy=Strategy.ZERO3, checkpointing=Checkpointing.FULL)),
     Case("stage 1, offload", TIED, JOB, replace(PLAN, strategy=Strategy.ZERO1, accumulation_steps=2, **ON_HOST), 2),
     Case("stage 2, offload", CONFIG, JOB, replace(PLAN, accumulation_steps=2, **ON_HOST), rank=3),

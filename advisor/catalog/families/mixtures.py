@@ -210,6 +210,7 @@ def gpt_oss(config: Configuration) -> ModelSpec:
         activation="clamped-swiglu",
         bias=True,
         scoring="softmax-of-topk",
+        outputs_first=False,
     )
     # Stored inputs first, the other way round than elsewhere, each followed by its bias.
     of_experts = (
@@ -271,6 +272,7 @@ def llama4_text(config: Configuration) -> ModelSpec:
         shared=FeedForward(width=width, activation=activation),
         scoring="sigmoid",
         every_token=True,
+        outputs_first=False,
     )
     of_experts = (
         Parameter("feed_forward.experts.gate_up_proj", (experts.count, hidden_size, 2 * width)),
