@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypedDict
@@ -152,6 +151,8 @@ def with_nvme(question: Question, nvme: float | str | None, used: bool) -> Quest
     """
     origin: Origin = "given"
     if isinstance(nvme, str):
+        import shutil
+
         try:
             size_bytes = shutil.disk_usage(nvme).free
         except OSError as error:

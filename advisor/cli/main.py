@@ -5,6 +5,7 @@ Subcommands are loaded when they are called, so that ``advisor --help`` answers 
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import sys
@@ -145,8 +146,10 @@ def main() -> None:
     """What the installed ``advisor`` command runs."""
     # numpy's threads take time to start and nothing here multiplies matrices. To be said before numpy is loaded.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    # An answer is made of many small values that live as long as the process: garbage is not worth looking for.
+    # An answer is made of many small values that live as long as the process: garbage is not worth looking for, least
+    # of all when the process ends.
     gc.set_threshold(50_000)
+    atexit.register(gc.freeze)
     from advisor.report.terminal import accept_any_text
 
     for stream in (sys.stdout, sys.stderr):

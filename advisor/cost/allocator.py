@@ -9,7 +9,7 @@ Left out: blocks that wait for other streams before they are free (``record_stre
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -119,20 +119,22 @@ class Allocator:
 
     def allocate(self, size_bytes: int, pools: Pools) -> Held:
         """A block for *size_bytes* from a stream's *pools*. Raises OutOfMemoryError."""
-        return self.allocate_rounded(*self.placed(size_bytes, pools), size_bytes)
+        return self.request(size_bytes, pools)()
 
-    def placed(self, size_bytes: int, pools: Pools) -> tuple[Pool, int]:
-        """Which of a stream's pools serves *size_bytes*, and the size that it is asked for."""
+    def request(self, size_bytes: int, pools: Pools) -> Callable[[], Held]:
+        """What :meth:`allocate` does, at every call."""
         size = round_size(size_bytes, self.divisions)
-        return pools[size > SMALL_SIZE_BYTES], size
+        pool = pools[size > SMALL_SIZE_BYTES]
+        fit, grow = pool.fit, self._grow
 
-    def allocate_rounded(self, pool: Pool, size: int, size_bytes: int) -> Held:
-        """What :meth:`allocate` does once the request is :meth:`placed`."""
-        block = pool.fit(size, size_bytes) or self._grow(pool, size, size_bytes)
-        self.allocated += block[2]
-        if self.allocated > self.peak_allocated:
-            self.peak_allocated = self.allocated
-        return block
+        def allocate() -> Held:
+            block = fit(size, size_bytes) or grow(pool, size, size_bytes)
+            self.allocated += block[2]
+            if self.allocated > self.peak_allocated:
+                self.peak_allocated = self.allocated
+            return block
+
+        return allocate
 
     def free(self, block: Held) -> None:
         """Give *block* back to its pool."""

@@ -82,7 +82,8 @@ def work(node: Node) -> Work:
     whole: Amount = 0.0
     moved: Amount = 0.0
     kernels: Amount = 0.0
-    for more in map(work, node.steps):
+    for step in node.steps:
+        more = _block_work(step) if isinstance(step, Block) else work(step)
         if more is not NO_WORK:
             linear, attention, whole = linear + more[0], attention + more[1], whole + more[2]
             moved, kernels = moved + more[3], kernels + more[4]

@@ -9,8 +9,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
 from advisor.catalog.request import Describe, Words, by_formulas, with_nvme
-from advisor.catalog.training_config.read import read_config
-from advisor.catalog.training_config.settle import batch, fsdp_of, offload_settings_of, settle, shown, zero_of
 from advisor.cost.memory import memory, short_by
 from advisor.cost.question import ask, program
 from advisor.cost.results import Estimate, Memory, Verdict
@@ -122,6 +120,9 @@ def _plan_from_config(
     model: str, config: str, words: Mapping[str, Any], ask_about: Callable[..., Question]
 ) -> tuple[Question, Plan]:
     """The question and the plan of a training configuration, with *words* over it."""
+    from advisor.catalog.training_config.read import read_config
+    from advisor.catalog.training_config.settle import batch, fsdp_of, offload_settings_of, settle, shown, zero_of
+
     settled = settle(read_config(config), {word: value for word, value in words.items() if word != "nvme"})
     found = dict(settled.found)
     known = {name: found[name].value for name in Words.__annotations__ if name in found and name != "global_batch"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -87,21 +88,23 @@ def memory(
     *,
     fullest: bool = True,
     squeezed: bool = False,
+    most_bytes: float = math.inf,
 ) -> Memory:
     """The same for a single plan replayed through the allocator, with the ledger at the peak and the phases to it.
 
     *fullest* says that the program is that of the rank that holds most; *squeezed* asks whether a device that is too
-    small would run it all the same. Left out of the replay, and stated instead: blocks that wait for other streams
+    small would run it all the same. Raises OutOfMemoryError as soon as it is clear that more than *most_bytes* of the
+    device would be used. Left out of the replay, and stated instead: blocks that wait for other streams
     (``Calibration.waiting_share``).
     """
     found = footprint(program, plan, cluster, calibration)
     device = on_device(program, cluster, calibration)
-    counted = replayed(device, ALLOCATOR)
     peak = peak_of(device.device)
-    rounding = counted.peak_allocated_bytes - peak.size_bytes
     waiting = int(_waiting_bytes(peak.size_bytes - found.states_bytes, plan, calibration))
-    reserved = -(-(counted.peak_reserved_bytes + waiting) // ROUND_LARGE_BYTES) * ROUND_LARGE_BYTES
     outside = int(_outside_bytes(plan, calibration))
+    counted = replayed(device, ALLOCATOR, most_bytes=most_bytes - waiting - outside)
+    rounding = counted.peak_allocated_bytes - peak.size_bytes
+    reserved = -(-(counted.peak_reserved_bytes + waiting) // ROUND_LARGE_BYTES) * ROUND_LARGE_BYTES
     used = reserved + outside
     host = peak_of(program.host)
     room = cluster.gpu.memory_bytes - outside - waiting

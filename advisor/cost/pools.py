@@ -91,16 +91,14 @@ class Pool(ABC):
             end += more
         if address in starts:
             before = starts.pop(address)
-            del free[bisect_left(free, (address - before) << ADDRESS_BITS | before)]
-            del sizes[before]
+            del free[bisect_left(free, sizes.pop(before) << ADDRESS_BITS | before)]
             address = before
         if end == self.end:
             self.end = address
             return
-        size = end - address
-        insort(free, size << ADDRESS_BITS | address)
-        sizes[address] = size
+        sizes[address] = size = end - address
         starts[end] = address
+        insort(free, size << ADDRESS_BITS | address)
 
     @abstractmethod
     def fit(self, size: int, requested_bytes: int) -> Held | None:
@@ -145,14 +143,13 @@ class Pool(ABC):
 
     def _cut(self, index: int, size: int) -> int:
         """Take the first *size* bytes of the free block at *index* of the sorted list; its address."""
-        key = self.free.pop(index)
-        address, left = key & ADDRESS_MASK, (key >> ADDRESS_BITS) - size
-        del self.sizes[address]
-        rest = address + size
+        free, sizes = self.free, self.sizes
+        address = free.pop(index) & ADDRESS_MASK
+        rest, left = address + size, sizes.pop(address) - size
         if left:
-            self.sizes[rest] = left
+            sizes[rest] = left
             self.starts[rest + left] = rest
-            insort(self.free, left << ADDRESS_BITS | rest)
+            insort(free, left << ADDRESS_BITS | rest)
         else:
             del self.starts[rest]
         return address
@@ -238,8 +235,9 @@ class ExpandablePool(Pool):
         """Sizes of ranges before the end whose pages went back to the device, by address."""
 
     def fit(self, size: int, requested_bytes: int) -> Held | None:
-        index = bisect_left(self.free, size << ADDRESS_BITS)
-        if index < len(self.free):
+        free = self.free
+        index = bisect_left(free, size << ADDRESS_BITS)
+        if index < len(free):
             return self, self._cut(index, size), size, requested_bytes
         address = self.end
         if address + size > self.mapped_end:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from advisor.catalog.request import Describe, Words, by_formulas, resolve
 from advisor.specs.plan import Plan
 from advisor.specs.question import Input, Question
-from advisor.step.build import StepProgram, build
+from advisor.step.build import StepProgram, build, build_contenders
 from advisor.step.recording import FORMULAS, Source
 
 if TYPE_CHECKING:
@@ -48,5 +48,13 @@ def ask(
 
 def program(question: Question, plan: Plan, rank: int | None = None) -> StepProgram:
     """The step of *plan* for what *question* trains, as *rank* or the rank that holds most runs it."""
-    source = question.source if isinstance(question, TracedQuestion) else FORMULAS
-    return build(question.model, question.job, plan, rank, source)
+    return build(question.model, question.job, plan, rank, _source(question))
+
+
+def program_of_contenders(question: Question, plan: Plan) -> StepProgram:
+    """The step of *plan* as each of the ranks runs it that can be the one that holds most."""
+    return build_contenders(question.model, question.job, plan, _source(question))
+
+
+def _source(question: Question) -> Source:
+    return question.source if isinstance(question, TracedQuestion) else FORMULAS

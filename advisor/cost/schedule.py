@@ -143,6 +143,8 @@ def step_time(step: Node, job: Job, plan: Plan, cluster: Cluster, calibration: C
 
 def _exposed_share(sent: tuple[Flow, ...], compute_s: Amount, overlap_share: float) -> Amount:
     """Which share of the transfers that nothing waits for compute of *compute_s* does not hide."""
+    if all(flow.waits for flow in sent):
+        return 0.0
     hideable = sum((flow.seconds for flow in sent if not flow.waits), 0.0)
     hidden = overlap_share * np.minimum(hideable, compute_s)
     return 1 - np.divide(hidden, hideable, out=np.zeros_like(hidden), where=np.asarray(hideable) > 0)

@@ -54,7 +54,13 @@ def _transfers(node: Node) -> Counted:
         return tuple((each, node.times * runs) for each, runs in _transfers(node.body))
     if node.phase == "init":
         return ()
-    return tuple(each for step in node.steps for each in _transfers(step))
+    found: list[tuple[Collective | Copy, Amount]] = []
+    for step in node.steps:
+        if not isinstance(step, Block):
+            found += _transfers(step)
+        elif step.transfers:
+            found += ((each, 1) for each in step.transfers)
+    return tuple(found)
 
 
 def _size_and_calls(transfer: Collective | Copy) -> tuple[Amount, Amount]:

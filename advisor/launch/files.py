@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shlex
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,12 +36,22 @@ if TYPE_CHECKING:
     from advisor.cost.estimate import PlanWords
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class LaunchFile:
-    """A file by name and whole text."""
+    """A file by name and whole text, which is put together when it is first read."""
 
     name: str
-    text: str
+    put_together: Callable[[], str] = field(repr=False)
+
+    @cached_property
+    def text(self) -> str:
+        return self.put_together()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LaunchFile) and (self.name, self.text) == (other.name, other.text)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.text))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +99,11 @@ def render(
     _refuse_what_cannot_start(model, job, plan, cluster, weights_from)
     arguments = train_arguments(model, job, plan, weights_from)
     comments = _comments(model, job, plan, cluster, weights_from, inputs)
-    files = [LaunchFile("accelerate.yaml", accelerate_yaml(model, job, plan, cluster, comments))]
+    files = [LaunchFile("accelerate.yaml", partial(accelerate_yaml, model, job, plan, cluster, comments))]
     if plan.strategy.zero_stage:
-        files.append(LaunchFile("ds_config.json", deepspeed_json(job, plan)))
-    files.append(LaunchFile("train.py", Path(__file__).with_name("train.py").read_text(encoding="utf-8")))
-    files.append(LaunchFile("run.sh", run_script(plan, cluster, arguments, comments)))
+        files.append(LaunchFile("ds_config.json", partial(deepspeed_json, job, plan)))
+    files.append(LaunchFile("train.py", partial(Path(__file__).with_name("train.py").read_text, encoding="utf-8")))
+    files.append(LaunchFile("run.sh", partial(run_script, plan, cluster, arguments, comments)))
     # run.sh asks each machine for what only that machine knows: its rank, and its cores for an optimizer on the CPU.
     if cluster.nodes > 1 or plan.offload.optimizer:
         return Launch(("bash", "run.sh"), {}, tuple(files))

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from advisor.catalog.gpus import all_gpus
 from advisor.cost.estimate import judge, shortages
 from advisor.cost.memory import footprint, short_by
-from advisor.cost.question import program
+from advisor.cost.question import program, program_of_contenders
 from advisor.cost.results import Estimate, Memory
 from advisor.errors import ConfigError
 from advisor.search.results import Rejected
-from advisor.search.sheet import held_by, shortfall
+from advisor.search.sheet import held_by, of_fullest, shortfall
 from advisor.search.space import VARIANTS, Barred, bar, nearest_batch
 from advisor.specs.hardware import Cluster
 from advisor.specs.model import ModelSpec
@@ -250,8 +250,10 @@ def _leanest(question: Question, strategy: Strategy, offload: Offload, gpus: Cou
 
 def _short_by(question: Question, plan: Plan) -> NDArray[np.float64]:
     """What each of the plans lacks at least."""
-    found = footprint(program(question, plan), plan, question.cluster, question.calibration)
-    return np.broadcast_to(shortfall(found, question.cluster, question.margin_share), np.shape(plan.gpus))
+    step = program_of_contenders(question, plan)
+    found = footprint(step, plan, question.cluster, question.calibration)
+    (short,) = of_fullest(step, np.shape(plan.gpus), shortfall(found, question.cluster, question.margin_share))
+    return short
 
 
 def headline(

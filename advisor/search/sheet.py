@@ -5,21 +5,25 @@ Its memory is a bound that no plan can stay below; a plan that is offered or ref
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from advisor.cost.allocator import OutOfMemoryError
 from advisor.cost.estimate import priced, shortages
 from advisor.cost.memory import Footprint, footprint, memory, short_by
-from advisor.cost.question import program
+from advisor.cost.question import program, program_of_contenders
 from advisor.cost.results import Estimate, Memory
 from advisor.cost.schedule import step_time
 from advisor.specs.hardware import Cluster
 from advisor.specs.plan import Plan
 from advisor.specs.question import Question
+from advisor.step.build import StepProgram, fullest
+from advisor.step.program import Amount
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,13 +44,21 @@ class Sheet:
 
 def price_sheet(question: Question, plan: Plan) -> Sheet:
     """Memory and time of every plan that *plan* stands for, in one pass over one program."""
-    step = program(question, plan)
+    step = program_of_contenders(question, plan)
     found = footprint(step, plan, question.cluster, question.calibration)
     timed = step_time(step.step, question.job, plan, question.cluster, question.calibration)
-    counts = (plan.gpus, plan.micro_batch, plan.accumulation_steps)
-    shape = np.broadcast_shapes(*(np.shape(each) for each in counts)) or (1,)
     short = shortfall(found, question.cluster, question.margin_share)
-    return Sheet(plan, *(np.broadcast_to(each, shape) for each in (step.rank, timed.tokens_per_s, short)))
+    counts = (plan.gpus, plan.micro_batch, plan.accumulation_steps)
+    shape = np.broadcast_shapes(*(np.shape(each) for each in counts))
+    return Sheet(plan, *of_fullest(step, shape, step.rank, timed.tokens_per_s, short))
+
+
+def of_fullest(step: StepProgram, shape: tuple[int, ...], *readings: Amount) -> Iterator[NDArray[Any]]:
+    """*readings* of a program of contenders as the one has them that holds most; *shape* is that of its plans."""
+    place = fullest(step) if step.contenders else None
+    for reading in readings:
+        every = np.broadcast_to(reading, (step.contenders, *shape) if step.contenders else shape or (1,))
+        yield every if place is None else np.take_along_axis(every, place, axis=0).reshape(shape or (1,))
 
 
 def shortfall(found: Footprint, cluster: Cluster, margin_share: float) -> NDArray[Any]:
@@ -64,10 +76,14 @@ def fastest(question: Question, sheets: Sequence[Sheet]) -> Estimate | None:
         for sheet in sheets
         for index in np.flatnonzero(sheet.short_by_bytes <= 0)
     ]
+    most_bytes = math.ceil(question.cluster.gpu.memory_bytes * (1 - question.margin_share))
     for _, sheet, index in sorted(possible, key=lambda each: -each[0]):
         plan = sheet.plan.at(index)
         step = program(question, plan, int(sheet.rank[index]))
-        held = memory(step, plan, question.cluster, question.calibration)
+        try:
+            held = memory(step, plan, question.cluster, question.calibration, most_bytes=most_bytes)
+        except OutOfMemoryError:
+            continue
         if max(shortages(held, question.margin_share)) <= 0:
             return priced(question, plan, step, held)
     return None

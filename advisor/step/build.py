@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from advisor.errors import SpecError
 from advisor.specs.job import Job
@@ -62,6 +64,8 @@ class StepProgram:
     """What only one rank of a machine holds there besides."""
     rank: Count = 0
     """Whose step it is."""
+    contenders: int = 0
+    """How many ranks stand side by side in a first axis; 0 where it is one, and no axis."""
     nvme: Node = NOTHING
     """What one rank keeps on its machine's NVMe; no phases."""
     tensor_sizes: Mapping[str, Callable[[], Iterable[int]]] = field(default_factory=dict)
@@ -88,8 +92,14 @@ def build(model: ModelSpec, job: Job, plan: Plan, rank: int | None = None, sourc
         most = int(np.min(np.asarray(plan.gpus)))
         if not 0 <= rank < most:
             raise SpecError(f"rank must be 0 to {most - 1} of {most} GPUs, got {rank}")
-    chosen = _fullest_rank(model, job, plan, source) if rank is None else rank
-    return _program(scheme_of(model, job, plan, chosen, source))
+    if rank is not None:
+        return _program(scheme_of(model, job, plan, rank, source))
+    several = build_contenders(model, job, plan, source)
+    if not several.contenders:
+        return several
+    ranks = np.asarray(several.rank)
+    chosen = np.take_along_axis(ranks, fullest(several), axis=0)[0]
+    return _program(scheme_of(model, job, plan, chosen if chosen.ndim else int(chosen), source))
 
 
 def _program(scheme: Scheme) -> StepProgram:
@@ -115,8 +125,8 @@ def _program(scheme: Scheme) -> StepProgram:
     )
 
 
-def _fullest_rank(model: ModelSpec, job: Job, plan: Plan, source: Source) -> Count:
-    """The first of the ranks whose peak is highest, for each of the plan's counts."""
+def build_contenders(model: ModelSpec, job: Job, plan: Plan, source: Source = FORMULAS) -> StepProgram:
+    """The program of all ranks that can be the one that holds most: side by side in a first axis, if several can be."""
     gpus = np.broadcast_arrays(plan.gpus, plan.micro_batch, plan.accumulation_steps)[0]
     counts, where = np.unique(gpus, return_inverse=True)
     scheme = scheme_of(model, job, plan, source=source)
@@ -125,12 +135,16 @@ def _fullest_rank(model: ModelSpec, job: Job, plan: Plan, source: Source) -> Cou
     # One row for each contender, the last repeated where a count has fewer than another.
     rows = np.stack([np.pad(each, (0, width - len(each)), mode="edge") for each in contenders], axis=1)
     ranks = rows[:, where.reshape(gpus.shape)]
-    fullest = np.zeros((1, *gpus.shape), dtype=np.int64)
     if width > 1:
-        peaks = fold(_program(scheme_of(model, job, plan, ranks, source)).device).peak_bytes
-        fullest = np.argmax(np.broadcast_to(peaks, ranks.shape), axis=0, keepdims=True)
-    chosen = np.take_along_axis(ranks, fullest, axis=0)[0]
-    return chosen if gpus.ndim else int(chosen)
+        return replace(_program(scheme_of(model, job, plan, ranks, source)), contenders=width)
+    return _program(scheme_of(model, job, plan, ranks[0] if gpus.ndim else int(ranks[0]), source))
+
+
+def fullest(program: StepProgram) -> NDArray[Any]:
+    """Where in the first axis of a program of contenders the first one stands whose peak is highest, for each plan."""
+    peaks = np.broadcast_to(fold(program.device).peak_bytes, np.shape(program.rank))
+    place: NDArray[Any] = np.argmax(peaks, axis=0, keepdims=True)
+    return place
 
 
 def scheme_of(model: ModelSpec, job: Job, plan: Plan, rank: Count = 0, source: Source = FORMULAS) -> Scheme:

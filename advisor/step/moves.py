@@ -115,15 +115,21 @@ class _Reader:
 
 
 def _append(found: list[Moves], more: list[Moves]) -> None:
-    """Go on with *more*; what that takes first, in the size just given, is the same tensor under another name."""
+    """Go on with *more*; what that takes first, in the size just given, is the same tensor under another name.
+
+    Where that goes right away, it needs no other name.
+    """
     last, first = found[-1] if found else None, more[0] if more else None
     if (
-        isinstance(last, Move)
-        and isinstance(first, Move)
-        and (last.kind, first.kind) == ("give", "take")
-        and last.size_bytes == first.size_bytes
+        not isinstance(last, Move)
+        or last.kind != "give"
+        or not isinstance(first, Move)
+        or first.kind != "take"
+        or last.size_bytes != first.size_bytes
     ):
+        found += more
+    elif more[1:2] == [first._replace(kind="give")]:
+        found += more[2:]
+    else:
         found[-1] = last._replace(kind="keep", to=first.name)
         found += more[1:]
-    else:
-        found += more

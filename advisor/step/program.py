@@ -13,10 +13,9 @@ when and what, and both read the same tree; ``moves.py`` reads it a third time, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,20 +109,26 @@ class Block:
     """How often each of the events' sizes counts."""
 
 
-@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
+Known = dict[Callable[..., Any], Any]
+"""What a node was found to be, by the reading (:func:`read_once`)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Sequence:
     """Steps one after another. A named sequence is a phase of the timeline."""
 
     steps: tuple[Node, ...]
     phase: str | None = None
+    read: Known = field(default_factory=dict, init=False, repr=False)
 
 
-@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Repeat:
     """*body*, *times* times in a row."""
 
     body: Node
     times: Amount
+    read: Known = field(default_factory=dict, init=False, repr=False)
 
 
 Node = Block | Sequence | Repeat
@@ -161,7 +166,7 @@ def phase(name: str, *steps: Node) -> Sequence:
 
 
 def repeat(body: Node, times: Amount) -> Repeat:
-    if np.any(np.asarray(times) < 0):
+    if times < 0 if isinstance(times, int) else np.any(np.asarray(times) < 0):
         raise SpecError(f"a block cannot repeat {times} times")
     return Repeat(body, times)
 
@@ -176,28 +181,19 @@ class Extent(NamedTuple):
 EMPTY = Extent(0, 0)
 
 
-def join(first: Extent, second: Extent) -> Extent:
-    """The extent of *first* and then *second*."""
-    return Extent(
-        first.net_bytes + second.net_bytes,
-        _larger(first.peak_bytes, first.net_bytes + second.peak_bytes),
-    )
-
-
 Reading = TypeVar("Reading")
 
 
 def read_once(reading: Callable[[Node], Reading]) -> Callable[[Node], Reading]:
     """*reading*, taken once of each sequence and each repeat, at however many places it stands."""
-    known: WeakKeyDictionary[Sequence | Repeat, Reading] = WeakKeyDictionary()
 
     @wraps(reading)
     def read(node: Node) -> Reading:
         if isinstance(node, Block):
             return reading(node)
-        found = known.get(node)
-        if found is None:
-            found = known[node] = reading(node)
+        if reading not in node.read:
+            node.read[reading] = reading(node)
+        found: Reading = node.read[reading]
         return found
 
     return read
@@ -212,10 +208,14 @@ def fold(node: Node) -> Extent:
 
 
 def _fold_steps(node: Sequence) -> Extent:
-    extent = EMPTY
+    net: Amount = 0
+    peak: Amount = 0
     for step in node.steps:
-        extent = join(extent, fold(step))
-    return extent
+        # Most steps are blocks, which say it themselves.
+        extent = step if isinstance(step, Block) else fold(step)
+        peak = _larger(peak, net + extent.peak_bytes)
+        net = net + extent.net_bytes
+    return Extent(net, peak)
 
 
 def _fold_repeat(node: Repeat) -> Extent:
@@ -309,9 +309,22 @@ def _step_with_peak(sequence: Sequence) -> tuple[Node, tuple[Node, ...], int]:
 
 
 def _add_nets(held: Ledger, node: Node, times: int) -> None:
-    for _, block, runs in _counted(node, "", times):
-        key = (block.category, block.label)
-        held[key] = held.get(key, 0) + int(block.net_bytes) * int(runs)
+    for key, net in _nets(node).items():
+        held[key] = held.get(key, 0) + times * net
+
+
+@read_once
+def _nets(node: Node) -> Ledger:
+    """What *node*, for a single plan, leaves of each category and label."""
+    if isinstance(node, Block):
+        return {(node.category, node.label): int(node.net_bytes)}
+    nets: Ledger = {}
+    if isinstance(node, Sequence):
+        for step in node.steps:
+            _add_nets(nets, step, 1)
+    else:
+        _add_nets(nets, node.body, int(node.times))
+    return nets
 
 
 def phase_peaks(node: Node) -> dict[str, tuple[Amount, Amount]]:

@@ -65,7 +65,7 @@ class ZeroFlat(Zero):
         numbered = tuple(self.model.parameters())
         return tuple(numbered[tensor].numel for tensor in self.registered)
 
-    @property
+    @cached_property
     def starts(self) -> tuple[int, ...]:
         """Where each tensor begins in the flat buffer."""
         return starts(self.sizes)

@@ -117,6 +117,24 @@ def test_what_is_known_is_what_would_have_come_out(
         assert found.peak_allocated_bytes == fold(program.device).peak_bytes
 
 
+@settings(deadline=None)
+@given(balanced(), st.booleans(), st.floats(0, 2))
+def test_a_replay_is_given_up_only_where_more_is_reserved_than_may_be(
+    within: Node, expandable: bool, share: float
+) -> None:
+    program = program_of(repeat(phase("micro-step", within), 3))
+    setting = Settings(expandable_segments=expandable)
+    reserved = replayed(program, setting)
+    most_bytes = share * reserved.peak_reserved_bytes
+    try:
+        found = replayed(program, setting, most_bytes=most_bytes)
+    except OutOfMemoryError:
+        assert reserved.peak_reserved_bytes > most_bytes
+    else:
+        assert found == reserved
+        assert reserved.peak_reserved_bytes <= most_bytes
+
+
 VARIANTS = [(strategy, Offload.NONE) for strategy in Strategy] + [
     (Strategy.ZERO2, Offload.OPTIMIZER),
     (Strategy.ZERO3, Offload.OPTIMIZER_AND_PARAMETERS),

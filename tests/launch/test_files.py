@@ -224,6 +224,6 @@ def test_a_failure_half_way_into_place_takes_the_new_files_back(
 
 
 def test_a_launch_shows_its_command_with_quotes_where_they_are_needed() -> None:
-    launch = Launch(("run", "two words"), {"SETTING": "a b"}, (LaunchFile("x", ""),))
+    launch = Launch(("run", "two words"), {"SETTING": "a b"}, (LaunchFile("x", str),))
 
     assert launch.shell() == "SETTING='a b' run 'two words'"
