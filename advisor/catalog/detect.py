@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 _DRIVER_TRACES = ("/dev/nvidiactl", "/proc/driver/nvidia", "/dev/dxg")
 """One of these exists where a driver is loaded; the last under Windows' subsystem for Linux."""
@@ -14,8 +14,7 @@ _DRIVER_TRACES = ("/dev/nvidiactl", "/proc/driver/nvidia", "/dev/dxg")
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
-@dataclass(frozen=True, slots=True)
-class Detected:
+class Detected(NamedTuple):
     """The GPUs that a process started here may use, in order, and the memory that it may take."""
 
     gpu_names: tuple[str, ...]
@@ -50,8 +49,7 @@ def host_memory() -> int | None:
     return min([physical, *_control_group_limits(_CGROUPS, Path("/proc/self/cgroup"))])
 
 
-@dataclass(frozen=True, slots=True)
-class _Device:
+class _Device(NamedTuple):
     name: str
     uuid: str
     memory_bytes: int

@@ -56,8 +56,7 @@ class Action(NamedTuple):
     stream: Hashable = COMPUTE_STREAM
 
 
-@dataclass(frozen=True, slots=True)
-class Reserved:
+class Reserved(NamedTuple):
     """What an allocator counted. Fields as ``torch.cuda.memory_stats`` names them."""
 
     peak_allocated_bytes: int

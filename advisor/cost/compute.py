@@ -11,7 +11,6 @@ its L2 cache, and layouts, which move single shapes by tens of per cent.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -23,8 +22,7 @@ from advisor.specs.job import Precision
 from advisor.step.program import Amount, Block, Node, Repeat, read_once, total
 
 
-@dataclass(frozen=True, slots=True)
-class Rates:
+class Rates(NamedTuple):
     """What one GPU achieves in one number format."""
 
     peak_flop_per_s: float

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,8 +30,7 @@ SEARCHED_CHECKPOINTING = (Checkpointing.NONE, Checkpointing.FULL)
 """Selective checkpointing is priced where it is asked for: no run has yet shown what it costs a GPU in time."""
 
 
-@dataclass(frozen=True, slots=True)
-class Barred:
+class Barred(NamedTuple):
     """A strategy that cannot run the job at all."""
 
     strategy: Strategy

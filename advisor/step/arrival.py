@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from advisor.specs.model import ModelSpec, Parameter
 from advisor.step.recording import Mode
@@ -16,8 +16,7 @@ Where = int | str
 Source = tuple[Where, Parameter]
 
 
-@dataclass(frozen=True, slots=True)
-class Arrival:
+class Arrival(NamedTuple):
     """The gradients of one backward pass in the order in which they are handed over."""
 
     tensors: tuple[int, ...]

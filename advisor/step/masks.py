@@ -7,7 +7,7 @@ drops them after its last. Under checkpointing every layer keeps its arguments, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from advisor.specs.model import Layer
 from advisor.step.attention_kernels import is_masked
@@ -15,8 +15,7 @@ from advisor.step.program import Amount
 from advisor.step.recording import Mode
 
 
-@dataclass(frozen=True, slots=True)
-class Shared:
+class Shared(NamedTuple):
     """Bytes of one stack: in its forward pass, those of them that backward needs, and their gradient in backward."""
 
     made_bytes: Amount

@@ -8,8 +8,8 @@ are gathered ahead.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 from advisor.errors import SpecError
 from advisor.specs.model import ModelSpec
@@ -38,8 +38,7 @@ def aligned(elements: int, to: int) -> int:
     return -(-elements // to) * to
 
 
-@dataclass(frozen=True, slots=True)
-class OptimizerFiles:
+class OptimizerFiles(NamedTuple):
     """What of one rank's optimizer is on the NVMe. Bytes."""
 
     states: int
@@ -56,8 +55,7 @@ class OptimizerFiles:
     """What pinning their gradients takes beyond them."""
 
 
-@dataclass(frozen=True, slots=True)
-class WeightFiles:
+class WeightFiles(NamedTuple):
     """What of one rank's weights is on the NVMe. Bytes."""
 
     files: int

@@ -8,7 +8,6 @@ prefetches at each. Left out: modules without parameters other than one activati
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -39,8 +38,7 @@ class Stay(NamedTuple):
     """Of what is freed as it ends, what backward's saved tensors keep nevertheless."""
 
 
-@dataclass(frozen=True, slots=True)
-class Passage:
+class Passage(NamedTuple):
     """Changes of gathered elements over one micro-step."""
 
     forward: dict[Where, Stay]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from advisor.errors import SpecError
 from advisor.specs.job import AttentionKernel, Job, LossKernel
@@ -81,8 +81,7 @@ def mode_of(job: Job, parameter_bytes: int, autocasts_half: bool = False, alone:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Recording:
+class Recording(NamedTuple):
     """Events of one part for one sequence. ``kept_copy_bytes`` stay until forward ends though nothing saved them."""
 
     forward: tuple[Event, ...]
@@ -151,8 +150,7 @@ def record_embedding(model: ModelSpec, mode: Mode) -> Recording:
     return Recording(forward, _after_forward(tape, last, number))
 
 
-@dataclass(frozen=True, slots=True)
-class HeadRecording:
+class HeadRecording(NamedTuple):
     """Events of the head for one sequence: up to the logits, the loss, and both backwards."""
 
     forward: tuple[Event, ...]
