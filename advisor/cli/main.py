@@ -148,7 +148,7 @@ def main() -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # An answer is made of many small values that live as long as the process: garbage is not worth looking for, least
     # of all when the process ends.
-    gc.set_threshold(50_000)
+    gc.set_threshold(200_000)
     atexit.register(gc.freeze)
     from advisor.report.terminal import accept_any_text
 

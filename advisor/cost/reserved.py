@@ -1,8 +1,9 @@
 """A step program replayed through PyTorch's allocator: from loading to the end of the second step.
 
-A phase, or a round of several, that begins in a state in which it began before is not gone through again: the allocator
-depends on nothing else, so this only saves time. Equal layers get no such shortcut, because their tensors come to lie
-otherwise in the gaps of each. Adam's moments are there from the start, as in every step but a run's first.
+A phase, or a round of several, that begins in a state in which it or an equal one began before is not gone through
+again: the allocator depends on nothing else, so this only saves time. Equal layers get no such shortcut, because their
+tensors come to lie otherwise in the gaps of each. Adam's moments are there from the start, as in every step but a run's
+first.
 """
 
 from __future__ import annotations
