@@ -162,7 +162,6 @@ class _Coordinator:
         self.most = max(self.most, self.held)
 
 
-@lru_cache(maxsize=64)
 def gathered(
     calls: tuple[Call, ...], sizes: tuple[int, ...], limits: Limits, small_come_late: bool = False
 ) -> tuple[Level, ...]:
@@ -174,27 +173,38 @@ def gathered(
 
     Left out: the padding of each tensor to a multiple of the ranks.
     """
-    if not small_come_late:
-        return _passed(_Coordinator(calls, sizes, limits, small_are_whole=True))[0]
-    decided = _passed(_Coordinator(calls, sizes, limits, small_are_whole=False))[1]
-    return _passed(_Coordinator(calls, sizes, limits, small_are_whole=True), decided)[0]
+    levels, decided = _pass(calls, sizes, limits, True)
+    if small_come_late and (then := _pass(calls, sizes, limits, False)[1]) != decided:
+        return _pass(calls, sizes, limits, True, then)[0]
+    return levels
 
 
-def _passed(
-    state: _Coordinator, decided: Sequence[tuple[int, ...]] = ()
-) -> tuple[tuple[Level, ...], list[tuple[int, ...]]]:
+Decided = tuple[tuple[int, ...], ...]
+"""For each call the tensors to free."""
+
+
+@lru_cache(maxsize=64)
+def _pass(
+    calls: tuple[Call, ...],
+    sizes: tuple[int, ...],
+    limits: Limits,
+    small_are_whole: bool,
+    decided: Decided | None = None,
+) -> tuple[tuple[Level, ...], Decided]:
     """The levels of one pass, and what each call decides to free, unless that was *decided* before."""
+    state = _Coordinator(calls, sizes, limits, small_are_whole)
     found: list[Level] = []
     decisions: list[tuple[int, ...]] = []
-    for at, call in enumerate(state.calls):
+    for at, call in enumerate(calls):
         state.most = state.held
-        state.gather(sorted(call.tensors))
-        state.wait(call.tensors)
-        state.dequeue(at)
-        if state.limits.prefetch_bucket > 0:
+        if call.tensors:
+            state.gather(sorted(call.tensors))
+            state.wait(call.tensors)
+            state.dequeue(at)
+        if limits.prefetch_bucket > 0:
             state.prefetch()
         peak, running = state.most, state.held
-        decisions.append(decided[at] if decided else state.to_release(at))
+        decisions.append(state.to_release(at) if decided is None else decided[at])
         freed = state.release(decisions[at])
         found.append(Level(peak, running, state.held, freed))
-    return tuple(found), decisions
+    return tuple(found), tuple(decisions)

@@ -44,8 +44,9 @@ class ZeroThree(Zero):
     @cached_property
     def passage(self) -> Passage:
         """How the window of gathered weights moves through a micro-step."""
-        # Plans laid out together are taken to accumulate; with the settings that are searched it is all the same.
-        accumulates = bool(np.any(np.asarray(self.plan.accumulation_steps) > 1))
+        # Plans laid out together are not taken to accumulate: with the settings that are searched it is all the same.
+        steps = self.plan.accumulation_steps
+        accumulates = not np.ndim(steps) and bool(steps > 1)
         return passage(self.model, self.mode, self.checkpointed, self.plan.zero, accumulates, self.source)
 
     @property
