@@ -105,8 +105,11 @@ class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextmanager
     def phase(self) -> Iterator[None]:
         """Start a new peak."""
-        self.peak_bytes = self.live_bytes
+        self.start_peak()
         yield
+
+    def start_peak(self) -> None:
+        self.peak_bytes = self.live_bytes
 
     def forget_log(self) -> None:
         """Start a new log with what is held now."""

@@ -27,7 +27,6 @@ from advisor.errors import ConfigError
 from advisor.launch.deepspeed import deepspeed_json
 from advisor.specs.job import Job
 from advisor.specs.plan import Plan
-from advisor.tracing.counter import StorageCounter, resizes_counted
 from advisor.validation.asynchronous_io import plain_files
 from advisor.validation.record import from_plain, plain
 from advisor.validation.run import on_cpu
@@ -61,7 +60,9 @@ def trace_rank(config: Mapping[str, Any], job: Job, plan: Plan, rank: int) -> Tr
     import torch.distributed as distributed
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from advisor.validation.loop import built_model, by_deepspeed, train
+    from advisor.validation.engines import built_model, by_deepspeed
+    from advisor.validation.loop import trace_of, train
+    from advisor.validation.meter import meter_of
 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(plan.gpus), LOCAL_RANK="0")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
@@ -69,12 +70,13 @@ def trace_rank(config: Mapping[str, Any], job: Job, plan: Plan, rank: int) -> Tr
     _agree_with_rank_0()
     if plan.offload.optimizer:
         _leave_out_cpu_adam()
-    with _nvme(plan) as plan, StorageCounter() as counter, resizes_counted(counter):
-        model = built_model(config, job, plan)
-        engine = by_deepspeed(model, job, json.loads(deepspeed_json(job, plan)))
+    device = torch.device("cpu")
+    with _nvme(plan) as plan, meter_of(device) as meter:
+        model = built_model(config, job, plan, device)
+        engine = by_deepspeed(model, job, json.loads(deepspeed_json(job, plan)), device)
         del model
         ids = torch.zeros(int(plan.micro_batch), job.sequence_length, dtype=torch.long)
-        return train(counter, engine, ids, int(plan.accumulation_steps))[0]
+        return trace_of(train(meter, engine, ids, int(plan.accumulation_steps))[0], engine)
 
 
 def _agree_with_rank_0() -> None:

@@ -82,11 +82,16 @@ def wrap(model: Any, mesh: Any, job: Job, plan: Plan) -> Wrapped:
 def _data_parallel(model: Any, job: Job) -> Wrapped:
     """``DistributedDataParallel`` around a forward pass under autocast (accelerator.py ``prepare_model``)."""
     _autocast(model, job)
-    wrapped: Any = torch.nn.parallel.DistributedDataParallel(model, init_sync=False)
-    # Of a fake group the reducer takes no all-reduce of its own, so a hook hands every bucket back as it is.
-    wrapped.register_comm_hook(None, lambda state, bucket: _done(bucket.buffer()))
+    wrapped = data_parallel_emulated(model)
     wrapped.reducer = _FirstBuckets(wrapped.reducer)
     return Wrapped(wrapped, wrapped.no_sync)
+
+
+def data_parallel_emulated(model: Any) -> Any:
+    """``DistributedDataParallel`` in a fake process group, of which its reducer takes no all-reduce of its own."""
+    wrapped: Any = torch.nn.parallel.DistributedDataParallel(model, init_sync=False)
+    wrapped.register_comm_hook(None, lambda state, bucket: _done(bucket.buffer()))  # every bucket back as it is
+    return wrapped
 
 
 def _done(buffer: torch.Tensor) -> Any:

@@ -1,20 +1,21 @@
-"""One rank of a real run: builds the model, trains three steps by the plan, and writes down what it held.
+"""One rank of a real run: builds the model, trains a few steps by the plan, and writes down what it measured.
 
     <launcher> -m advisor.validation.worker FOLDER
 
-:mod:`advisor.validation.run` writes the folder and starts the launcher; the rank leaves ``rank<N>.json`` there. It
-needs the extra ``run``.
+:mod:`advisor.validation.run` writes the folder and starts the launcher. ``request.json`` there says the job, the plan,
+the launcher, ``timeout_s``, and where they are not the usual ones ``device`` (cpu) and ``steps`` (3, two of them the
+warm-up). While it trains, the rank keeps ``progress<N>.json`` up to date: ``{"step": done, "steps": all}``. In the end
+it leaves ``rank<N>.json``: who answered, what ran, the losses, the trace, and ``measured``, a
+:class:`~advisor.validation.measured.Measured`. It needs the extra ``run``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import sys
 import time
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -23,65 +24,37 @@ import torch.distributed as distributed
 
 from advisor.specs.job import Job
 from advisor.specs.plan import Plan
-from advisor.tracing.counter import StorageCounter, resizes_counted
-from advisor.validation.loop import (
+from advisor.validation.engines import (
     Engine,
     built_model,
     by_deepspeed,
+    by_torch,
     optimizer_of,
-    train,
     use_collectives_of_torch,
 )
-from advisor.validation.record import from_plain, plain
-from advisor.validation.sharding import fully_sharded
+from advisor.validation.loop import trace_of, train
+from advisor.validation.measured import STEPS
+from advisor.validation.meter import meter_of
+from advisor.validation.record import from_plain, plain, versions
 
 GLOO_THREAD_S = 0.003
 """Sleep in which a gloo thread gets its turn."""
 
 
-def by_file(model: Any, job: Job, plan: Plan, folder: Path) -> Engine:
+def by_file(model: Any, job: Job, plan: Plan, folder: Path, device: torch.device) -> Engine:
     """DeepSpeed, with the JSON that lies in *folder*."""
-    return by_deepspeed(model, job, json.loads((folder / "ds_config.json").read_text()))
+    return by_deepspeed(model, job, json.loads((folder / "ds_config.json").read_text()), device)
 
 
-def by_torch(model: Any, job: Job, plan: Plan, folder: Path) -> Engine:
-    """DistributedDataParallel, or FSDP2 set up as accelerate does, in a plain loop."""
-    distributed.init_process_group("gloo")
-    autocast = job.parameter_format == "fp32" and job.precision != "fp32" and not plan.strategy.is_fsdp
-    wrapper = model
-    if plan.strategy.is_fsdp:
-        from torch.distributed.device_mesh import init_device_mesh
-
-        fully_sharded(model, init_device_mesh("cpu", (int(plan.gpus),)), job, plan)
-    else:
-        wrapper = torch.nn.parallel.DistributedDataParallel(model)
-    optimizer = optimizer_of(model, job)
-
-    def forward(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            loss: torch.Tensor = wrapper(input_ids=ids, labels=labels).loss
-        return loss
-
-    def update(last: bool) -> None:
-        if last:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    def micro_step(last: bool) -> AbstractContextManager[Any]:
-        if plan.strategy.is_fsdp:
-            wrapper.set_requires_gradient_sync(last)
-            return contextlib.nullcontext()
-        return contextlib.nullcontext() if last else wrapper.no_sync()
-
-    def backward(loss: Any) -> None:
-        loss.backward()
-
-    return Engine(wrapper, optimizer, forward, backward, update, micro_step)
+def by_plain_torch(model: Any, job: Job, plan: Plan, folder: Path, device: torch.device) -> Engine:
+    """DDP or FSDP2 in a plain loop."""
+    return by_torch(model, job, plan, device)
 
 
-def by_accelerate(model: Any, job: Job, plan: Plan, folder: Path) -> Engine:
+def by_accelerate(model: Any, job: Job, plan: Plan, folder: Path, device: torch.device) -> Engine:
     """``Accelerator.prepare`` with the YAML that a user gets, in the loop of the training program beside it."""
-    choose_gloo()
+    if device.type == "cpu":
+        choose_gloo()
     from accelerate import Accelerator
 
     accelerator = Accelerator(gradient_accumulation_steps=int(plan.accumulation_steps))
@@ -156,33 +129,57 @@ def _tokens(vocabulary: int, job: Job, plan: Plan) -> torch.Tensor:
     return torch.randint(vocabulary, (int(plan.micro_batch), job.sequence_length), generator=generator)
 
 
+def _device(name: str) -> torch.device:
+    """This rank's own: the launcher numbers the ranks of a machine."""
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if name == "cuda" else torch.device("cpu")
+
+
+def write(path: Path, held: object) -> None:
+    """*held* as JSON, there as a whole or not at all."""
+    path.with_suffix(".part").write_text(json.dumps(held))
+    path.with_suffix(".part").replace(path)
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     config = json.loads((folder / "config.json").read_text())
     request = json.loads((folder / "request.json").read_text())
     job, plan = from_plain(Job, request["job"]), from_plain(Plan, request["plan"])
+    steps, rank = int(request.get("steps", STEPS)), os.environ["RANK"]
     signal.alarm(int(request["timeout_s"]) + 10)  # ends this rank even where nobody is left to end it
-    torch.set_num_threads(1)
-    give_way_to_gloo()
-    ways = {"deepspeed": by_file, "torchrun": by_torch, "accelerate": by_accelerate}
-    with StorageCounter() as counter, resizes_counted(counter):
-        model = built_model(config, job, plan)
+    device = _device(request.get("device", "cpu"))
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+        give_way_to_gloo()
+    ways = {"deepspeed": by_file, "torchrun": by_plain_torch, "accelerate": by_accelerate}
+    with meter_of(device) as meter:
+        model = built_model(config, job, plan, device)
         vocabulary = model.config.vocab_size
-        engine = ways[request["launcher"]](model, job, plan, folder)
+        engine = ways[request["launcher"]](model, job, plan, folder, device)
         del model
-        trace, losses = train(counter, engine, _tokens(vocabulary, job, plan), int(plan.accumulation_steps))
-    answered = torch.ones(())
+        meter.built()
+        ids = _tokens(vocabulary, job, plan).to(device)
+        progress = folder / f"progress{rank}.json"
+        measured, losses = train(
+            meter,
+            engine,
+            ids,
+            int(plan.accumulation_steps),
+            steps,
+            lambda done: write(progress, {"step": done, "steps": steps}),
+        )
+    answered = torch.ones((), device=device)
     distributed.all_reduce(answered)
     record = {
         "ranks": int(answered),
         "engine": engine.name,
         "optimizer": type(engine.optimizer).__name__,
         "losses": losses,
-        "trace": plain(trace),
+        "trace": plain(trace_of(measured, engine)),
+        "measured": plain(measured),
+        "versions": versions(),
     }
-    path = folder / f"rank{distributed.get_rank()}.json"
-    path.with_suffix(".part").write_text(json.dumps(record))
-    path.with_suffix(".part").replace(path)
+    write(folder / f"rank{distributed.get_rank()}.json", record)
     distributed.barrier()
     # gloo's threads can outlive the group and abort the interpreter on its way out.
     sys.stdout.flush()

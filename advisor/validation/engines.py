@@ -1,0 +1,139 @@
+"""The real model and its engine, set up as the plan says: by DeepSpeed, or by torch's DDP and FSDP2.
+
+The same set-up serves a real rank and an emulated one (:mod:`advisor.validation.emulate`), on a CPU and on a GPU: the
+device is an argument, the process group is whichever is there. It needs the extra ``run``; this module imports torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+import torch.distributed as distributed
+
+from advisor.launch.train import checkpointing_contexts
+from advisor.launch.train import fuse_loss as fuse_loss_on_gpu
+from advisor.specs.job import Job
+from advisor.specs.plan import Checkpointing, Plan
+from advisor.tracing.real_model import described, real_model, recompute_layers, settings_of
+from advisor.validation.sharding import FORMATS, data_parallel_emulated, fully_sharded
+from advisor.validation.trace import adamw, take_loss
+
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+"""What carries collectives, by type of device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """One framework's way through a step."""
+
+    wrapper: Any
+    """What the framework made of the model."""
+    optimizer: Any
+    forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    """Token ids and labels to the loss."""
+    backward: Callable[[torch.Tensor], None]
+    update: Callable[[bool], None]
+    """The optimizer's turn after each micro-step; True after the last."""
+    micro_step: Callable[[bool], AbstractContextManager[Any]]
+    """What a micro-step runs in; True for the last."""
+
+    @property
+    def name(self) -> str:
+        """Its class; ``fully_shard`` mixes FSDPModule into the model's own."""
+        ancestors = [each.__name__ for each in type(self.wrapper).__mro__]
+        return "FSDPModule" if "FSDPModule" in ancestors else ancestors[0]
+
+
+def built_model(config: Mapping[str, Any], job: Job, plan: Plan, device: torch.device) -> Any:
+    """The causal model with random weights on *device*, in the format in which its framework expects them."""
+    description = described(config)
+    # DeepSpeed keeps fp32 masters beside weights in the format that it computes in.
+    built_in = job.precision if plan.strategy.zero_stage is not None else job.parameter_format
+    on_gpu = device.type == "cuda"
+    # A CPU runs no flash-attn; its own fused kernel saves what that one saves.
+    attention = "sdpa" if job.attention == "flash" and not on_gpu else job.attention
+    with device:
+        model = real_model(settings_of(description), description, FORMATS[built_in], attention)
+    if plan.checkpointing is not Checkpointing.NONE:
+        recompute_layers(model, checkpointing_contexts(plan.checkpointing.value))
+    if job.loss == "fused" and on_gpu:
+        fuse_loss_on_gpu(model)
+    else:
+        take_loss(model, job)
+    return model
+
+
+def optimizer_of(model: Any, job: Job) -> Any:
+    return torch.optim.AdamW(model.parameters(), **adamw(job))
+
+
+def by_deepspeed(model: Any, job: Job, settings: Mapping[str, Any], device: torch.device) -> Engine:
+    """``deepspeed.initialize`` with the JSON that a user gets."""
+    import deepspeed
+
+    if device.type == "cpu":
+        use_collectives_of_torch()
+    deepspeed.init_distributed(dist_backend=BACKENDS[device.type])
+    # Of an optimizer on the host DeepSpeed makes its own, as its JSON says.
+    optimizer = None if "optimizer" in settings else optimizer_of(model, job)
+    weights = model.parameters()
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=weights, config=dict(settings))[0]
+    del optimizer, weights
+    return Engine(
+        engine,
+        engine.optimizer,
+        forward=lambda ids, labels: engine(input_ids=ids, labels=labels).loss,
+        backward=engine.backward,
+        update=lambda last: engine.step(),
+        micro_step=lambda last: contextlib.nullcontext(),
+    )
+
+
+def use_collectives_of_torch() -> None:
+    """Keep DeepSpeed from compiling its shared-memory collectives, which takes minutes and can wait on a dead lock."""
+    backend: Any = import_module("deepspeed.comm.torch")  # as an attribute of deepspeed.comm, that name is torch itself
+    backend.build_shm_op = lambda: None
+
+
+def by_torch(model: Any, job: Job, plan: Plan, device: torch.device) -> Engine:
+    """DistributedDataParallel, FSDP2 set up as accelerate does, or for one GPU alone nothing, in a plain loop."""
+    if not distributed.is_initialized():
+        distributed.init_process_group(BACKENDS[device.type])
+    wrapper, sharded = model, plan.strategy.is_fsdp
+    if sharded:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        fully_sharded(model, init_device_mesh(device.type, (int(plan.gpus),)), job, plan)
+    elif distributed.get_backend() == "fake":
+        wrapper = data_parallel_emulated(model)
+    elif int(plan.gpus) > 1:
+        wrapper = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = optimizer_of(model, job)
+    autocast = job.parameter_format != job.precision and not sharded
+
+    def forward(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, dtype=FORMATS[job.precision], enabled=autocast):
+            loss: torch.Tensor = wrapper(input_ids=ids, labels=labels).loss
+        return loss
+
+    def update(last: bool) -> None:
+        if last:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def micro_step(last: bool) -> AbstractContextManager[Any]:
+        if sharded:
+            wrapper.set_requires_gradient_sync(last or plan.fsdp.syncs_each_micro_batch)
+        reduces = last or sharded or wrapper is model
+        return contextlib.nullcontext() if reduces else wrapper.no_sync()
+
+    def backward(loss: Any) -> None:
+        loss.backward()
+
+    return Engine(wrapper, optimizer, forward, backward, update, micro_step)
