@@ -31,3 +31,9 @@ class WriteError(AdvisorError):
 
 class RunError(AdvisorError):
     """A training run that failed, took too long, or was not the one that was asked for."""
+
+
+class NothingFitsError(AdvisorError):
+    """A search that found no plan, where one was needed to go on."""
+
+    exit_code = 3

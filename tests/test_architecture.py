@@ -84,7 +84,13 @@ def test_every_name_of_the_interface_is_there_and_no_other() -> None:
 
 
 def test_the_functions_of_the_interface_are_those_of_their_modules() -> None:
-    homes = {"estimate": "cost.estimate", "launch_files": "launch.files", "recommend": "search.recommend"}
+    homes = {
+        "estimate": "cost.estimate",
+        "launch_files": "launch.files",
+        "read_records": "validation.recorded",
+        "recommend": "search.recommend",
+        "validate": "validation.campaign",
+    }
 
     for name, home in homes.items():
         assert getattr(advisor, name) is getattr(import_module(f"advisor.{home}"), name)

@@ -118,6 +118,23 @@ def resolve(model: str, *, describe: Describe = by_formulas, **words: Unpack[Wor
     )
 
 
+def usual_cluster(gpu: Gpu, gpus: int) -> Cluster:
+    """So many GPUs in one machine that nothing else is known of."""
+    calibration = find_calibration()
+    return Cluster(
+        gpu=gpu,
+        gpus=gpus,
+        nodes=1,
+        link=find_link(gpu.link),
+        host_link=find_link(gpu.host_link),
+        network=find_link(DEFAULT_NETWORK, gpus),
+        host_memory_bytes=calibration.host_memory_bytes_per_gpu * gpus,
+        cpu_memory_bandwidth_bytes_per_s=calibration.host_bandwidth_bytes_per_s_per_gpu * gpus,
+        nvme_bytes=calibration.nvme_bytes_per_gpu * gpus,
+        nvme_bandwidth_bytes_per_s=calibration.nvme_bandwidth_bytes_per_s_per_gpu * gpus,
+    )
+
+
 def _origin(words: Words, name: str) -> Origin:
     return "given" if name in words else "assumed"
 

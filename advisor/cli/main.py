@@ -21,6 +21,8 @@ COMMANDS = {
     "recommend": "Find the fastest plan that fits, and say why not the others.",
     "estimate": "Price one plan: memory, traffic and time of a training step.",
     "trace": "Run one plan's step without its data, and compare its bytes with the prediction.",
+    "validate": "Run plans for a few steps on this machine, and compare with the prediction.",
+    "records": "List recorded runs, or compare them with what is predicted now.",
     "models": "List the models that are known by name.",
     "gpus": "List the GPUs that are known by name.",
     "completion": "Print the script that completes commands in your shell.",

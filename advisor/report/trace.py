@@ -31,7 +31,7 @@ def trace_report(found: TracedPlan, *, width: int) -> list[RenderableType]:
     question, plan = found.question, found.plan
     error = found.error("peak")
     peak = found.traced.phases["peak"] / GIB
-    beside = "which no formula predicts" if error is None else f"the prediction off by {_percent(error)}"
+    beside = "which no formula predicts" if error is None else f"the prediction off by {signed_percent(error)}"
     checkpointing = "every layer recomputed" if plan.checkpointing.value == "full" else "no activation checkpointing"
     parts: list[RenderableType] = [
         Text.assemble(("Traced", "bold"), f": {peak:,.2f} GiB at the peak, {beside}."),
@@ -130,10 +130,10 @@ def _bytes(size: int | None) -> str:
 def _error(predicted: int | None, traced: int | None, least_bytes: int) -> str:
     if predicted is None or traced is None or min(predicted, traced) < least_bytes:
         return UNKNOWN
-    return _percent(predicted / traced - 1)
+    return signed_percent(predicted / traced - 1)
 
 
-def _percent(error: float) -> str:
+def signed_percent(error: float) -> str:
     """A share with its sign; what rounds to nothing has none."""
     text = f"{100 * error:+.3f} %"
     return "0.000 %" if text in ("+0.000 %", "-0.000 %") else text

@@ -11,7 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from advisor.catalog.calibrations import find_calibration
+from advisor.catalog.gpus import find_gpu
 from advisor.catalog.huggingface import model_from_config
+from advisor.catalog.request import usual_cluster
+from advisor.cost.memory import memory
 from advisor.specs.job import Job
 from advisor.specs.model import AnyLayer, FeedForward, Layer, ModelSpec, Run
 from advisor.specs.plan import Plan
@@ -19,6 +23,7 @@ from advisor.step.build import StepProgram, build
 from advisor.step.program import Node, fold, hold, phase, phase_peaks, then, without
 
 if TYPE_CHECKING:
+    from advisor.validation.measured import Measured
     from advisor.validation.trace import Trace
 
 Counter = Literal[
@@ -29,10 +34,12 @@ Counter = Literal[
     "peak in backward",
     "peak in step",
     "peak",
+    "peak reserved",
+    "device used",
 ]
 COUNTERS: tuple[Counter, ...] = get_args(Counter)
 """Live bytes of one rank. The loss belongs to forward; what is saved for backward is the end of forward less what is
-held between steps."""
+held between steps. The last two only a GPU has: what torch's allocator reserves, and what the driver says is in use."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,8 +109,9 @@ class Score:
 
 
 def score(truth: str, found: Sequence[tuple[Case, Comparison]]) -> tuple[Score, ...]:
-    """One score for each counter over the comparisons *found* with *truth*."""
-    return tuple(_scored(truth, counter, found) for counter in COUNTERS)
+    """One score for each counter that all of the comparisons *found* with *truth* have."""
+    known = [counter for counter in COUNTERS if all(counter in comparison.true for _, comparison in found)]
+    return tuple(_scored(truth, counter, found) for counter in known)
 
 
 def _scored(truth: str, counter: Counter, found: Sequence[tuple[Case, Comparison]]) -> Score:
@@ -184,6 +192,25 @@ def predicted(
     )
 
 
+def predicted_on(gpu: str, model: ModelSpec, job: Job, plan: Plan, rank: int | None = None) -> Mapping[Counter, int]:
+    """Bytes of every counter on a GPU of that name, as its allocator and its driver count them."""
+    cluster = usual_cluster(find_gpu(gpu), int(plan.gpus))
+    held = memory(build(without_dropout(model), job, plan, rank), plan, cluster, find_calibration())
+    phases = {each.phase: each for each in held.timeline}
+    counters = _counters(
+        states=phases["init"].end_bytes,
+        after_forward=phases["loss"].end_bytes,
+        forward=max(phases["forward"].peak_bytes, phases["loss"].peak_bytes),
+        backward=phases["backward"].peak_bytes,
+        step=phases["step"].peak_bytes,
+    )
+    return counters | {
+        "peak": held.peak_allocated_bytes,
+        "peak reserved": held.peak_reserved_bytes,
+        "device used": held.device_used_bytes,
+    }
+
+
 def on_one_memory(program: StepProgram) -> Node:
     """The step as a machine without a GPU sees it, where what is offloaded lies in the same memory as all else.
 
@@ -204,7 +231,23 @@ def counted(traced: Trace) -> Mapping[Counter, int]:
     )
 
 
-def _counters(*, states: int, after_forward: int, forward: int, backward: int, step: int) -> Mapping[Counter, int]:
+def measured_bytes(rank: Measured) -> Mapping[Counter, int]:
+    """Bytes of every counter as a rank measured them."""
+    counters = _counters(
+        states=rank.states_bytes,
+        after_forward=rank.forward.end_allocated_bytes,
+        forward=rank.forward.peak_allocated_bytes,
+        backward=rank.backward.peak_allocated_bytes,
+        step=rank.step.peak_allocated_bytes,
+    )
+    if rank.peak_reserved_bytes is not None:
+        counters["peak reserved"] = rank.peak_reserved_bytes
+    if rank.device_used_bytes is not None:
+        counters["device used"] = rank.device_used_bytes
+    return counters
+
+
+def _counters(*, states: int, after_forward: int, forward: int, backward: int, step: int) -> dict[Counter, int]:
     return {
         "between steps": states,
         "end of forward": after_forward,

@@ -69,7 +69,7 @@ def trace_rank(config: Mapping[str, Any], job: Job, plan: Plan, rank: int) -> Tr
     distributed.init_process_group("fake", rank=rank, world_size=int(plan.gpus), store=FakeStore())
     _agree_with_rank_0()
     if plan.offload.optimizer:
-        _leave_out_cpu_adam()
+        leave_out_cpu_adam()
     device = torch.device("cpu")
     with _nvme(plan) as plan, meter_of(device) as meter:
         model = built_model(config, job, plan, device)
@@ -86,7 +86,7 @@ def _agree_with_rank_0() -> None:
     checks.get_lst_from_rank0 = lambda own: own
 
 
-def _leave_out_cpu_adam() -> None:
+def leave_out_cpu_adam() -> None:
     """Spare a compiler: DeepSpeedCPUAdam's kernel works in place, and takes and frees nothing.
 
     ops/adam/cpu_adam.py makes the moments, and asks which processor this is for a warning alone.

@@ -13,6 +13,7 @@ events of the device. Neither makes the device wait within a step. Needs the ext
 
 from __future__ import annotations
 
+import gc
 import resource
 import statistics
 import sys
@@ -24,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from advisor.tracing.counter import StorageCounter, resizes_counted
 from advisor.validation.measured import Measured, PhaseMeasured
@@ -207,7 +209,9 @@ class CpuMeter(Meter):
         return self.counter.peak_bytes
 
     def built(self) -> None:
-        """A CPU has it back already."""
+        """A GPU run keeps the numbers of a mesh's ranks in host memory; accelerate makes a mesh for every unit."""
+        meshes = [each for each in gc.get_objects() if type(each) is DeviceMesh]
+        self.counter.leave_out(mesh.mesh for mesh in meshes)
 
     def value_of(self, loss: torch.Tensor) -> float:
         return float(loss.item())

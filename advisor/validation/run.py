@@ -1,47 +1,75 @@
-"""Starts a short real run of one plan on this machine's CPU, through the launcher that a user would call.
+"""Starts a short real run of one plan on this machine, through a launcher and the files that a user would call it with.
 
-Each rank is a process of its own, gloo carries the collectives, and :mod:`advisor.validation.worker` counts what the
-rank holds. An exit code proves nothing here: a run counts only if every rank reports, sees all the others, ran the
-classes that the plan means, and kept a finite loss.
+Each rank is a process of its own, in which :mod:`advisor.validation.worker` stands in for the training program. On a
+CPU gloo carries the collectives. An exit code proves nothing: a run counts only if every rank reports, sees all the
+others, ran the classes that the plan means, and kept a finite loss.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import re
 import socket
-import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from advisor.catalog.request import resolve
+from advisor.catalog.request import DEFAULT_GPU, resolve
 from advisor.errors import RunError
-from advisor.launch.accelerate import accelerate_yaml
 from advisor.launch.deepspeed import deepspeed_json
+from advisor.launch.files import LaunchFile, render, write
+from advisor.launch.run_script import ALLOCATOR_SETTING
 from advisor.specs.job import Job
 from advisor.specs.plan import Plan, Strategy
+from advisor.validation.measured import STEPS, Measured
+from advisor.validation.outcome import Outcome, last_lines, outcome_of
+from advisor.validation.processes import finish
 from advisor.validation.record import from_plain, plain
 
 if TYPE_CHECKING:
     from advisor.validation.trace import Trace
 
 Launcher = Literal["deepspeed", "torchrun", "accelerate"]
+Device = Literal["cpu", "cuda"]
 
 WORKER = "advisor.validation.worker"
-LAST_LINES = 8
-"""Lines of a failed run's output that its error repeats."""
-GRACE_S = 5.0
-"""What processes are given to end by themselves before they are killed."""
-RAISED = re.compile(r"(\[\w+\]: ?)*[\w.]*(Error|Exception): ")
-"""How the last line of a traceback begins, with the rank before it or not."""
-MARK = "ADVISOR_RUN"
-"""Environment variable by which a run's processes are found, wherever a launcher put them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ask:
+    """A run to make."""
+
+    config: Mapping[str, Any]
+    """A transformers configuration of a causal model."""
+    job: Job
+    plan: Plan
+    launcher: Launcher
+    device: Device = "cpu"
+    gpu: str | None = None
+    """Name of the GPU for which the files are written; of it only the number goes into them."""
+    steps: int = STEPS
+    timeout_s: float = 120.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finished:
+    """A run that was made, however it ended."""
+
+    outcome: Outcome
+    seconds: float
+    files: tuple[LaunchFile, ...]
+    """What the launcher was given."""
+    ranks: tuple[Mapping[str, Any], ...] = ()
+    """What each rank wrote; none unless the run ended well."""
+
+    @property
+    def measured(self) -> tuple[Measured, ...]:
+        """What each rank measured."""
+        return tuple(from_plain(Measured, rank["measured"]) for rank in self.ranks)
 
 
 def launcher_of(plan: Plan) -> Launcher:
@@ -52,7 +80,7 @@ def launcher_of(plan: Plan) -> Launcher:
 def run(
     config: Mapping[str, Any], job: Job, plan: Plan, launcher: Launcher | None = None, timeout_s: float = 120.0
 ) -> tuple[Trace, ...]:
-    """What every rank of *plan* held in the last of three optimizer steps, rank 0 first.
+    """What every rank of *plan* held in the last of three optimizer steps on this machine's CPU, rank 0 first.
 
     *config* is a transformers configuration of a causal model small enough for this machine. Raises RunError, with
     the last lines of the output, where the run fails, takes longer than *timeout_s*, or is not the run that was asked
@@ -61,38 +89,66 @@ def run(
     from advisor.validation.trace import Trace
 
     launcher = launcher or launcher_of(plan)
+    finished = start(Ask(config=config, job=job, plan=plan, launcher=launcher, timeout_s=timeout_s))
+    if finished.outcome.kind == "interrupted":
+        raise KeyboardInterrupt
+    if not finished.outcome.ran:
+        *lines, how = finished.outcome.last_lines
+        said = f"; its last lines: {' | '.join(lines)}" if lines else ", without a word"
+        raise RunError(f"the run {how}{said}")
+    return tuple(from_plain(Trace, rank["trace"]) for rank in finished.ranks)
+
+
+def start(ask: Ask, look: Callable[[float, int], None] = lambda elapsed_s, step: None) -> Finished:
+    """Make the run that is asked for. However it ends is an outcome; no process of it is left behind.
+
+    *look* is called a few times a second with the time that has passed and the optimizer steps that rank 0 has made.
+    """
     with tempfile.TemporaryDirectory(prefix="advisor-run-") as name:
         folder = Path(name)
-        _write_inputs(folder, config, job, plan, launcher, timeout_s)
-        output = _finish(_command(folder, plan, launcher), timeout_s)
-        records = _records(folder, plan, output)
-    check_ran(records, job, plan)
-    return tuple(from_plain(Trace, record["trace"]) for record in records)
+        files = _write_inputs(folder, ask)
+        ended = finish(
+            _command(folder, ask),
+            _environment(ask),
+            folder,
+            ask.timeout_s,
+            lambda elapsed_s: look(elapsed_s, _step(folder)),
+        )
+        outcome = outcome_of(ended, ask.timeout_s)
+        ranks: tuple[Mapping[str, Any], ...] = ()
+        if outcome.ran:
+            try:
+                ranks = _ranks(folder, ask.plan)
+                check_ran(ranks, ask.job, ask.plan)
+            except RunError as error:
+                outcome, ranks = Outcome("other run", (*last_lines(ended.output), str(error))), ()
+    return Finished(outcome=outcome, seconds=ended.seconds, files=files, ranks=ranks)
 
 
-def _write_inputs(
-    folder: Path, config: Mapping[str, Any], job: Job, plan: Plan, launcher: Launcher, timeout_s: float
-) -> None:
-    (folder / "config.json").write_text(json.dumps(dict(config)))
-    request = {"job": plain(job), "plan": plain(plan), "launcher": launcher, "timeout_s": timeout_s}
-    (folder / "request.json").write_text(json.dumps(request))
-    if plan.strategy.zero_stage is not None:
+def _write_inputs(folder: Path, ask: Ask) -> tuple[LaunchFile, ...]:
+    """The files that a user gets, and beside them what the worker reads; the former are returned."""
+    job, plan = ask.job, ask.plan
+    config = folder / "config.json"
+    config.write_text(json.dumps(dict(ask.config)))
+    request = {"job": plain(job), "plan": plain(plan), "launcher": ask.launcher, "timeout_s": ask.timeout_s}
+    (folder / "request.json").write_text(json.dumps(request | {"device": ask.device, "steps": ask.steps}))
+    question = resolve(str(config), gpus=int(plan.gpus), gpu=ask.gpu or DEFAULT_GPU)
+    launch = render(question.model, job, plan, question.cluster, weights_from=config.name)
+    write(launch, folder)
+    if plan.strategy is Strategy.ZERO0:  # accelerate runs DDP in its place, and so a user is given no such file
         (folder / "ds_config.json").write_text(deepspeed_json(job, plan))
-    if launcher == "accelerate":
-        # Of the machine only the number of its GPUs is written into the file.
-        question = resolve(str(folder / "config.json"), gpus=int(plan.gpus), gpu="A100-80GB")
-        (folder / "accelerate.yaml").write_text(accelerate_yaml(question.model, job, plan, question.cluster, ()))
+    return launch.files
 
 
-def _command(folder: Path, plan: Plan, launcher: Launcher) -> list[str]:
+def _command(folder: Path, ask: Ask) -> list[str]:
     """The launcher's own program, and what its documentation gives it."""
-    ranks, port, yaml = str(plan.gpus), _free_port(), str(folder / "accelerate.yaml")
+    ranks, port, yaml = str(ask.plan.gpus), _free_port(), str(folder / "accelerate.yaml")
     starts = {
         "deepspeed": f"deepspeed.launcher.runner --num_gpus {ranks} --master_port {port} --no_local_rank --module",
         "torchrun": f"torch.distributed.run --standalone --nproc-per-node {ranks} -m",
         "accelerate": f"accelerate.commands.accelerate_cli launch --config_file {yaml} --main_process_port {port} -m",
     }
-    return [sys.executable, "-m", *starts[launcher].split(" "), WORKER, str(folder)]
+    return [sys.executable, "-m", *starts[ask.launcher].split(" "), WORKER, str(folder)]
 
 
 def _free_port() -> str:
@@ -101,80 +157,50 @@ def _free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def on_cpu() -> dict[str, str]:
-    """The caller's environment, with DeepSpeed on the CPU, and this very package first on the path."""
+def with_this_package() -> dict[str, str]:
+    """The caller's environment, with this very package first on the path."""
     here = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
-    return os.environ | {"PYTHONPATH": path, "DS_ACCELERATOR": "cpu"}
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))}
 
 
-def _environment(mark: str) -> dict[str, str]:
-    """One thread a rank, and no GPU in sight."""
-    return on_cpu() | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", MARK: mark}
+def on_cpu() -> dict[str, str]:
+    """The same with DeepSpeed on the CPU."""
+    return with_this_package() | {"DS_ACCELERATOR": "cpu"}
 
 
-def _finish(command: list[str], timeout_s: float) -> str:
-    """The output of *command* once it has ended well."""
-    folder = Path(command[-1])
-    with (folder / "output.txt").open("w+", encoding="utf-8", errors="replace") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=_environment(folder.name), cwd=folder
-        )
-        try:
-            ended = f"ended with exit code {process.wait(timeout_s)}"
-        except subprocess.TimeoutExpired:
-            ended = f"did not end within {timeout_s:g} s"
-        finally:
-            _end(process, folder.name)
-        output.seek(0)
-        text = output.read()
-    if ended != "ended with exit code 0":
-        raise RunError(f"the run {ended}{_last(text)}")
-    return text
+def _environment(ask: Ask) -> dict[str, str]:
+    """On a CPU one thread a rank, and no GPU in sight; on GPUs what ``run.sh`` sets."""
+    if ask.device == "cpu":
+        return on_cpu() | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = dict([ALLOCATOR_SETTING]) | with_this_package()
+    if ask.plan.offload.optimizer:
+        threads = (os.cpu_count() or 1) // int(ask.plan.gpus)
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+    return environment
 
 
-def _end(launcher: subprocess.Popen[bytes], mark: str) -> None:
-    """End every process that carries *mark*: torchrun's ranks have sessions of their own, and may outlive it."""
-    import psutil
-
-    def marked() -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get(MARK) == mark:
-                    found.append(process)
-        return found
-
-    for process in marked():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
-    psutil.wait_procs(marked(), timeout=GRACE_S)
-    for process in marked():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    launcher.wait()
+def _step(folder: Path) -> int:
+    """Optimizer steps that rank 0 has made."""
+    try:
+        return int(json.loads((folder / "progress0.json").read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError):  # it has not begun, or wrote something else
+        return 0
 
 
-def _last(output: str) -> str:
-    """The last lines up to the last error that a rank raised: launchers add summaries of their own."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    raised = [index for index, line in enumerate(lines) if RAISED.match(line) and "ChildFailedError" not in line]
-    lines = lines[: raised[-1] + 1] if raised else lines
-    return "; its last lines: " + " | ".join(lines[-LAST_LINES:]) if lines else ", without a word"
-
-
-def _records(folder: Path, plan: Plan, output: str) -> list[dict[str, Any]]:
+def _ranks(folder: Path, plan: Plan) -> tuple[Mapping[str, Any], ...]:
     """What each rank wrote."""
-    records = []
+    found = []
     for rank in range(int(plan.gpus)):
-        path = folder / f"rank{rank}.json"
-        if not path.is_file():
-            raise RunError(f"rank {rank} of {plan.gpus} ended without a record{_last(output)}")
-        records.append(json.loads(path.read_text()))
-    return records
+        try:
+            found.append(json.loads((folder / f"rank{rank}.json").read_text()))
+        except OSError as error:
+            raise RunError(f"rank {rank} of {plan.gpus} ended without a record") from error
+        except ValueError as error:
+            raise RunError(f"what rank {rank} of {plan.gpus} wrote is no JSON") from error
+    return tuple(found)
 
 
-def check_ran(records: list[dict[str, Any]], job: Job, plan: Plan) -> None:
+def check_ran(records: Sequence[Mapping[str, Any]], job: Job, plan: Plan) -> None:
     """Refuse a run that was another than the one asked for."""
     engine, optimizer = _classes(job, plan)
     for rank, record in enumerate(records):
@@ -183,18 +209,21 @@ def check_ran(records: list[dict[str, Any]], job: Job, plan: Plan) -> None:
             ("class around the model", record["engine"], engine),
             ("optimizer", record["optimizer"], optimizer),
         ):
-            if found != expected:
+            if expected is not None and found != expected:
                 raise RunError(f"rank {rank} ran something else: {what} {found}, expected {expected}")
         if not all(math.isfinite(loss) for loss in record["losses"]):
             raise RunError(f"rank {rank} lost its loss: {record['losses']}")
 
 
-def _classes(job: Job, plan: Plan) -> tuple[str, str]:
-    """What wraps the model and what steps, by class (deepspeed 0.19.8, engine.py ``_do_optimizer_sanity_check``)."""
+def _classes(job: Job, plan: Plan) -> tuple[str | None, str]:
+    """What wraps the model, None for nothing, and what steps, by class.
+
+    Source: deepspeed 0.19.8, engine.py ``_do_optimizer_sanity_check``.
+    """
     if plan.strategy.is_fsdp:
         return "FSDPModule", "AdamW"
     if plan.strategy.zero_stage is None:
-        return "DistributedDataParallel", "AdamW"
+        return "DistributedDataParallel" if int(plan.gpus) > 1 else None, "AdamW"
     if plan.strategy is Strategy.ZERO0:
         return "DeepSpeedEngine", "AdamW" if job.precision == "fp32" else "FP16_UnfusedOptimizer"
     if plan.strategy is Strategy.ZERO1 and job.precision == "bf16" and plan.zero.gradient_format == "fp32":

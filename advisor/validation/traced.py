@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
-from advisor.catalog.detect import host_memory
 from advisor.catalog.models import FoundConfiguration
 from advisor.cost.estimate import PlanWords, plan_of
 from advisor.errors import ConfigError, SpecError
@@ -21,13 +20,12 @@ from advisor.step.program import Category, Node, fold, peak_of, phase_peaks, the
 from advisor.tracing.real_model import described, needs_torch
 from advisor.tracing.source import undescribed
 from advisor.validation.accuracy import on_one_memory, without_dropout
+from advisor.validation.room import refuse_too_large
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from advisor.validation.trace import Trace
-
-GIB = 2**30
 
 Phase = Literal["between steps", "forward", "loss", "end of forward", "backward", "step", "peak"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -189,19 +187,8 @@ def _refuse_too_large(question: Question, plan: Plan, predicted: Reading) -> Non
     weights = question.model.parameter_count * question.job.parameter_bytes
     states, peak = predicted.phases["between steps"], predicted.phases.get("peak", 0)
     step = max(peak - states, 0)
-    available = available_bytes()
-    if available is not None and weights + states + step > available:
-        raise ConfigError(
-            f"{plan.strategy.title} is traced on real tensors, and {question.model.name} is too large for that here: "
-            f"weights while they are built {weights / GIB:.1f} GiB + states of the rank {states / GIB:.1f} GiB + "
-            f"its step {step / GIB:.1f} GiB = {(weights + states + step) / GIB:.1f} GiB, "
-            f"{available / GIB:.1f} GiB available; take a smaller model, or --strategy ddp or fsdp, which need none"
-        )
-
-
-def available_bytes() -> int | None:
-    """Memory that a new process may take here; None where the system does not tell."""
-    import psutil
-
-    limits = [int(psutil.virtual_memory().available), host_memory()]
-    return min((limit for limit in limits if limit is not None), default=None)
+    refuse_too_large(
+        f"{plan.strategy.title} is traced on real tensors, and {question.model.name} is too large for that here",
+        {"weights while they are built": weights, "states of the rank": states, "its step": step},
+        "take a smaller model, or --strategy ddp or fsdp, which need none",
+    )

@@ -24,6 +24,7 @@ import torch.distributed as distributed
 
 from advisor.specs.job import Job
 from advisor.specs.plan import Plan
+from advisor.validation.deepspeed_rank import leave_out_cpu_adam
 from advisor.validation.engines import (
     Engine,
     built_model,
@@ -151,6 +152,8 @@ def main() -> None:
     if device.type == "cpu":
         torch.set_num_threads(1)
         give_way_to_gloo()
+        if plan.offload.optimizer:
+            leave_out_cpu_adam()
     ways = {"deepspeed": by_file, "torchrun": by_plain_torch, "accelerate": by_accelerate}
     with meter_of(device) as meter:
         model = built_model(config, job, plan, device)

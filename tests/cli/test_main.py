@@ -208,7 +208,7 @@ def test_the_completion_script_finds_commands_models_and_gpus() -> None:
         result = whole_process(_ADVISOR_COMPLETE="bash_complete", COMP_WORDS=line, COMP_CWORD=str(len(words) - 1))
         return [answer.partition(",")[2] for answer in result.stdout.splitlines()]
 
-    assert completed("advisor rec") == ["recommend"]
+    assert completed("advisor reco") == ["recommend", "records"]
     assert "A100-80GB" in completed("advisor recommend --gpu a100")
     assert "Qwen2.5-1.5B" in completed("advisor recommend --model qwen2.5")
 

@@ -114,7 +114,7 @@ def test_where_torch_never_was_no_command_fails_on_its_way_to_say_so(words: str,
 def test_a_model_too_large_for_this_machine_is_refused_with_the_sum(
     small: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("advisor.validation.traced.available_bytes", lambda: 2**20)
+    monkeypatch.setattr("advisor.validation.room.available_bytes", lambda: 2**20)
     result = run("trace", "--model", small, "--strategy", "zero2", *WORDS)
 
     assert result.exit_code == 1
