@@ -10,6 +10,7 @@ import click
 from advisor.cli.answer import form_of, note, notes, print_answer
 from advisor.cli.options import SectionCommand, form_options, option
 from advisor.specs.plan import Strategy
+from advisor.validation.outcome import OUTCOMES
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -29,7 +30,7 @@ WHOSE = ("own", "shipped", "all")
     help="Yours, those of the package, or both.  [default: yours; for compare, both]",
 )
 @option("Which", "--strategy", type=click.Choice([each.value for each in Strategy]), help="Of this strategy.")
-@option("Which", "--outcome", metavar="WORD", help="Of runs that ended so, such as ran, timeout, 'out of memory'.")
+@option("Which", "--outcome", type=click.Choice(OUTCOMES), help="Of runs that ended so.")
 @option("Which", "--model", metavar="TEXT", help="Of models with this in their names.")
 @option("Which", "--device", metavar="TEXT", help="Of devices with this in their names, such as cpu or H200.")
 @form_options

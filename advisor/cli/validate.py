@@ -76,10 +76,13 @@ def validate(context: click.Context, /, *, as_json: bool, as_csv: bool, **questi
     form = form_of(as_json, as_csv)
     with _progress() as watch:
         found = _validated(given(context, question), watch)
-    notes(found.warnings)
+    notes(found.planned.warnings)
     print_answer(form, whole=lambda: _whole(found), rows=lambda: _rows(found), page=lambda width: _page(found, width))
     if found.interrupted:
-        note(f"Interrupted at plan {len(found.checks)} of {found.plans}; the same with --resume goes on from there.")
+        note(
+            f"Interrupted at plan {len(found.checks)} of {len(found.planned.runs)}; "
+            "the same command with --resume goes on from there."
+        )
         context.exit(INTERRUPTED)
     if not found.all_ran:
         context.exit(NOT_ALL_RAN)

@@ -32,7 +32,7 @@ SHOWN: dict[Counter, str] = {
 
 def validation_report(found: Validation, *, width: int) -> list[RenderableType]:
     """The whole comparison for a page of *width* columns."""
-    question = found.question
+    question = found.planned.question
     parts: list[RenderableType] = [
         Text(_headline(found), style="bold"),
         Text(),
@@ -54,8 +54,8 @@ def validation_report(found: Validation, *, width: int) -> list[RenderableType]:
 
 def _headline(found: Validation) -> str:
     compared = [check.comparison for check in found.checks if check.comparison]
-    ran = f"{len(compared)} of {found.plans} plan{'s' if found.plans > 1 else ''} ran"
-    where = "on GPUs" if found.device == "cuda" else "on this machine's CPU"
+    ran = f"{len(compared)} of {len(found.planned.runs)} plan{'s' if len(found.planned.runs) > 1 else ''} ran"
+    where = "on GPUs" if found.planned.device == "cuda" else "on this machine's CPU"
     if not compared:
         return f"Not validated: {ran} {where}."
     states = max(abs(each.difference_bytes("between steps")) for each in compared)
@@ -67,10 +67,10 @@ def _headline(found: Validation) -> str:
 def _stand_in(found: Validation) -> list[RenderableType]:
     """What ran in the model's place, and what was cut for it; loud, for it is not what was asked for."""
     cuts = list(dict.fromkeys(cut for check in found.checks for cut in _cuts(check)))
-    if found.twin is None or not cuts:
+    if found.planned.twin is None or not cuts:
         return []
-    small = f"a small twin of it ({parameter_count(found.twin.model.parameter_count)} parameters)"
-    what = small if found.twin.cuts else "the same model"
+    small = f"a small twin of it ({parameter_count(found.planned.twin.model.parameter_count)} parameters)"
+    what = small if found.planned.twin.cuts else "the same model"
     return [Text(), Text(f"No GPU is used: {what} ran on the CPU. Cut: {'; '.join(cuts)}.", style="bold yellow")]
 
 
@@ -87,6 +87,7 @@ def _plans(checks: Sequence[Check], width: int) -> RenderableType:
     ranks = [check.record.execution.ranks if check.record.execution else () for check in checks]
     speeds = [tokens_per_s(each) for each in ranks]
     steps = [max((rank.median_step_s for rank in each), default=None) for each in ranks]
+    expected = [check.predicted_step_s for check in checks]
     hosts = [max((rank.host_peak_bytes for rank in each), default=None) for each in ranks]
     columns = [
         Column(header="Plan", cells=[_title(check) for check in checks], justify="left"),
@@ -95,6 +96,7 @@ def _plans(checks: Sequence[Check], width: int) -> RenderableType:
         Column(header="Peak\nMiB", cells=[_peak(check.comparison) for check in checks]),
         Column(header="Peak\noff by", cells=[_error(check.comparison, "peak") for check in checks]),
         Column(header="Step", cells=[seconds(each) if each else UNKNOWN for each in steps]),
+        *([Column(header="Step\npredicted", cells=[seconds(each or 0) for each in expected])] if any(expected) else []),
         Column(header="Tokens\nper s", cells=[rate(each) if each else UNKNOWN for each in speeds], rank=1),
         Column(
             header="Host MiB\nper rank", cells=[f"{each / MIB:,.0f}" if each else UNKNOWN for each in hosts], rank=2
@@ -136,7 +138,7 @@ def _phases(found: Comparison, width: int) -> RenderableType:
 
 
 def _left_out(found: Validation) -> str:
-    if found.device == "cuda":
+    if found.planned.device == "cuda":
         return "Measured by torch's allocator and the driver; predicted without this machine's calibration."
     return (
         "Live bytes of tensors. No CPU shows kernel scratch, the allocator's rounding, NCCL or the CUDA context, and "
@@ -146,19 +148,22 @@ def _left_out(found: Validation) -> str:
 
 def validation_object(found: Validation) -> Json:
     """The comparison as one JSON object; what is not known is null."""
-    twin = found.twin
+    twin, question = found.planned.twin, found.planned.question
     return {
         "schema": SCHEMA,
-        "inputs": inputs_object(found.question.inputs),
-        "model": {"name": found.question.model.name, "parameters": found.question.model.parameter_count},
-        "device": found.device,
+        "inputs": inputs_object(question.inputs),
+        "model": {
+            "name": found.planned.question.model.name,
+            "parameters": found.planned.question.model.parameter_count,
+        },
+        "device": found.planned.device,
         "twin": {"parameters": twin.model.parameter_count, "cuts": list(twin.cuts)} if twin and twin.cuts else None,
-        "plans": found.plans,
+        "plans": len(found.planned.runs),
         "runs": [_run(check) for check in found.checks],
         "all_ran": found.all_ran,
         "interrupted": found.interrupted,
         "records": str(found.records),
-        "warnings": list(found.warnings),
+        "warnings": list(found.planned.warnings),
     }
 
 
@@ -177,6 +182,7 @@ def _run(check: Check) -> Json:
         "cuts": list(run.cuts) if run else [],
         "rank": record.case.rank,
         "counters": [_counter(check.comparison, counter) for counter in _known(check.comparison)],
+        "predicted_step_s": check.predicted_step_s,
         "step_s": [list(rank.step_s) for rank in ranks],
         "tokens_per_s": tokens_per_s(ranks),
         "host_peak_bytes": [rank.host_peak_bytes for rank in ranks],

@@ -10,16 +10,16 @@ from typing import Literal, get_args
 
 from advisor.validation.processes import Ended
 
-OutcomeKind = Literal["ran", "out of memory", "timeout", "killed", "crashed", "other run", "interrupted"]
+OutcomeKind = Literal["ran", "out-of-memory", "timeout", "killed", "crashed", "other-run", "interrupted"]
 OUTCOMES: tuple[OutcomeKind, ...] = get_args(OutcomeKind)
-"""``killed``: a rank died of a signal. ``other run``: it ended well, but was not the run that was asked for."""
+"""``killed``: a rank died of a signal. ``other-run``: it ended well, but was not the run that was asked for."""
 
 LAST_LINES = 8
 """Lines of a failed run's output that are kept."""
 LINE_SIGNS = 300
 """Characters that are kept of each."""
 
-RAISED = re.compile(r"(\[\w+\]: ?)*[\w.]*(Error|Exception|Exit|Interrupt)\b")
+RAISED = re.compile(r"(\[\w+\]: ?)*[\w.]*(Error|Exception|Exit|Interrupt)(: |$)")
 """How the last line of a traceback begins, with the rank before it or not."""
 NO_MEMORY = re.compile(
     r"OutOfMemoryError|CUDA out of memory|can't allocate memory|Cannot allocate memory|MemoryError\b"
@@ -52,7 +52,7 @@ def outcome_of(ended: Ended, timeout_s: float) -> Outcome:
         return Outcome("ran")
     said = (*lines, f"ended with exit code {ended.exit_code}")
     if NO_MEMORY.search(ended.output):
-        return Outcome("out of memory", said)
+        return Outcome("out-of-memory", said)
     return Outcome("killed" if ended.exit_code < 0 or SIGNALLED.search(ended.output) else "crashed", said)
 
 

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from advisor.errors import SpecError
 from advisor.validation.accuracy import Case, Comparison, Score, score
 from advisor.validation.measured import Measured
-from advisor.validation.outcome import OUTCOMES
 from advisor.validation.record import Record
 from advisor.validation.store import own, own_path, shipped
 
@@ -56,9 +54,7 @@ def read_records(
     device: str | None = None,
 ) -> Records:
     """This user's records, those of the package, or both: of one *strategy* or *outcome*, by a part of the names of
-    *model* and *device*. Raises SpecError for an outcome that there is not."""
-    if outcome is not None and outcome not in OUTCOMES:
-        raise SpecError(f"--outcome must be one of {', '.join(OUTCOMES)}, got {outcome!r}")
+    *model* and *device*."""
     found, warnings = own(own_path()) if whose != "shipped" else ([], [])
     if whose != "own":
         found = [*shipped(), *found]

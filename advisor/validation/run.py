@@ -14,7 +14,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -65,11 +65,8 @@ class Finished:
     """What the launcher was given."""
     ranks: tuple[Mapping[str, Any], ...] = ()
     """What each rank wrote; none unless the run ended well."""
-
-    @property
-    def measured(self) -> tuple[Measured, ...]:
-        """What each rank measured."""
-        return tuple(from_plain(Measured, rank["measured"]) for rank in self.ranks)
+    measured: tuple[Measured, ...] = ()
+    """What each rank measured."""
 
 
 def launcher_of(plan: Plan) -> Launcher:
@@ -115,14 +112,15 @@ def start(ask: Ask, look: Callable[[float, int], None] = lambda elapsed_s, step:
             lambda elapsed_s: look(elapsed_s, _step(folder)),
         )
         outcome = outcome_of(ended, ask.timeout_s)
-        ranks: tuple[Mapping[str, Any], ...] = ()
-        if outcome.ran:
-            try:
-                ranks = _ranks(folder, ask.plan)
-                check_ran(ranks, ask.job, ask.plan)
-            except RunError as error:
-                outcome, ranks = Outcome("other run", (*last_lines(ended.output), str(error))), ()
-    return Finished(outcome=outcome, seconds=ended.seconds, files=files, ranks=ranks)
+        finished = Finished(outcome=outcome, seconds=ended.seconds, files=files)
+        if not outcome.ran:
+            return finished
+        try:
+            ranks = _ranks(folder, ask.plan)
+            check_ran(ranks, ask.job, ask.plan)
+        except RunError as error:
+            return replace(finished, outcome=Outcome("other-run", (*last_lines(ended.output), str(error))))
+    return replace(finished, ranks=ranks, measured=tuple(from_plain(Measured, each["measured"]) for each in ranks))
 
 
 def _write_inputs(folder: Path, ask: Ask) -> tuple[LaunchFile, ...]:
@@ -197,6 +195,10 @@ def _ranks(folder: Path, plan: Plan) -> tuple[Mapping[str, Any], ...]:
             raise RunError(f"rank {rank} of {plan.gpus} ended without a record") from error
         except ValueError as error:
             raise RunError(f"what rank {rank} of {plan.gpus} wrote is no JSON") from error
+        try:
+            from_plain(Measured, found[-1]["measured"])
+        except (KeyError, TypeError) as error:
+            raise RunError(f"rank {rank} of {plan.gpus} wrote no measurement: {error!r}") from error
     return tuple(found)
 
 

@@ -96,33 +96,28 @@ def twin_of(
     config: Mapping[str, Any],
     model: ModelSpec,
     parameters: int = TWIN_PARAMETERS,
-    fits: Callable[[ModelSpec], bool] = lambda model: True,
+    fits: Callable[[Twin], bool] = lambda twin: True,
 ) -> Twin:
     """The largest twin of *model* with at most so many *parameters* that *fits*, or the smallest that there is.
 
     A model that is small enough is its own. Raises ConfigError where transformers does not know the family.
     """
-    if model.parameter_count <= parameters and fits(model):
-        return Twin(config, model, (), 1.0, 1.0)
-    smallest: tuple[dict[str, Any], ModelSpec, int, int] | None = None
+    itself = Twin(config, model, (), 1.0, 1.0)
+    if model.parameter_count <= parameters and fits(itself):
+        return itself
+    twin: Twin | None = None
     for cut, heads, all_heads in _narrower(config):
         try:
             found = model_from_config(cut, f"{model.name} twin", "a twin's configuration")
         except AdvisorError:  # not every family lets itself be cut to every width
             continue
-        smallest = cut, found, heads, all_heads
-        if found.parameter_count <= parameters and fits(found):
+        share = found.parameter_count / model.parameter_count
+        twin = Twin(cut, found, _cuts(model, found, heads, all_heads), share, heads / all_heads)
+        if found.parameter_count <= parameters and fits(twin):
             break
-    if smallest is None:
+    if twin is None:
         raise ConfigError(f"no small twin of {model.name} can be made; give a smaller model's config.json")
-    kept, found, heads, all_heads = smallest
-    return Twin(
-        kept,
-        found,
-        _cuts(model, found, heads, all_heads),
-        found.parameter_count / model.parameter_count,
-        heads / all_heads,
-    )
+    return twin
 
 
 def _narrower(config: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], int, int]]:

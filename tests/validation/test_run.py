@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from advisor.cli.main import cli
 from advisor.errors import RunError
 from advisor.specs.job import Job
 from advisor.specs.plan import Plan, Strategy, zero_settings
-from advisor.validation.accuracy import Case, beside
-from advisor.validation.run import Launcher, check_ran, run
+from advisor.validation.accuracy import Case
+from advisor.validation.recorded import read_records
+from advisor.validation.run import check_ran, run
 
 for package in ("torch", "transformers", "accelerate", "psutil"):
     pytest.importorskip(package)
@@ -26,8 +30,6 @@ QWEN2 = {
     "vocab_size": 4096,
     "tie_word_embeddings": True,
 }
-STATES_ERROR_BYTES = 2**10
-"""Adam's step counters, 4 B a tensor, and the rotary frequencies."""
 PEAK_ERROR = 0.001
 
 
@@ -42,18 +44,31 @@ def case(strategy: Strategy) -> Case:
     return Case("Qwen2", QWEN2, Job(sequence_length=128, global_batch=8), plan)
 
 
-@pytest.mark.parametrize(("strategy", "launcher"), [(Strategy.ZERO2, "deepspeed"), (Strategy.FSDP, "accelerate")])
-def test_what_two_real_ranks_hold_is_predicted(strategy: Strategy, launcher: Launcher) -> None:
-    if launcher == "deepspeed":
-        pytest.importorskip("deepspeed")
-    asked = case(strategy)
+@pytest.mark.parametrize(("strategy", "engine"), [("zero2", "deepspeed"), ("fsdp", "accelerate")])
+def test_two_real_ranks_hold_what_is_predicted(
+    strategy: str, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(engine)
+    monkeypatch.setenv("ADVISOR_RECORDS", str(tmp_path / "records.jsonl"))
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(QWEN2))
+    batch = ("--seq-len", "128", "--global-batch", "8", "--micro-batch", "2", "--grad-accum", "2")
+    how = ("--gpus", "2", "--device", "cpu", "--strategy", strategy, "--bucket-size", "2e6", "--steps", "4")
 
-    traces = run(asked.config, asked.job, asked.plan, launcher)
+    result = CliRunner().invoke(cli, ["validate", "--model", str(config), *batch, *how, "--json"], prog_name="advisor")
 
-    assert len(traces) == 2
-    found = beside(asked.model, asked.job, asked.plan, max(traces, key=lambda trace: trace.peak_bytes))
-    assert abs(found.difference_bytes("between steps")) < STATES_ERROR_BYTES
-    assert abs(found.error("peak")) < PEAK_ERROR
+    assert result.exit_code == 0, result.output
+    (run,) = json.loads(result.stdout)["runs"]
+    counters = {each["counter"]: each for each in run["counters"]}
+    assert run["launcher"] == engine
+    assert run["outcome"] == "ran"
+    assert counters["between steps"]["predicted_bytes"] == counters["between steps"]["measured_bytes"]
+    assert abs(counters["peak"]["error"]) < PEAK_ERROR
+    assert [len(steps) for steps in run["step_s"]] == [2, 2]
+    assert run["tokens_per_s"] > 0
+    assert all(2**27 < size < 2**31 for size in run["host_peak_bytes"])
+    (record,) = read_records().records
+    assert record.comparison().error() == counters["peak"]["error"]
 
 
 def test_a_run_that_takes_too_long_is_ended_with_all_its_processes() -> None:
