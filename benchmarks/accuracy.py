@@ -26,7 +26,7 @@ from cases import deepspeed, gloo, one_rank, sharded
 from advisor.catalog.profiles import profiles_folder
 from advisor.errors import AdvisorError
 from advisor.validation.accuracy import Case, Score, compare, counted, score, summary, table
-from advisor.validation.deepspeed_rank import trace_ranks
+from advisor.validation.emulate import trace_ranks
 from advisor.validation.record import Record, read, versions, write
 from advisor.validation.run import Launcher, run
 

@@ -11,10 +11,13 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import _disable_current_modes
 
 from advisor.launch.train import checkpointing_contexts
 from advisor.launch.train import fuse_loss as fuse_loss_on_gpu
@@ -101,15 +104,31 @@ def use_collectives_of_torch() -> None:
     backend.build_shm_op = lambda: None
 
 
+def leave_out_cpu_adam() -> None:
+    """Spare a compiler: DeepSpeedCPUAdam's kernel works in place, and takes and frees nothing.
+
+    ops/adam/cpu_adam.py makes the moments, and asks which processor this is for a warning alone.
+    """
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    def nothing(*_: object) -> None:
+        """Updates no weights."""
+
+    kernel = SimpleNamespace(create_adam=nothing, adam_update=nothing, destroy_adam=nothing)
+    CPUAdamBuilder.load = lambda self, verbose=True: kernel
+    processor: Any = import_module("cpuinfo")
+    processor.get_cpu_info = dict
+
+
 def by_torch(model: Any, job: Job, plan: Plan, device: torch.device) -> Engine:
     """DistributedDataParallel, FSDP2 set up as accelerate does, or for one GPU alone nothing, in a plain loop."""
     if not distributed.is_initialized():
         distributed.init_process_group(BACKENDS[device.type])
     wrapper, sharded = model, plan.strategy.is_fsdp
     if sharded:
-        from torch.distributed.device_mesh import init_device_mesh
-
-        fully_sharded(model, init_device_mesh(device.type, (int(plan.gpus),)), job, plan)
+        with _disable_current_modes():  # the mesh's own list of ranks lies on the host, and is not counted
+            mesh = init_device_mesh(device.type, (int(plan.gpus),))
+        fully_sharded(model, mesh, job, plan)
     elif distributed.get_backend() == "fake":
         wrapper = data_parallel_emulated(model)
     elif int(plan.gpus) > 1:

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 
 from advisor.errors import SpecError
+from advisor.specs.job import Job
+from advisor.specs.plan import Plan
 from advisor.validation.engines import Engine
 from advisor.validation.measured import STEPS, WARM_UP_STEPS, Measured
 from advisor.validation.meter import Meter
+from advisor.validation.record import plain, versions
 from advisor.validation.trace import Trace
 
 
@@ -60,6 +63,25 @@ def _optimizer_step(meter: Meter, engine: Engine, ids: torch.Tensor, micro_steps
                 engine.update(last)
             meter.leave_out_step_counters(getattr(engine.optimizer, "optimizer", engine.optimizer))
     meter.end_step()
+
+
+def random_tokens(vocabulary: int, job: Job, plan: Plan, rank: int) -> torch.Tensor:
+    """A micro-batch of token ids, others on every rank."""
+    generator = torch.Generator().manual_seed(rank)
+    return torch.randint(vocabulary, (int(plan.micro_batch), job.sequence_length), generator=generator)
+
+
+def record_of(measured: Measured, losses: list[float], engine: Engine, ranks: int) -> dict[str, Any]:
+    """What a rank tells of its run, as JSON holds it. *ranks* have answered."""
+    return {
+        "ranks": ranks,
+        "engine": engine.name,
+        "optimizer": type(engine.optimizer).__name__,
+        "losses": losses,
+        "trace": plain(trace_of(measured, engine)),
+        "measured": plain(measured),
+        "versions": versions(),
+    }
 
 
 def trace_of(measured: Measured, engine: Engine) -> Trace:

@@ -176,7 +176,7 @@ def _trace_here(question: Question, job: Job, plan: Plan, trust_remote_code: boo
 
 
 def _trace_deepspeed(question: Question, job: Job, plan: Plan, rank: int) -> Trace:
-    from advisor.validation.deepspeed_rank import trace_ranks
+    from advisor.validation.emulate import trace_ranks
 
     (found,) = trace_ranks([(question.config, job, plan, rank)])
     return found

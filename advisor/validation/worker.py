@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,19 @@ import torch.distributed as distributed
 
 from advisor.specs.job import Job
 from advisor.specs.plan import Plan
-from advisor.validation.deepspeed_rank import leave_out_cpu_adam
 from advisor.validation.engines import (
     Engine,
     built_model,
     by_deepspeed,
     by_torch,
+    leave_out_cpu_adam,
     optimizer_of,
     use_collectives_of_torch,
 )
-from advisor.validation.loop import trace_of, train
+from advisor.validation.loop import random_tokens, record_of, train
 from advisor.validation.measured import STEPS
 from advisor.validation.meter import meter_of
-from advisor.validation.record import from_plain, plain, versions
+from advisor.validation.record import from_plain
 
 GLOO_THREAD_S = 0.003
 """Sleep in which a gloo thread gets its turn."""
@@ -124,12 +125,6 @@ def give_way_to_gloo() -> None:
     work.wait = wait_and_give_way
 
 
-def _tokens(vocabulary: int, job: Job, plan: Plan) -> torch.Tensor:
-    """Random ones, others on every rank."""
-    generator = torch.Generator().manual_seed(distributed.get_rank())
-    return torch.randint(vocabulary, (int(plan.micro_batch), job.sequence_length), generator=generator)
-
-
 def _device(name: str) -> torch.device:
     """This rank's own: the launcher numbers the ranks of a machine."""
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if name == "cuda" else torch.device("cpu")
@@ -141,13 +136,23 @@ def write(path: Path, held: object) -> None:
     path.with_suffix(".part").replace(path)
 
 
+def end_with(timeout_s: float) -> None:
+    """End this rank some time after its run should have, even where nobody is left to do so."""
+    signal.alarm(int(timeout_s) + 10)
+
+
+def progress_in(folder: Path, rank: int, steps: int) -> Callable[[int], None]:
+    """What keeps ``progress<N>.json`` up to date."""
+    return lambda done: write(folder / f"progress{rank}.json", {"step": done, "steps": steps})
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     config = json.loads((folder / "config.json").read_text())
     request = json.loads((folder / "request.json").read_text())
     job, plan = from_plain(Job, request["job"]), from_plain(Plan, request["plan"])
-    steps, rank = int(request.get("steps", STEPS)), os.environ["RANK"]
-    signal.alarm(int(request["timeout_s"]) + 10)  # ends this rank even where nobody is left to end it
+    steps, rank = int(request.get("steps", STEPS)), int(os.environ["RANK"])
+    end_with(float(request["timeout_s"]))
     device = _device(request.get("device", "cpu"))
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -161,28 +166,12 @@ def main() -> None:
         engine = ways[request["launcher"]](model, job, plan, folder, device)
         del model
         meter.built()
-        ids = _tokens(vocabulary, job, plan).to(device)
-        progress = folder / f"progress{rank}.json"
-        measured, losses = train(
-            meter,
-            engine,
-            ids,
-            int(plan.accumulation_steps),
-            steps,
-            lambda done: write(progress, {"step": done, "steps": steps}),
-        )
+        ids = random_tokens(vocabulary, job, plan, distributed.get_rank()).to(device)
+        progress = progress_in(folder, rank, steps)
+        measured, losses = train(meter, engine, ids, int(plan.accumulation_steps), steps, progress)
     answered = torch.ones((), device=device)
     distributed.all_reduce(answered)
-    record = {
-        "ranks": int(answered),
-        "engine": engine.name,
-        "optimizer": type(engine.optimizer).__name__,
-        "losses": losses,
-        "trace": plain(trace_of(measured, engine)),
-        "measured": plain(measured),
-        "versions": versions(),
-    }
-    write(folder / f"rank{distributed.get_rank()}.json", record)
+    write(folder / f"rank{rank}.json", record_of(measured, losses, engine, int(answered)))
     distributed.barrier()
     # gloo's threads can outlive the group and abort the interpreter on its way out.
     sys.stdout.flush()

@@ -1,6 +1,6 @@
 """DeepSpeed cases drawn at random: small models of several families, ranks, buckets and micro-steps.
 
-Truth: real DeepSpeed on real tensors, one rank at a time (``advisor/validation/deepspeed_rank.py``). Counter: bytes of
+Truth: real DeepSpeed on real tensors, one rank at a time (``advisor/validation/emulate.py``). Counter: bytes of
 live storages. The model of the step was made without looking at the outcome of any seed above 99.
 """
 
