@@ -58,6 +58,13 @@ INTERRUPTED = 130
     show_default=True,
     help="When a run is given up.",
 )
+@option(
+    "The runs",
+    "--emulate-ranks",
+    type=click.IntRange(min=1),
+    metavar="GPUS",
+    help="In place of --gpus: be one rank of so many on one device, the others not there. Memory alone.",
+)
 @option("The runs", "--resume", is_flag=True, help="Do not run again what these versions ran before.")
 @form_options
 @click.pass_context
@@ -110,6 +117,8 @@ def _progress() -> Iterator[Callable[[Moment], None]]:
 
         def watch(moment: Moment) -> None:
             if moment.number not in tasks:
+                for earlier in tasks.values():
+                    progress.update(earlier, said="done")
                 title = f"Plan {moment.number} of {moment.plans}: {moment.title}"
                 tasks[moment.number] = progress.add_task(title, total=moment.steps, said="")
             said = f"step {moment.step} of {moment.steps}, {moment.elapsed_s:.0f} s"

@@ -14,6 +14,8 @@ from advisor.report.tables import INDENT, Column, faint, fitting, natural_width,
 from advisor.report.trace import signed_percent
 from advisor.validation.accuracy import COUNTERS, Comparison, Counter
 from advisor.validation.campaign import Check, Validation
+from advisor.validation.measured import Measured
+from advisor.validation.planned import title_of
 from advisor.validation.recorded import tokens_per_s
 
 MIB = 2**20
@@ -43,7 +45,7 @@ def validation_report(found: Validation, *, width: int) -> list[RenderableType]:
     ]
     for check in found.checks:
         if check.comparison:
-            title = f"{_title(check)}: bytes of rank {check.record.case.rank}, which holds most"
+            title = f"{_title(check)}: bytes of rank {check.record.case.rank}, the fullest"
             parts += section(title, _phases(check.comparison, width))
         else:
             lines = check.record.outcome.last_lines or ("It said nothing.",)
@@ -80,13 +82,14 @@ def _cuts(check: Check) -> Sequence[str]:
 
 def _title(check: Check) -> str:
     run = check.record.execution
-    return f"{check.record.case.plan.title} by {run.launcher}" if run else check.record.truth
+    return title_of(check.record.case.plan, run.launcher) if run else check.record.truth
 
 
 def _plans(checks: Sequence[Check], width: int) -> RenderableType:
     ranks = [check.record.execution.ranks if check.record.execution else () for check in checks]
-    speeds = [tokens_per_s(each) for each in ranks]
-    steps = [max((rank.median_step_s for rank in each), default=None) for each in ranks]
+    timed = [_timed(check) for check in checks]
+    speeds = [tokens_per_s(each) for each in timed]
+    steps = [max((rank.median_step_s for rank in each), default=None) for each in timed]
     expected = [check.predicted_step_s for check in checks]
     hosts = [max((rank.host_peak_bytes for rank in each), default=None) for each in ranks]
     columns = [
@@ -104,6 +107,12 @@ def _plans(checks: Sequence[Check], width: int) -> RenderableType:
     ]
     kept, _ = fitting(columns, width - INDENT)
     return table_of(kept)
+
+
+def _timed(check: Check) -> Sequence[Measured]:
+    """The ranks whose times mean something: an emulated one waits for nobody."""
+    ranks = check.record.execution.ranks if check.record.execution else ()
+    return ranks if len(ranks) == int(check.record.case.plan.gpus) else ()
 
 
 def _outcome(check: Check) -> str:
@@ -183,8 +192,8 @@ def _run(check: Check) -> Json:
         "rank": record.case.rank,
         "counters": [_counter(check.comparison, counter) for counter in _known(check.comparison)],
         "predicted_step_s": check.predicted_step_s,
-        "step_s": [list(rank.step_s) for rank in ranks],
-        "tokens_per_s": tokens_per_s(ranks),
+        "step_s": [list(rank.step_s) for rank in _timed(check)],
+        "tokens_per_s": tokens_per_s(_timed(check)),
         "host_peak_bytes": [rank.host_peak_bytes for rank in ranks],
     }
 

@@ -103,6 +103,7 @@ def validate(
     timeout_s: float = TIMEOUT_S,
     resume: bool = False,
     twin_parameters: int = TWIN_PARAMETERS,
+    emulate_ranks: int | None = None,
     watch: Callable[[Moment], None] = lambda moment: None,
     **words: Unpack[PlanWords],
 ) -> Validation:
@@ -111,9 +112,11 @@ def validate(
     Each runs for *steps* optimizer steps, two of them the warm-up, through *launcher*, or DeepSpeed's, accelerate's or
     torchrun as its strategy asks, on *device*: the GPUs if there are any, else a twin of at most *twin_parameters* on
     the CPU. However a run ends within *timeout_s* is recorded; with *resume*, plans that were recorded before by the
-    same versions are taken from there. *watch* is told a few times a second where things are. Needs the extra ``run``.
-    Raises NothingFitsError where the search finds no plan, ConfigError where this machine is too small, SpecError for
-    words that contradict each other or what can be run.
+    same versions are taken from there. With *emulate_ranks*, one process is one rank of a plan for so many GPUs, the
+    others not there, which measures memory alone. *watch* is told a few times a second where things are.
+
+    Needs the extra ``run``. Raises NothingFitsError where the search finds no plan, ConfigError where this machine is
+    too small, SpecError for words that contradict each other or what can be run.
     """
     needs_torch("advisor validate")
     if steps <= WARM_UP_STEPS:
@@ -125,6 +128,7 @@ def validate(
         launcher=launcher,
         device=device,
         twin_parameters=twin_parameters,
+        emulate_ranks=emulate_ranks,
         words=words,
     )
     path = own_path()
@@ -147,9 +151,16 @@ def _checked(campaign: Planned, run: PlannedRun, record: Record, resumed: bool) 
     return Check(
         record=record,
         comparison=record.comparison() if record.true else None,
-        predicted_step_s=price(campaign.question, run.plan).time.step_s if campaign.device == "cuda" else None,
+        predicted_step_s=_step_s(campaign, run),
         resumed=resumed,
     )
+
+
+def _step_s(campaign: Planned, run: PlannedRun) -> float | None:
+    """What is predicted of the GPUs that the plan runs on: of none where they are a CPU, or all but one not there."""
+    if campaign.device == "cpu" or (run.launcher == "emulated" and int(run.plan.gpus) > 1):
+        return None
+    return price(campaign.question, run.plan).time.step_s
 
 
 def _made(
@@ -163,6 +174,7 @@ def _made(
         plan=case.plan,
         launcher=run.launcher,
         device=campaign.device,
+        rank=run.rank,
         gpu=gpu,
         steps=steps,
         timeout_s=timeout_s,
@@ -170,11 +182,11 @@ def _made(
     started = datetime.now(timezone.utc)
     finished = start(ask, watcher)
     measured = finished.measured
-    fullest = max(range(len(measured)), key=lambda rank: measured[rank].peak_allocated_bytes, default=None)
+    fullest = max(range(len(measured)), key=lambda each: measured[each].peak_allocated_bytes, default=None)
     device = measured[0].device if measured else "cpu" if campaign.device == "cpu" else gpu
     return Record(
         truth=truth_of(case.plan, run.launcher, device),
-        case=replace(case, rank=fullest),
+        case=case if fullest is None else replace(case, rank=run.rank or fullest),
         true={} if fullest is None else measured_bytes(measured[fullest]),
         versions=versions(),
         execution=Execution(
@@ -197,6 +209,8 @@ def truth_of(plan: Plan, launcher: Launcher, device: str) -> str:
     """The group under which a real run's accuracy is given."""
     strategy = plan.strategy
     framework = "DeepSpeed" if strategy.zero_stage is not None else strategy.value.split("-")[0].upper()
+    if launcher == "emulated":
+        return f"One rank emulated on {device}, {framework}"
     return f"Real ranks on {'gloo' if device == 'cpu' else device}, {framework} by {launcher}"
 
 

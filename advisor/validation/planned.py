@@ -19,6 +19,7 @@ from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
 from advisor.specs.plan import Plan, Strategy
 from advisor.specs.question import Question
+from advisor.step.build import build
 from advisor.validation.accuracy import Case, predicted
 from advisor.validation.room import available_bytes, refuse_too_large
 from advisor.validation.run import Device, Launcher
@@ -41,10 +42,12 @@ class PlannedRun:
     launcher: Launcher
     cuts: tuple[str, ...]
     """What was cut of the model, the job and the plan."""
+    rank: int
+    """Which rank is emulated: the one that should hold most; 0 where all are there."""
 
     @property
     def title(self) -> str:
-        return f"{self.plan.title} by {self.launcher}"
+        return title_of(self.plan, self.launcher)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,26 +71,43 @@ def planned(
     launcher: Launcher | None,
     device: Device | None,
     twin_parameters: int,
+    emulate_ranks: int | None,
     words: Mapping[str, Any],
 ) -> Planned:
     """What the words of :func:`advisor.validation.campaign.validate` mean on this machine."""
+    if emulate_ranks is not None:
+        if launcher or words.get("gpus") not in (None, emulate_ranks):
+            raise SpecError("--emulate-ranks is the number of GPUs, and launches nothing: drop --gpus and --launcher")
+        words, launcher = {**words, "gpus": emulate_ranks}, "emulated"
     question, plans = _plans(model, strategy, top, words)
-    chosen = _device(device, question.cluster.gpus)
+    chosen = _device(device, question.cluster.gpus if emulate_ranks is None else 1)
     launchers = [launcher or usual_launcher(plan) for plan in plans]
     _refuse_what_cannot_run(question, plans, chosen)
     for plan, how in zip(plans, launchers, strict=True):
         _refuse_launcher(plan, how)
-    twin, cases = _cases(question, plans, chosen, twin_parameters)
+    twin, cases = _cases(question, plans, chosen, twin_parameters, emulates=emulate_ranks is not None)
     return Planned(
         question=question,
         device=chosen,
         twin=twin,
         runs=tuple(
-            PlannedRun(plan=plan, case=case, launcher=how, cuts=_cuts(question.job, plan, case, twin))
+            PlannedRun(
+                plan=plan,
+                case=case,
+                launcher=how,
+                cuts=_cuts(question.job, plan, case, twin),
+                rank=int(build(case.model, case.job, case.plan).rank) if how == "emulated" else 0,
+            )
             for plan, case, how in zip(plans, cases, launchers, strict=True)
         ),
         warnings=(*question.warnings, *_notes(question, plans, chosen)),
     )
+
+
+def title_of(plan: Plan, launcher: str) -> str:
+    """A plan and what starts it, as people read it."""
+    how = f"as one rank of {plan.gpus}" if launcher == "emulated" else f"by {launcher}"
+    return f"{plan.title} {how}"
 
 
 def _cuts(job: Job, plan: Plan, case: Case, twin: Twin | None) -> tuple[str, ...]:
@@ -139,6 +159,8 @@ def _refuse_what_cannot_run(question: Question, plans: Sequence[Plan], device: D
         raise SpecError(f"{question.model.name} is no causal model, and only those are run for validation")
     if question.job.padded:
         raise SpecError("padded batches are not run for validation: drop --padded")
+    if any(plan.strategy.is_fsdp and plan.fsdp.version == 1 for plan in plans):
+        raise SpecError("FSDP version 1 is not run for validation; `advisor trace` counts its bytes")
     if any(plan.swaps for plan in plans):
         raise SpecError("plans on NVMe are not run for validation; `advisor trace` counts their bytes")
     if question.cluster.nodes > 1 and device == "cuda":
@@ -159,18 +181,19 @@ def _refuse_launcher(plan: Plan, launcher: Launcher) -> None:
 
 
 def _cases(
-    question: Question, plans: Sequence[Plan], device: Device, parameters: int
+    question: Question, plans: Sequence[Plan], device: Device, parameters: int, *, emulates: bool
 ) -> tuple[Twin | None, list[Case]]:
     """What is run for each plan, and on a CPU what stands for the model."""
     model, job = question.model, question.job
     if device == "cuda":
         return None, [Case(model.name, question.config, job, plan) for plan in plans]
-    ranks = min(question.cluster.gpus, MOST_CPU_RANKS)
+    ranks = question.cluster.gpus if emulates else min(question.cluster.gpus, MOST_CPU_RANKS)
+    processes = 1 if emulates else ranks
     available = available_bytes()
 
     def needs(found: Twin, plan: Plan) -> dict[str, int]:
         own_plan = found.plan(plan, ranks)
-        return _needed(found.model, found.job(job, own_plan), own_plan)
+        return _needed(found.model, found.job(job, own_plan), own_plan, processes)
 
     def fits(found: Twin) -> bool:
         return available is None or all(sum(needs(found, plan).values()) <= available for plan in plans)
@@ -180,7 +203,7 @@ def _cases(
     for plan in plans:
         own_plan = twin.plan(plan, ranks)
         refuse_too_large(
-            f"{plan.title} on {ranks} ranks of this machine's CPU is too large, with {twin.model.name}",
+            f"{plan.title} of {twin.model.name} is too large for this machine's CPU",
             needs(twin, plan),
             "take fewer --gpus, or a smaller --twin",
         )
@@ -188,15 +211,15 @@ def _cases(
     return twin, cases
 
 
-def _needed(model: ModelSpec, job: Job, plan: Plan) -> dict[str, int]:
-    """Bytes of this machine's memory that all ranks take, by what they are for."""
+def _needed(model: ModelSpec, job: Job, plan: Plan, processes: int) -> dict[str, int]:
+    """Bytes of this machine's memory that so many ranks take, by what they are for."""
     bytes_by_counter = predicted(model, job, plan)
-    ranks, states = int(plan.gpus), bytes_by_counter["between steps"]
+    states = bytes_by_counter["between steps"]
     return {
-        f"{ranks} processes": ranks * PROCESS_BYTES,
-        "weights while they are built": ranks * model.parameter_count * job.parameter_bytes,
-        "states": ranks * states,
-        "a step": ranks * (bytes_by_counter["peak"] - states),
+        f"{processes} process{'es' if processes > 1 else ''}": processes * PROCESS_BYTES,
+        "weights while they are built": processes * model.parameter_count * job.parameter_bytes,
+        "states": processes * states,
+        "a step": processes * (bytes_by_counter["peak"] - states),
     }
 
 

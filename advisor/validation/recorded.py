@@ -72,6 +72,7 @@ def read_records(
 def _row(record: Record) -> dict[str, str | int | float | None]:
     case, run, compared = record.case, record.execution, record.comparison() if record.true else None
     plan, ranks = case.plan, record.execution.ranks if record.execution else ()
+    timed = ranks if len(ranks) == int(plan.gpus) else ()  # an emulated rank waits for nobody
     return {
         "id": run.id if run else None,
         "started": run.started if run else None,
@@ -97,8 +98,8 @@ def _row(record: Record) -> dict[str, str | int | float | None]:
         "peak_error": compared.error() if compared else None,
         "peak_reserved_bytes": record.true.get("peak reserved"),
         "device_used_bytes": record.true.get("device used"),
-        "step_s": max((rank.median_step_s for rank in ranks), default=None),
-        "tokens_per_s": tokens_per_s(ranks),
+        "step_s": max((rank.median_step_s for rank in timed), default=None),
+        "tokens_per_s": tokens_per_s(timed),
         "host_peak_bytes": max((rank.host_peak_bytes for rank in ranks), default=None),
     }
 

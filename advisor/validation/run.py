@@ -33,10 +33,12 @@ from advisor.validation.record import from_plain, plain
 if TYPE_CHECKING:
     from advisor.validation.trace import Trace
 
-Launcher = Literal["deepspeed", "torchrun", "accelerate"]
+Launcher = Literal["deepspeed", "torchrun", "accelerate", "emulated"]
+"""``emulated`` launches nothing: one process is one rank, and the others are not there."""
 Device = Literal["cpu", "cuda"]
 
 WORKER = "advisor.validation.worker"
+EMULATED = "advisor.validation.emulate"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +51,8 @@ class Ask:
     plan: Plan
     launcher: Launcher
     device: Device = "cpu"
+    rank: int = 0
+    """Which rank an emulated run is."""
     gpu: str | None = None
     """Name of the GPU for which the files are written; of it only the number goes into them."""
     steps: int = STEPS
@@ -109,15 +113,15 @@ def start(ask: Ask, look: Callable[[float, int], None] = lambda elapsed_s, step:
             _environment(ask),
             folder,
             ask.timeout_s,
-            lambda elapsed_s: look(elapsed_s, _step(folder)),
+            lambda elapsed_s: look(elapsed_s, _step(folder, ask.rank)),
         )
         outcome = outcome_of(ended, ask.timeout_s)
         finished = Finished(outcome=outcome, seconds=ended.seconds, files=files)
         if not outcome.ran:
             return finished
         try:
-            ranks = _ranks(folder, ask.plan)
-            check_ran(ranks, ask.job, ask.plan)
+            ranks = _ranks(folder, ask)
+            check_ran(ranks, ask.job, ask.plan, ask.launcher == "emulated")
         except RunError as error:
             return replace(finished, outcome=Outcome("other-run", (*last_lines(ended.output), str(error))))
     return replace(finished, ranks=ranks, measured=tuple(from_plain(Measured, each["measured"]) for each in ranks))
@@ -129,7 +133,8 @@ def _write_inputs(folder: Path, ask: Ask) -> tuple[LaunchFile, ...]:
     config = folder / "config.json"
     config.write_text(json.dumps(dict(ask.config)))
     request = {"job": plain(job), "plan": plain(plan), "launcher": ask.launcher, "timeout_s": ask.timeout_s}
-    (folder / "request.json").write_text(json.dumps(request | {"device": ask.device, "steps": ask.steps}))
+    how = {"device": ask.device, "steps": ask.steps, "rank": ask.rank}
+    (folder / "request.json").write_text(json.dumps(request | how))
     question = resolve(str(config), gpus=int(plan.gpus), gpu=ask.gpu or DEFAULT_GPU)
     launch = render(question.model, job, plan, question.cluster, weights_from=config.name)
     write(launch, folder)
@@ -140,6 +145,8 @@ def _write_inputs(folder: Path, ask: Ask) -> tuple[LaunchFile, ...]:
 
 def _command(folder: Path, ask: Ask) -> list[str]:
     """The launcher's own program, and what its documentation gives it."""
+    if ask.launcher == "emulated":
+        return [sys.executable, "-m", EMULATED, str(folder)]
     ranks, port, yaml = str(ask.plan.gpus), _free_port(), str(folder / "accelerate.yaml")
     starts = {
         "deepspeed": f"deepspeed.launcher.runner --num_gpus {ranks} --master_port {port} --no_local_rank --module",
@@ -177,18 +184,18 @@ def _environment(ask: Ask) -> dict[str, str]:
     return environment
 
 
-def _step(folder: Path) -> int:
-    """Optimizer steps that rank 0 has made."""
+def _step(folder: Path, rank: int) -> int:
+    """Optimizer steps that *rank* has made."""
     try:
-        return int(json.loads((folder / "progress0.json").read_text())["step"])
+        return int(json.loads((folder / f"progress{rank}.json").read_text())["step"])
     except (OSError, ValueError, KeyError, TypeError):  # it has not begun, or wrote something else
         return 0
 
 
-def _ranks(folder: Path, plan: Plan) -> tuple[Mapping[str, Any], ...]:
-    """What each rank wrote."""
-    found = []
-    for rank in range(int(plan.gpus)):
+def _ranks(folder: Path, ask: Ask) -> tuple[Mapping[str, Any], ...]:
+    """What each rank wrote that there was."""
+    found, plan = [], ask.plan
+    for rank in [ask.rank] if ask.launcher == "emulated" else range(int(plan.gpus)):
         try:
             found.append(json.loads((folder / f"rank{rank}.json").read_text()))
         except OSError as error:
@@ -202,18 +209,18 @@ def _ranks(folder: Path, plan: Plan) -> tuple[Mapping[str, Any], ...]:
     return tuple(found)
 
 
-def check_ran(records: Sequence[Mapping[str, Any]], job: Job, plan: Plan) -> None:
-    """Refuse a run that was another than the one asked for."""
+def check_ran(records: Sequence[Mapping[str, Any]], job: Job, plan: Plan, emulated: bool = False) -> None:
+    """Refuse a run that was another than the one asked for. An *emulated* rank is alone, and its losses say nothing."""
     engine, optimizer = _classes(job, plan)
     for rank, record in enumerate(records):
         for what, found, expected in (
-            ("ranks that answered", record["ranks"], int(plan.gpus)),
+            ("ranks that answered", record["ranks"], 1 if emulated else int(plan.gpus)),
             ("class around the model", record["engine"], engine),
             ("optimizer", record["optimizer"], optimizer),
         ):
             if expected is not None and found != expected:
                 raise RunError(f"rank {rank} ran something else: {what} {found}, expected {expected}")
-        if not all(math.isfinite(loss) for loss in record["losses"]):
+        if not emulated and not all(math.isfinite(loss) for loss in record["losses"]):
             raise RunError(f"rank {rank} lost its loss: {record['losses']}")
 
 

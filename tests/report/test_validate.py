@@ -65,7 +65,7 @@ FAILED = Check(record=record(Outcome("timeout", ("waiting", "did not end within 
 
 
 def made(*checks: Check) -> Validation:
-    run = PlannedRun(plan=PLAN, case=CASE, launcher="deepspeed", cuts=("layers 12 → 2",))
+    run = PlannedRun(plan=PLAN, case=CASE, launcher="deepspeed", cuts=("layers 12 → 2",), rank=0)
     twin = Twin({}, QUESTION.model, ("layers 12 → 2",), 0.1, 0.3)
     planned = Planned(question=QUESTION, device="cpu", twin=twin, runs=(run,) * len(checks), warnings=("mind",))
     return Validation(planned=planned, checks=checks, records=Path("records.jsonl"))

@@ -71,6 +71,27 @@ def test_two_real_ranks_hold_what_is_predicted(
     assert record.comparison().error() == counters["peak"]["error"]
 
 
+@pytest.mark.parametrize("strategy", ["zero2", "fsdp"])
+def test_one_rank_of_eight_is_emulated_as_predicted(
+    strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv("ADVISOR_RECORDS", str(tmp_path / "records.jsonl"))
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(QWEN2))
+    how = ("--device", "cpu", "--emulate-ranks", "8", "--strategy", strategy, "--steps", "3", "--json")
+
+    result = CliRunner().invoke(cli, ["validate", "--model", str(config), *how], prog_name="advisor")
+
+    assert result.exit_code == 0, result.output
+    (run,) = json.loads(result.stdout)["runs"]
+    counters = {each["counter"]: each for each in run["counters"]}
+    assert run["plan"]["gpus"] == 8
+    assert counters["between steps"]["predicted_bytes"] == counters["between steps"]["measured_bytes"]
+    assert abs(counters["peak"]["error"]) < PEAK_ERROR
+    assert run["tokens_per_s"] is None  # one rank of many waits for nobody
+
+
 def test_a_run_that_takes_too_long_is_ended_with_all_its_processes() -> None:
     asked = case(Strategy.DDP)
 
