@@ -26,6 +26,7 @@ from cases import deepspeed, gloo, one_rank, sharded
 from advisor.catalog.profiles import profiles_folder
 from advisor.errors import AdvisorError
 from advisor.validation.accuracy import Case, Score, compare, counted, score, summary, table
+from advisor.validation.campaign import truth_of
 from advisor.validation.emulate import trace_ranks
 from advisor.validation.record import Record, read, versions, write
 from advisor.validation.run import Launcher, run
@@ -87,10 +88,7 @@ def for_real(seed: int, count: int) -> Iterator[Record]:
 def fullest(case: Case, launcher: Launcher) -> Record:
     traces = run(case.config, case.job, case.plan, launcher, timeout_s=TIMEOUT_S)
     found = max(traces, key=lambda each: each.peak_bytes)
-    strategy = case.plan.strategy
-    framework = "DeepSpeed" if strategy.zero_stage is not None else strategy.value.split("-")[0].upper()
-    title = f"Real ranks on gloo, {framework} by {launcher}"
-    return Record(title, case, counted(found), versions())
+    return Record(truth_of(case.plan, launcher, "cpu"), case, counted(found), versions())
 
 
 def failed(case: Case, error: AdvisorError) -> None:

@@ -125,6 +125,23 @@ def give_way_to_gloo() -> None:
     work.wait = wait_and_give_way
 
 
+def reduce_scatter_in_place() -> None:
+    """Let gloo reduce and scatter within the tensor that it is given, as NCCL does.
+
+    Its own way is to all-reduce a copy (ProcessGroupGloo.cpp ``_reduce_scatter_base``), which no GPU holds. DeepSpeed
+    and FSDP2 give a buffer that they drop afterwards, so that what this leaves in it harms nothing.
+    """
+
+    def in_place(output: Any, input: Any, op: Any = distributed.ReduceOp.SUM, group: Any = None, **words: Any) -> Any:
+        work = distributed.all_reduce(input, op, group)
+        rank = distributed.get_rank(group)
+        output.copy_(input.detach().flatten()[rank * output.numel() :][: output.numel()].view_as(output))
+        return work
+
+    collectives: Any = distributed
+    collectives.reduce_scatter_tensor = in_place
+
+
 def _device(name: str) -> torch.device:
     """This rank's own: the launcher numbers the ranks of a machine."""
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if name == "cuda" else torch.device("cpu")
@@ -157,6 +174,7 @@ def main() -> None:
     if device.type == "cpu":
         torch.set_num_threads(1)
         give_way_to_gloo()
+        reduce_scatter_in_place()
         if plan.offload.optimizer:
             leave_out_cpu_adam()
     ways = {"deepspeed": by_file, "torchrun": by_plain_torch, "accelerate": by_accelerate}

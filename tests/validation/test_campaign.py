@@ -86,6 +86,7 @@ def test_a_run_that_ends_well_is_compared_and_recorded(validate: Validate, recor
     result = validate("none", words=("--strategy", "zero2", "--json"))
 
     assert result.exit_code == 0, result.stderr
+    assert result.stderr == "Plan 1 of 1: ZeRO-2 by deepspeed\n"
     found = json.loads(result.stdout)
     (run,) = found["runs"]
     peak = next(each for each in run["counters"] if each["counter"] == "peak")
@@ -137,6 +138,15 @@ def test_a_fault_is_recorded_with_its_last_lines(
     assert all(line.isprintable() and len(line) < 400 for line in recorded.outcome.last_lines)
     assert recorded.true == {}
     assert processes_left(records) == []
+
+
+def test_a_terminal_shows_which_plan_and_step_it_is_at(validate: Validate, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    result = validate("hangs", timeout_s=SHORT_S)
+
+    assert "Plan 1 of 1: ZeRO-2 by deepspeed" in result.stderr
+    assert "step 1 of 8, " in result.stderr
 
 
 def test_a_lock_that_a_killed_compilation_left_is_named(
