@@ -16,7 +16,7 @@ from advisor.cost.estimate import PlanWords, plan_of
 from advisor.errors import ConfigError, NothingFitsError, SpecError
 from advisor.search.recommend import search
 from advisor.specs.job import Job
-from advisor.specs.model import ModelSpec
+from advisor.specs.model import Layer, ModelSpec
 from advisor.specs.plan import Plan, Strategy
 from advisor.specs.question import Question
 from advisor.step.build import build
@@ -237,6 +237,8 @@ def _notes(question: Question, plans: Sequence[Plan], device: Device) -> list[st
     mixes = job.precision != job.parameter_format and any(plan.strategy is Strategy.DDP for plan in plans)
     if mixes and any(getattr(layer, "norm", None) == "layer" for layer in layers):
         notes.append("a CPU computes LayerNorm under autocast otherwise than a GPU: under DDP it saves less")
+    if any(layer.attention.latent for layer in layers if isinstance(layer, Layer)):
+        notes.append("a CPU has no fused attention whose values are narrower than its keys, and saves more without")
     if job.precision == "fp32" and job.attention != "eager":
         notes.append("in fp32 a CPU has another fused attention than a GPU; --attention eager is the same on both")
     return notes

@@ -1,7 +1,7 @@
 """A model's small twin: the same family with fewer layers, narrower, with a smaller vocabulary, for a machine's CPU.
 
-Head sizes, ties, biases, norms and activations stay, and DeepSpeed's buckets shrink with the weights, so that what was
-larger than a bucket still is. What is cut is named. Needs transformers, for what a configuration leaves to it.
+Head sizes, ties, biases, norms and activations stay, and DeepSpeed's buckets shrink with the largest tensor, so that it
+is as large beside them as before. What is cut is named. Needs transformers, for what a configuration leaves to it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Twin:
     cuts: tuple[str, ...]
     """What was cut, each with both sizes; nothing where the model stands for itself."""
     share: float
-    """Its parameters over the model's."""
+    """Elements of its largest tensor over those of the model's."""
     width_share: float
 
     def job(self, job: Job, plan: Plan) -> Job:
@@ -76,7 +76,7 @@ class Twin:
         )
 
     def _buckets(self, zero: ZeroSettings) -> ZeroSettings:
-        """Numbers of elements by the share of the weights that is left; a matrix's by the square of the width's."""
+        """Numbers of elements as the largest tensor shrank, and a layer's matrix's as the square of the width."""
 
         def cut(elements: int, share: float) -> int:
             return max(1, round(elements * share)) if elements else 0
@@ -111,7 +111,7 @@ def twin_of(
             found = model_from_config(cut, f"{model.name} twin", "a twin's configuration")
         except AdvisorError:  # not every family lets itself be cut to every width
             continue
-        share = found.parameter_count / model.parameter_count
+        share = found.largest_parameter.numel / model.largest_parameter.numel
         twin = Twin(cut, found, _cuts(model, found, heads, all_heads), share, heads / all_heads)
         if found.parameter_count <= parameters and fits(twin):
             break

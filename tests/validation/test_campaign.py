@@ -234,6 +234,22 @@ def test_a_model_is_cut_and_that_is_said(validate: Validate) -> None:
     assert record.case.plan.gpus == 4
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--strategy", "zero2", "--offload", "optimizer"), "the kernel of DeepSpeedCPUAdam"),
+        (("--strategy", "zero2", "--precision", "fp32"), "--attention eager is the same on both"),
+        (("--strategy", "ddp", "--model", "gpt2"), "a CPU computes LayerNorm under autocast otherwise"),
+        (("--strategy", "ddp", "--model", "DeepSeek-V2-Lite"), "values are narrower than its keys"),
+    ],
+)
+def test_what_a_cpu_does_otherwise_is_noted(validate: Validate, words: tuple[str, ...], said: str) -> None:
+    result = validate("none", words=words)
+
+    assert result.exit_code == 0, result.stderr
+    assert said in result.stderr
+
+
 def test_what_does_not_fit_this_machine_is_refused_with_the_sum(
     validate: Validate, records: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
