@@ -8,12 +8,13 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from advisor.report.machine import SCHEMA, Json
-from advisor.report.numbers import gib, rate
+from advisor.report.numbers import GIB, gib, rate
 from advisor.report.tables import Column, faint, fitting, list_of, section, table_of
 from advisor.report.trace import signed_percent
 from advisor.validation.accuracy import Score
 from advisor.validation.recorded import Records
 
+MIB = 2**20
 UNKNOWN = "-"
 
 
@@ -38,7 +39,9 @@ def records_report(found: Records, *, width: int) -> list[RenderableType]:
         Column(header="Launcher", cells=texts("launcher"), justify="left", rank=3),
         Column(header="Device", cells=texts("device"), justify="left", rank=1),
         Column(header="Outcome", cells=texts("outcome"), justify="left"),
-        Column(header="Peak", cells=[UNKNOWN if size is None else gib(size) for size in numbers("peak_bytes")], rank=2),
+        Column(
+            header="Peak", cells=[UNKNOWN if size is None else _size(size) for size in numbers("peak_bytes")], rank=2
+        ),
         Column(
             header="Peak\noff by",
             cells=[UNKNOWN if error is None else signed_percent(error) for error in numbers("peak_error")],
@@ -75,6 +78,10 @@ def scores_report(found: Records, *, width: int) -> list[RenderableType]:
         Text(),
         faint("Every counter: --json or --csv. Errors are of the present model, none of it fitted to these records."),
     ]
+
+
+def _size(size_bytes: float) -> str:
+    return gib(size_bytes) if size_bytes >= GIB else f"{size_bytes / MIB:.1f} MiB"
 
 
 def _device(each: Score) -> str:

@@ -15,8 +15,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from advisor.catalog.gpus import find_gpu
 from advisor.cost.estimate import price
-from advisor.errors import SpecError
+from advisor.errors import SpecError, UnknownNameError
 from advisor.specs.job import Job
 from advisor.specs.plan import Plan
 from advisor.tracing.real_model import needs_torch
@@ -183,7 +184,7 @@ def _made(
     finished = start(ask, watcher)
     measured = finished.measured
     fullest = max(range(len(measured)), key=lambda each: measured[each].peak_allocated_bytes, default=None)
-    device = measured[0].device if measured else "cpu" if campaign.device == "cpu" else gpu
+    device = "cpu" if campaign.device == "cpu" else _known_gpu(measured[0].device if measured else gpu, gpu)
     return Record(
         truth=truth_of(case.plan, run.launcher, device),
         case=case if fullest is None else replace(case, rank=run.rank or fullest),
@@ -203,6 +204,14 @@ def _made(
             files={file.name: file.text for file in finished.files if file.name != "train.py"},
         ),
     )
+
+
+def _known_gpu(found: str, planned: str) -> str:
+    """The catalog's name for the GPU *found*, or for one that it does not hold, of that which was *planned* for."""
+    try:
+        return find_gpu(found).name
+    except UnknownNameError:
+        return planned
 
 
 def truth_of(plan: Plan, launcher: Launcher, device: str) -> str:

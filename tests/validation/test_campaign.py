@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from advisor.catalog.detect import Detected
 from advisor.cli.main import cli
-from advisor.validation import processes
+from advisor.validation import campaign, processes
 from advisor.validation import run as running
 from advisor.validation.recorded import read_records
 
@@ -156,10 +156,12 @@ def test_a_lock_that_a_killed_compilation_left_is_named(
     lock.parent.mkdir(parents=True)
     lock.touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(lock.parents[1]))
+    monkeypatch.setattr(campaign, "LOCKS_S", 0.1)
 
     result = validate("waits on a lock", timeout_s=SHORT_S)
 
     assert result.exit_code == 1
+    assert f"DeepSpeed waits on {lock}" in result.stderr  # said while it waits, too
     last_line = read_records().records[-1].outcome.last_lines[-1]
     assert f"DeepSpeed waits on {lock}" in last_line
     assert "no process here holds it" in last_line

@@ -71,15 +71,12 @@ def test_two_real_ranks_hold_what_is_predicted(
     assert record.comparison().error() == counters["peak"]["error"]
 
 
-@pytest.mark.parametrize("strategy", ["zero2", "fsdp"])
-def test_one_rank_of_eight_is_emulated_as_predicted(
-    strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_rank_of_eight_is_emulated_as_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("deepspeed")
     monkeypatch.setenv("ADVISOR_RECORDS", str(tmp_path / "records.jsonl"))
     config = tmp_path / "config.json"
     config.write_text(json.dumps(QWEN2))
-    how = ("--device", "cpu", "--emulate-ranks", "8", "--strategy", strategy, "--steps", "3", "--json")
+    how = ("--device", "cpu", "--emulate-ranks", "8", "--strategy", "zero2", "--steps", "3", "--json")
 
     result = CliRunner().invoke(cli, ["validate", "--model", str(config), *how], prog_name="advisor")
 
