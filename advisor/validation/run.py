@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from advisor.catalog.request import DEFAULT_GPU, resolve
-from advisor.errors import RunError
+from advisor.errors import RunError, WriteError
 from advisor.launch.deepspeed import deepspeed_json
 from advisor.launch.files import LaunchFile, render, write
 from advisor.launch.run_script import ALLOCATOR_SETTING
@@ -129,6 +129,13 @@ def start(ask: Ask, look: Callable[[float, int], None] = lambda elapsed_s, step:
 
 def _write_inputs(folder: Path, ask: Ask) -> tuple[LaunchFile, ...]:
     """The files that a user gets, and beside them what the worker reads; the former are returned."""
+    try:
+        return _written(folder, ask)
+    except OSError as error:
+        raise WriteError(f"cannot write a run's files to {folder}: {error.strerror}; free it, or set TMPDIR") from error
+
+
+def _written(folder: Path, ask: Ask) -> tuple[LaunchFile, ...]:
     job, plan = ask.job, ask.plan
     config = folder / "config.json"
     config.write_text(json.dumps(dict(ask.config)))
