@@ -28,7 +28,7 @@ from advisor.validation.twin import Twin, plan_cuts, twin_of
 MOST_CPU_RANKS = 4
 """Ranks that a machine without GPUs runs, each with a copy of torch."""
 PROCESS_BYTES = 600 * 2**20
-"""What a rank holds beside its tensors: Python, torch, transformers, DeepSpeed."""
+"""What a rank holds beside its tensors: Python, torch 2.13, transformers 5.23, DeepSpeed 0.19.8; up to 490 MiB seen."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

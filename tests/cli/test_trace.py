@@ -97,6 +97,7 @@ def test_without_torch_it_says_what_to_install(tmp_path: Path, run: Run, monkeyp
     ("words", "what"),
     [
         ("trace --model gpt2 --gpus 2 --strategy ddp", "advisor trace"),
+        ("validate --model gpt2 --gpus 2 --strategy ddp", "advisor validate"),
         ("recommend --model gpt2 --gpus 2 --trace", "tracing a model"),
         ("estimate --model gpt2 --gpus 2 --strategy ddp --trace", "tracing a model"),
     ],

@@ -143,7 +143,7 @@ def test_a_fault_is_recorded_with_its_last_lines(
 def test_a_terminal_shows_which_plan_and_step_it_is_at(validate: Validate, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
-    result = validate("hangs", timeout_s=SHORT_S)
+    result = validate("hangs", timeout_s=3)
 
     assert "Plan 1 of 1: ZeRO-2 by deepspeed" in result.stderr
     assert "step 1 of 8, " in result.stderr
@@ -193,9 +193,10 @@ def test_a_rank_that_dies_under_a_real_launcher_ends_the_others(
     assert processes_left(records) == []
 
 
-def interrupt_soon() -> None:
+def interrupt_once_it_runs(records: Path) -> None:
     def interrupt() -> None:
-        time.sleep(1)
+        while not processes_left(records):
+            time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
@@ -203,7 +204,7 @@ def interrupt_soon() -> None:
 
 def test_an_interrupted_campaign_goes_on_where_it_stopped(validate: Validate, records: Path) -> None:
     handler = signal.getsignal(signal.SIGINT)
-    interrupt_soon()
+    interrupt_once_it_runs(records)
     stopped = validate("hangs", "none", words=("--top", "2"))
 
     assert stopped.exit_code == 130
