@@ -16,10 +16,11 @@ from advisor.specs.model import ModelSpec
 from advisor.specs.plan import OffloadSettings, ZeroSettings
 from advisor.step.flat_partition import Reduction, by_count
 from advisor.step.offload import ROUNDED, pinned, rounded
-from advisor.step.offload_three import OffloadedZeroThree, shares, sub_groups
+from advisor.step.offload_three import OffloadedZeroThree
 from advisor.step.program import Amount, Block, Copy, hold, release, scratch
 from advisor.step.scheme import MicroStep, Nodes, Part
 from advisor.step.states import MOMENTS
+from advisor.step.zero_three import shares, sub_groups
 
 LEAST_BYTES = 2**20
 """``MIN_AIO_BYTES``: nothing smaller is swapped."""

@@ -5,13 +5,11 @@ deepspeed 0.19.8, runtime/zero/stage3.py and partition_parameters.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from advisor.step.flat_partition import Reduction, by_count
+from advisor.step.flat_partition import Reduction
 from advisor.step.offload import ROUNDED, cpu_adam, pinned, rounded
-from advisor.step.program import Amount, Block, Collective, Copy, hold, release, released
+from advisor.step.program import Block, Collective, Copy, hold, release, released
 from advisor.step.scheme import MicroStep, Nodes, Part
 from advisor.step.states import FP32_BYTES, MOMENTS
 from advisor.step.zero import NORM_BYTES
@@ -19,30 +17,6 @@ from advisor.step.zero_three import ZeroThree
 
 NORM_ELEMENTS = 250_000_000
 """Elements that are cast to fp64 at once (``_constant_buffered_norm2``)."""
-
-
-def shares(sizes: Sequence[int], ranks: int) -> tuple[int, ...]:
-    """Elements of one rank's share of each tensor."""
-    return tuple(-(-size // ranks) for size in sizes)
-
-
-def sub_groups(parts: Sequence[int], size: int) -> tuple[tuple[int, ...], ...]:
-    """Numbers of the tensors that the optimizer updates together (``_create_fp16_sub_groups``).
-
-    *parts* are a rank's shares; a sub-group is closed by the tensor with which it reaches *size* elements.
-    """
-    if size >= sum(parts):
-        return (tuple(range(len(parts))),)
-    found: list[tuple[int, ...]] = []
-    group: list[int] = []
-    held = 0
-    for number, part in enumerate(parts):
-        group.append(number)
-        held += part
-        if held >= size or number == len(parts) - 1:
-            found.append(tuple(group))
-            group, held = [], 0
-    return tuple(found)
 
 
 class OffloadedZeroThree(ZeroThree):
@@ -132,16 +106,6 @@ class OffloadedZeroThree(ZeroThree):
             small,
             release("gradient norms in fp64", "gradients", NORM_BYTES * len(self.sizes)),
         )
-
-    def over_ranks(self, amounts: str) -> Amount:
-        """What the method called *amounts* says of each of the plan's numbers of GPUs."""
-        return by_count(getattr(self, amounts), self.plan.gpus)
-
-    def parts(self, ranks: int) -> tuple[int, ...]:
-        return shares(self.sizes, ranks)
-
-    def groups(self, ranks: int) -> tuple[tuple[int, ...], ...]:
-        return sub_groups(self.parts(ranks), self.plan.zero.sub_group)
 
     def gradient_rounding(self, ranks: int) -> int:
         """What pinning the optimizer's gradients, a tensor for each sub-group, takes beyond them."""

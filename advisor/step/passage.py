@@ -18,6 +18,8 @@ from advisor.step.gathering import Call, Level, Limits, gathered
 from advisor.step.recording import Mode
 from advisor.step.recording import Source as Recordings
 
+OWN_LINEAR = frozenset({"falcon"})
+"""Families whose linear layers multiply by a transposed view, ``input @ weight.T``."""
 GATHERED_WHOLE = frozenset({"mixtral", "qwen2_moe", "qwen3_moe"})
 """Families whose block of experts DeepSpeed takes for one module (zero/leaf_module_config.py)."""
 
@@ -122,12 +124,15 @@ def block_of_experts(model: ModelSpec, layer: AnyLayer) -> tuple[Parameter, ...]
     return tuple(each for each in layer.parameters if each.name.partition(".")[0] in blocks)
 
 
-def seen_transposed(layer: AnyLayer) -> tuple[Parameter, ...]:
-    """The matrices of *layer*'s experts of which the grouped products save a transposed view.
+def seen_transposed(model: ModelSpec, layer: AnyLayer) -> tuple[Parameter, ...]:
+    """The matrices of *layer* of which products save a transposed view: of experts, and all of Falcon's.
 
     A view keeps what was gathered, while DeepSpeed frees a weight by giving it other data, so that a product that
-    saves the weight itself keeps nothing (integrations/moe.py ``_grouped_linear``, transformers 5.23).
+    saves the weight itself keeps nothing (transformers 5.23, integrations/moe.py ``_grouped_linear`` and
+    models/falcon/modeling_falcon.py ``FalconLinear``).
     """
+    if model.family in OWN_LINEAR:
+        return tuple(each for each in layer.parameters if len(each.shape) == 2)
     block = layer.feed_forward if isinstance(layer, Layer) else None
     if not isinstance(block, Experts) or not block.outputs_first:
         return ()
@@ -159,7 +164,7 @@ def _stays(
 
 def _kept(model: ModelSpec, part: Where, freed: set[int]) -> tuple[Parameter, ...]:
     """What views keep of the tensors *freed* in *part*."""
-    if not isinstance(part, int) or not (seen := seen_transposed(model.layers[part])):
+    if not isinstance(part, int) or not (seen := seen_transposed(model, model.layers[part])):
         return ()
     first = len(model.embedding) + sum(len(layer.parameters) for layer in model.layers[:part])
     numbered = enumerate(model.layers[part].parameters, first)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -10,13 +10,37 @@ import numpy as np
 from advisor.specs.model import Parameter
 from advisor.specs.plan import Checkpointing
 from advisor.step.arrival import Arrival, Source, Where, arrival, where
-from advisor.step.flat_partition import Reduction, reductions
+from advisor.step.flat_partition import Reduction, by_count, reductions
 from advisor.step.passage import Move, Passage, block_of_experts, passage, reduced
 from advisor.step.program import Amount, Block, Collective, hold, release, released, scratch
 from advisor.step.recording import Mode, mode_of
 from advisor.step.scheme import MicroStep, Nodes, Part
 from advisor.step.states import MOMENTS, adam_step_counters, adam_temporaries, tensor_shards
 from advisor.step.zero import NORM_BYTES, Zero
+
+
+def shares(sizes: Sequence[int], ranks: int) -> tuple[int, ...]:
+    """Elements of one rank's share of each tensor."""
+    return tuple(-(-size // ranks) for size in sizes)
+
+
+def sub_groups(parts: Sequence[int], size: int) -> tuple[tuple[int, ...], ...]:
+    """Numbers of the tensors that the optimizer updates together (``_create_fp16_sub_groups``).
+
+    *parts* are a rank's shares; a sub-group is closed by the tensor with which it reaches *size* elements.
+    """
+    if size >= sum(parts):
+        return (tuple(range(len(parts))),)
+    found: list[tuple[int, ...]] = []
+    group: list[int] = []
+    held = 0
+    for number, part in enumerate(parts):
+        group.append(number)
+        held += part
+        if held >= size or number == len(parts) - 1:
+            found.append(tuple(group))
+            group, held = [], 0
+    return tuple(found)
 
 
 class ZeroThree(Zero):
@@ -72,6 +96,24 @@ class ZeroThree(Zero):
     def reductions(self) -> tuple[Reduction, ...]:
         return reductions(self.sizes, self.arrival.tensors, self.plan.zero.reduce_bucket)
 
+    def over_ranks(self, amounts: str) -> Amount:
+        """What the method called *amounts* says of each of the plan's numbers of GPUs."""
+        return by_count(getattr(self, amounts), self.plan.gpus)
+
+    def parts(self, ranks: int) -> tuple[int, ...]:
+        return shares(self.sizes, ranks)
+
+    def groups(self, ranks: int) -> tuple[tuple[int, ...], ...]:
+        return sub_groups(self.parts(ranks), self.plan.zero.sub_group)
+
+    def largest_group(self, ranks: int) -> int:
+        """Elements of the largest sub-group of a rank."""
+        parts = self.parts(ranks)
+        return max(sum(parts[number] for number in group) for group in self.groups(ranks))
+
+    def group_count(self, ranks: int) -> int:
+        return len(self.groups(ranks))
+
     @property
     def micro_steps_differ(self) -> bool:
         return False
@@ -106,9 +148,9 @@ class ZeroThree(Zero):
             hold("gradients, rank's share", "gradients", shard * half),
             hold("gradient bucket", "buffers", self.bucket_bytes),
             hold("master weights, rank's share", "optimizer", shard * self.master_bytes),
-            scratch("first zero gradient", shard * self.state_bytes),
+            scratch("first zero gradient", self.over_ranks("largest_group") * self.state_bytes),
             hold("Adam moments, rank's share", "optimizer", MOMENTS * shard * self.state_bytes),
-            hold("Adam step counter", "optimizer", adam_step_counters(self.job, 1)),
+            hold("Adam step counters", "optimizer", adam_step_counters(self.job, self.over_ranks("group_count"))),
             # A norm in fp64, and one byte that tells of overflow.
             hold("gradient norm and overflow flag", "buffers", NORM_BYTES + 1),
         )
@@ -263,7 +305,7 @@ class ZeroThree(Zero):
 
     def update(self) -> Nodes:
         shard, half = self.shard, self.job.compute_bytes
-        piece = np.minimum(shard, self.plan.zero.sub_group)
+        piece = self.over_ranks("largest_group")
         largest = -(-self.model.largest_parameter.numel // self.plan.gpus)
         payload = self.persistent * half
         gather = Collective("small weights", "all-gather", payload, 1, waits=True)

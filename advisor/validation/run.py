@@ -121,7 +121,8 @@ def start(ask: Ask, look: Callable[[float, int], None] = lambda elapsed_s, step:
             return finished
         try:
             ranks = _ranks(folder, ask)
-            check_ran(ranks, ask.job, ask.plan, ask.launcher == "emulated")
+            asked = json.loads((folder / "request.json").read_text())
+            check_ran(ranks, ask.job, ask.plan, ask.launcher == "emulated", asked["parameters"])
         except RunError as error:
             return replace(finished, outcome=Outcome("other-run", (*last_lines(ended.output), str(error))))
     return replace(finished, ranks=ranks, measured=tuple(from_plain(Measured, each["measured"]) for each in ranks))
@@ -140,9 +141,10 @@ def _written(folder: Path, ask: Ask) -> tuple[LaunchFile, ...]:
     config = folder / "config.json"
     config.write_text(json.dumps(dict(ask.config)))
     request = {"job": plain(job), "plan": plain(plan), "launcher": ask.launcher, "timeout_s": ask.timeout_s}
-    how = {"device": ask.device, "steps": ask.steps, "rank": ask.rank}
-    (folder / "request.json").write_text(json.dumps(request | how))
     question = resolve(str(config), gpus=int(plan.gpus), gpu=ask.gpu or DEFAULT_GPU)
+    parameters = question.model.parameter_count
+    how = {"device": ask.device, "steps": ask.steps, "rank": ask.rank, "parameters": parameters}
+    (folder / "request.json").write_text(json.dumps(request | how))
     launch = render(question.model, job, plan, question.cluster, weights_from=config.name)
     write(launch, folder)
     if plan.strategy is Strategy.ZERO0:  # accelerate runs DDP in its place, and so a user is given no such file
@@ -216,7 +218,13 @@ def _ranks(folder: Path, ask: Ask) -> tuple[Mapping[str, Any], ...]:
     return tuple(found)
 
 
-def check_ran(records: Sequence[Mapping[str, Any]], job: Job, plan: Plan, emulated: bool = False) -> None:
+def check_ran(
+    records: Sequence[Mapping[str, Any]],
+    job: Job,
+    plan: Plan,
+    emulated: bool = False,
+    parameters: int | None = None,
+) -> None:
     """Refuse a run that was another than the one asked for. An *emulated* rank is alone, and its losses say nothing."""
     engine, optimizer = _classes(job, plan)
     for rank, record in enumerate(records):
@@ -224,6 +232,7 @@ def check_ran(records: Sequence[Mapping[str, Any]], job: Job, plan: Plan, emulat
             ("ranks that answered", record["ranks"], 1 if emulated else int(plan.gpus)),
             ("class around the model", record["engine"], engine),
             ("optimizer", record["optimizer"], optimizer),
+            ("parameters", record["trace"]["parameters"] if parameters else None, parameters),
         ):
             if expected is not None and found != expected:
                 raise RunError(f"rank {rank} ran something else: {what} {found}, expected {expected}")

@@ -154,7 +154,8 @@ def _narrower(config: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], int, 
                 cut[own(name)] = _width(value(name) * heads // all_heads)
         if head is None and cut[own("hidden_size")] % heads:
             continue
-        yield cut, heads, all_heads
+        # Whichever of two names for one setting came later would count.
+        yield {name: held for name, held in cut.items() if names.get(name) not in cut}, heads, all_heads
 
 
 def _dividing(heads: int, wanted: int) -> int:

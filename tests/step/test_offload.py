@@ -17,8 +17,8 @@ from advisor.specs.plan import Offload, OffloadSettings, Plan, Strategy, ZeroSet
 from advisor.step.build import StepProgram, build, scheme_of
 from advisor.step.nvme import LEAST_BYTES, aligned, optimizer_files, swap_buffers, weight_files
 from advisor.step.offload import pinned
-from advisor.step.offload_three import shares, sub_groups
 from advisor.step.program import Copy, blocks, fold, held_after, phase_peaks, without
+from advisor.step.zero_three import shares, sub_groups
 
 MODEL = model_from_config(
     {

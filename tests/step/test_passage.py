@@ -55,6 +55,17 @@ def test_nothing_is_kept_of_what_stays_whole_until_backward() -> None:
     assert all(not stay.kept for stay in found.forward.values())
 
 
+def test_falcon_multiplies_by_views_of_all_its_matrices() -> None:
+    falcon = {"model_type": "falcon", "vocab_size": 2048, "hidden_size": 128, "num_hidden_layers": 3}
+    found = through(built(falcon | {"num_attention_heads": 4}), FREES_SOON)
+
+    names = {each.name for each in found.forward[0].kept}
+    assert names == {
+        *("self_attention.query_key_value.weight", "self_attention.dense.weight"),
+        *("mlp.dense_h_to_4h.weight", "mlp.dense_4h_to_h.weight"),
+    }
+
+
 def test_gpt_oss_multiplies_by_the_matrices_themselves() -> None:
     found = through(built(MIXTURE | {"model_type": "gpt_oss"}), FREES_SOON)
 

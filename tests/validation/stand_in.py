@@ -36,13 +36,15 @@ MEASURED = {
 
 def report(folder: Path, rank: int, **changed: object) -> None:
     """What a rank that ran leaves."""
-    plan = json.loads((folder / "request.json").read_text())["plan"]
+    request = json.loads((folder / "request.json").read_text())
+    plan = request["plan"]
     engine, optimizer = ENGINES[plan["strategy"]]
     record = {
         "ranks": plan["gpus"],
         "engine": engine,
         "optimizer": optimizer,
         "losses": [5.0, 4.0],
+        "trace": {"parameters": request["parameters"]},
         "measured": MEASURED,
     }
     (folder / f"rank{rank}.json").write_text(json.dumps(record | changed))

@@ -58,6 +58,7 @@ CASES = (
     Case("stage 1, fp32 gradients", CONFIG, JOB, replace(PLAN, strategy=Strategy.ZERO1, zero=FP32_GRADIENTS)),
     Case("stage 3", CONFIG, JOB, replace(PLAN, strategy=Strategy.ZERO3, zero=WINDOW)),
     Case("stage 3, experts", MIXTURE, JOB, replace(PLAN, strategy=Strategy.ZERO3, zero=WINDOW, accumulation_steps=2)),
+    Case("stage 3, sub-groups", CONFIG, JOB, replace(PLAN, strategy=Strategy.ZERO3, zero=SUB_GROUPS)),
     Case("stage 3, checkpointing", TIED, JOB, replace(PLAN, strategy=Strategy.ZERO3, checkpointing=Checkpointing.FULL)),
     Case("stage 1, offload", TIED, JOB, replace(PLAN, strategy=Strategy.ZERO1, accumulation_steps=2, **ON_HOST), 2),
     Case("stage 2, offload", CONFIG, JOB, replace(PLAN, accumulation_steps=2, **ON_HOST), rank=3),

@@ -125,7 +125,13 @@ def test_a_run_that_fails_says_its_last_words() -> None:
         run(no_activation, asked.job, asked.plan, "torchrun", timeout_s=60)
 
 
-RECORD = {"ranks": 2, "engine": "DistributedDataParallel", "optimizer": "AdamW", "losses": [5.0, 4.0]}
+RECORD = {
+    "ranks": 2,
+    "engine": "DistributedDataParallel",
+    "optimizer": "AdamW",
+    "losses": [5.0, 4.0],
+    "trace": {"parameters": 7},
+}
 
 
 @pytest.mark.parametrize(
@@ -135,6 +141,7 @@ RECORD = {"ranks": 2, "engine": "DistributedDataParallel", "optimizer": "AdamW",
         ({"engine": "Qwen2ForCausalLM"}, "class around the model Qwen2ForCausalLM"),
         ({"optimizer": "SGD"}, "optimizer SGD, expected AdamW"),
         ({"losses": [5.0, float("nan")]}, "rank 1 lost its loss"),
+        ({"trace": {"parameters": 8}}, "parameters 8, expected 7"),
     ],
 )
 def test_a_run_that_was_another_than_asked_is_refused(changed: dict[str, object], complaint: str) -> None:
@@ -142,4 +149,4 @@ def test_a_run_that_was_another_than_asked_is_refused(changed: dict[str, object]
     check_ran([RECORD, RECORD], asked.job, asked.plan)
 
     with pytest.raises(RunError, match=complaint):
-        check_ran([RECORD, RECORD | changed], asked.job, asked.plan)
+        check_ran([RECORD, RECORD | changed], asked.job, asked.plan, parameters=7)

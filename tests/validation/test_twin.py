@@ -37,7 +37,13 @@ def test_every_model_has_a_small_twin_of_its_family(name: str) -> None:
     assert experts[0] == experts[1]
 
 
-@pytest.mark.parametrize("family", ["Qwen2.5-1.5B", "gpt2", "gemma-3-4b-it", "DeepSeek-V3", "gpt-oss-20b", "falcon-7b"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *("Qwen2.5-1.5B", "gpt2", "gemma-3-4b-it", "falcon-7b"),
+        *("DeepSeek-V3", "gpt-oss-20b", "Qwen3-30B-A3B", "Mixtral-8x7B-v0.1"),
+    ],
+)
 def test_transformers_builds_the_twin_that_is_counted(family: str) -> None:
     import torch
 
