@@ -3,6 +3,7 @@
     python benchmarks/accuracy.py                                # recorded truths beside the present model; seconds
     python benchmarks/accuracy.py --measure deepspeed            # run one kind of truth anew and record it
     python benchmarks/accuracy.py --measure one-rank --seed 7 --count 20 --nowhere    # other cases, not recorded
+    python benchmarks/accuracy.py --gpu FOLDER                   # with the records of benchmarks/gpu_campaign.py there
 
 Measuring needs the extra "run" and takes from minutes (deepspeed) to an hour (real runs) on two cores. Cases are drawn
 at random by a seed (``benchmarks/cases``); no constant of the model is fitted to them. What was true lies in
@@ -10,28 +11,47 @@ at random by a seed (``benchmarks/cases``); no constant of the model is fitted t
 the two together, so that a change of the model shows. Counter: live bytes of tensors on one rank. Kernel scratch, the
 allocator's rounding, the CUDA context and NCCL are in neither side. One thing is on the real ranks' side alone: gloo's
 reduce-scatter copies what it is given, so that ZeRO-3's peak in backward is higher there by a bucket than on GPUs.
+
+Records of a GPU (``profiles/measured/gpu``, where there are any) add what only a GPU has: kernel scratch, the
+allocator's rounding and reserved memory, the device's memory in use, and the time of a step. No constant is fitted to
+them here either.
 """
 
 from __future__ import annotations
 
 import logging
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
 import click
 from cases import deepspeed, gloo, one_rank, sharded
 
+from advisor.catalog.calibrations import find_calibration
+from advisor.catalog.gpus import find_gpu
 from advisor.catalog.profiles import profiles_folder
+from advisor.cost.memory import short_by
 from advisor.errors import AdvisorError
-from advisor.validation.accuracy import Case, Score, compare, counted, score, summary, table
+from advisor.validation.accuracy import (
+    Case,
+    Score,
+    compare,
+    counted,
+    predicted_step_s,
+    score,
+    summary,
+    table,
+)
 from advisor.validation.campaign import truth_of
 from advisor.validation.emulate import trace_ranks
 from advisor.validation.record import Record, read, versions, write
 from advisor.validation.run import Launcher, run
 
 RECORDED = profiles_folder() / "measured" / "memory"
+ON_GPUS = profiles_folder() / "measured" / "gpu"
 SEED = 2026
 BATCH = 6
 """DeepSpeed cases that share one start of the frameworks."""
@@ -113,16 +133,61 @@ def printed(records: Sequence[Record]) -> list[str]:
     return [*summary(scores), "", *table(scores)]
 
 
+def on_gpus(records: Sequence[Record]) -> list[str]:
+    """What tables of bytes do not say of runs on GPUs: their times, and whether what should fit did."""
+    lines = []
+    own = [record for record in records if record.device != "cpu" and record.execution]
+    for device, group in groupby(sorted(own, key=lambda record: record.device), key=lambda record: record.device):
+        runs = list(group)
+        lines += ["", *_times(device, runs), *_verdicts(device, runs)]
+    return lines
+
+
+def _times(device: str, runs: Sequence[Record]) -> Iterator[str]:
+    """Predicted step times beside those of runs all of whose ranks were there."""
+    errors = {}
+    for record in runs:
+        case, ranks = record.case, record.execution.ranks if record.execution else ()
+        if len(ranks) == int(case.plan.gpus):
+            slowest_s = max(rank.median_step_s for rank in ranks)
+            errors[case.title] = predicted_step_s(device, case.model, case.job, case.plan) / slowest_s - 1
+    if errors:
+        sizes = [abs(error) for error in errors.values()]
+        worst = max(errors, key=lambda title: abs(errors[title]))
+        yield (
+            f"{device}, step time: n {len(errors)}  mean {100 * statistics.mean(sizes):.1f} %  "
+            f"max {100 * max(sizes):.1f} %"
+        )
+        yield f"  worst step time: {worst}, {100 * errors[worst]:+.1f} %"
+
+
+def _verdicts(device: str, runs: Sequence[Record]) -> Iterator[str]:
+    """Plans that are predicted to leave the calibration's margin free, and those of them that ran out of memory."""
+    margin, capacity = find_calibration().margin_share, find_gpu(device).memory_bytes
+    fitting = [
+        record
+        for record in runs
+        if short_by(record.comparison().predicted["device used"], capacity, margin) <= 0
+        and record.outcome.kind in ("ran", "out-of-memory")
+    ]
+    failed = [record.case.title for record in fitting if record.outcome.kind == "out-of-memory"]
+    yield f"{device}, predicted to fit with {100 * margin:.0f} % free: {len(fitting)}, out of memory {len(failed)}"
+    yield from (f"  ran out of memory: {title}" for title in failed)
+
+
 @click.command()
 @click.option("--measure", type=click.Choice(list(TRUTHS)), help="Run the cases of this truth.")
 @click.option("--seed", default=SEED, show_default=True)
 @click.option("--count", type=int, help="How many cases.  [default: as recorded]")
 @click.option("--nowhere", is_flag=True, help="Record nothing.")
-def main(measure: str | None, seed: int, count: int | None, nowhere: bool) -> None:
+@click.option("--gpu", type=click.Path(path_type=Path), default=ON_GPUS, help="Folder of a GPU campaign's records.")
+def main(measure: str | None, seed: int, count: int | None, nowhere: bool, gpu: Path) -> None:
     """Predicted memory beside what is true."""
     logging.disable(logging.WARNING)
     if measure is None:
-        print("\n".join(printed([record for path in sorted(RECORDED.glob("*.jsonl")) for record in read(path)])))
+        paths = sorted([*RECORDED.glob("*.jsonl"), *gpu.glob("*.jsonl")])
+        records = [record for path in paths for record in read(path)]
+        print("\n".join([*printed([record for record in records if record.true]), *on_gpus(records)]))
         return
     truth = TRUTHS[measure]
     found: list[Record] = []

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import signal
 import subprocess
@@ -37,6 +36,7 @@ from advisor.catalog.gpus import find_gpu
 from advisor.catalog.request import usual_cluster
 from advisor.cost.memory import memory
 from advisor.cost.schedule import step_time
+from advisor.errors import RunError
 from advisor.launch.run_script import ALLOCATOR_SETTING
 from advisor.step.build import build
 from advisor.validation import rates
@@ -46,7 +46,7 @@ from advisor.validation.measured import STEPS, Measured
 from advisor.validation.outcome import Outcome, outcome_of
 from advisor.validation.processes import Ended
 from advisor.validation.record import Execution, Record, from_plain
-from advisor.validation.run import on_cpu, with_this_package
+from advisor.validation.run import check_ran, on_cpu, with_this_package
 from advisor.validation.store import append, own
 from advisor.validation.twin import twin_of
 
@@ -87,7 +87,7 @@ def expected(one: GpuCase, gpu: str) -> Expected:
     """By the step program, and by constants for what is no step."""
     case, plan = one.case, one.case.plan
     cluster, calibration = usual_cluster(find_gpu(gpu), int(plan.gpus)), find_calibration()
-    program = build(without_dropout(case.model), case.job, plan, 0)
+    program = build(without_dropout(case.model), case.job, plan, case.rank)
     held = memory(program, plan, cluster, calibration)
     time_ = step_time(program.step, case.job, plan, cluster, calibration).at(0)
     # Emulated collectives take no time, nor does DeepSpeed's Adam for the CPU, which is left out there.
@@ -102,7 +102,8 @@ def tiny(one: GpuCase) -> GpuCase:
     case = one.case
     twin = twin_of(case.config, case.model, TINY_PARAMETERS)
     plan = twin.plan(case.plan, int(case.plan.gpus))
-    return replace(one, case=replace(case, config=twin.config, job=twin.job(case.job, plan), plan=plan), steps=STEPS)
+    twins = replace(case, name=twin.model.name, config=twin.config, job=twin.job(case.job, plan), plan=plan, rank=0)
+    return replace(one, case=twins, steps=STEPS)
 
 
 class Waiting:
@@ -156,21 +157,23 @@ def record_of(
     """What is kept of a run, however it ended."""
     outcome, ranks, true = outcome_of(ended, timeout_s), (), {}
     if "out_of_memory" in answer:
-        outcome = Outcome("out of memory", (answer["out_of_memory"].splitlines()[0],))
+        outcome = Outcome("out-of-memory", (answer["out_of_memory"].splitlines()[0],))
     elif "measured" in answer:
-        measured: Measured = from_plain(Measured, answer["measured"])
-        outcome, ranks, true = Outcome("ran"), (measured,), dict(measured_bytes(measured))
-        if one.emulated:  # which has no communicator, nor its buffers
-            true.pop("device used", None)
-        elif not all(map(math.isfinite, answer["losses"])):
-            outcome, ranks, true = Outcome("other run", (f"it lost its loss: {answer['losses']}",)), (), {}
+        try:
+            check_ran([answer], one.case.job, one.case.plan, one.emulated)
+            outcome, ranks = Outcome("ran"), (from_plain(Measured, answer["measured"]),)
+            true = measured_bytes(ranks[0])
+        except RunError as error:
+            outcome = Outcome("other-run", (str(error),))
     elif outcome.ran:
         outcome = Outcome("crashed", ("it ended without an answer",))
+    if one.emulated:  # which has no communicator, nor its buffers
+        true = {counter: size for counter, size in true.items() if counter != "device used"}
     execution = Execution(
         id=one.id,
         started=started.isoformat(timespec="seconds"),
         outcome=outcome,
-        launcher="emulated" if one.emulated else "none",
+        launcher="emulated",
         device=device,
         steps=one.steps,
         seconds=round(ended.seconds, 3),
@@ -184,20 +187,21 @@ def truth_of(one: GpuCase, device: str) -> str:
     strategy = one.case.plan.strategy
     framework = "DeepSpeed" if strategy.zero_stage is not None else strategy.value.split("-")[0].upper()
     if one.emulated:
-        return f"{device}, {framework}, one rank of 4 to 64 emulated"
+        return f"One rank of 4 to 64 emulated on {device}, {framework}"
     return f"{device} alone" + ("" if framework == "DDP" else f", {framework}")
 
 
 def told(record: Record, predicted: Expected) -> str:
     """One line on a run that has ended."""
     assert record.execution
-    line = f"{record.execution.id:58} {record.outcome.kind:13} {predicted.peak_bytes / GIB:8.2f}"
+    line = f"{record.execution.id:64} {record.outcome.kind:13}"
     if not record.true:
-        return f"{line}  {record.outcome.last_lines[-1][:90] if record.outcome.last_lines else ''}"
-    peak, rank = record.true["peak"], record.execution.ranks[0]
-    step = f"{1000 * rank.median_step_s:9.1f}" if record.execution.launcher == "none" else "        -"
-    error = f"{100 * (predicted.peak_bytes / peak - 1):+7.2f} %" if record.device != "cpu" else ""
-    return f"{line} {peak / GIB:8.2f} {step} {error}"
+        why = record.outcome.last_lines[-1] if record.outcome.last_lines else ""
+        return f"{line} {predicted.peak_bytes / GIB:9.3f}  {why[:90]}"
+    beside, rank = record.comparison(), record.execution.ranks[0]
+    step = f"{1000 * rank.median_step_s:8.1f}" if int(record.case.plan.gpus) == 1 else "       -"
+    sizes = " ".join(f"{each['peak'] / GIB:9.3f}" for each in (beside.predicted, beside.true))
+    return f"{line} {sizes} {100 * beside.error():+8.2f} % {step}"
 
 
 def campaign(todo: Sequence[GpuCase], gpu: str, device: str, out: Path, budget_s: float) -> bool:
@@ -208,10 +212,10 @@ def campaign(todo: Sequence[GpuCase], gpu: str, device: str, out: Path, budget_s
         environment = on_cpu() | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     ahead = AHEAD if (os.cpu_count() or 1) >= ENOUGH_CORES else 0
     ended_ladders: set[str] = set()
-    print(f"{'':58} {'':13} predicted measured GiB  ms/step", flush=True)
+    print(f"{'peak allocated in GiB':64} {'outcome':13} predicted  measured      error  ms/step", flush=True)
     with started_ahead(environment, min(ahead, len(todo))) as waiting:
         for number, one in enumerate(todo):
-            predicted = expected(one, gpu)
+            case, predicted = one.case, expected(one, gpu)
             left_s = budget_s - (time.monotonic() - began)
             if left_s < predicted.seconds:
                 print(f"no time for {len(todo) - number} more; start it again to go on", flush=True)
@@ -220,7 +224,7 @@ def campaign(todo: Sequence[GpuCase], gpu: str, device: str, out: Path, budget_s
                 continue
             if number + len(waiting) < len(todo):
                 waiting.append(Waiting(environment))
-            line = request(one.case.config, one.case.job, one.case.plan, 0, "cuda" if on_gpu else "cpu", one.steps)
+            line = request(case.config, case.job, case.plan, case.rank or 0, "cuda" if on_gpu else "cpu", one.steps)
             limit, started = min(predicted.timeout_s, left_s), datetime.now(timezone.utc)
             process = waiting.popleft()
             try:
@@ -229,7 +233,7 @@ def campaign(todo: Sequence[GpuCase], gpu: str, device: str, out: Path, budget_s
                 process.end()
             record = record_of(one, device, started, ended, answer, limit)
             append(record, path)
-            if record.outcome.kind == "out of memory" and one.ladder:
+            if record.outcome.kind == "out-of-memory" and one.ladder:
                 ended_ladders.add(one.ladder)
             print(told(record, predicted), flush=True)
     return True
@@ -243,12 +247,12 @@ def measured_before(out: Path) -> dict[str, Record]:
 def listed(todo: Sequence[GpuCase], gpu: str) -> None:
     """Print what is predicted of each run, and the seconds of all."""
     capacity, total_s = find_gpu(gpu).memory_bytes, RATES_S
-    print(f"{'':58} {'peak GiB':>9} {'used GiB':>9} {'of all':>7} {'seconds':>8}")
+    print(f"{'':64} {'peak GiB':>9} {'used GiB':>9} {'of all':>7} {'seconds':>8}")
     for one in todo:
         predicted = expected(one, gpu)
         total_s += predicted.seconds
         print(
-            f"{one.id:58} {predicted.peak_bytes / GIB:9.2f} {predicted.used_bytes / GIB:9.2f} "
+            f"{one.id:64} {predicted.peak_bytes / GIB:9.2f} {predicted.used_bytes / GIB:9.2f} "
             f"{100 * predicted.used_bytes / capacity:5.0f} % {predicted.seconds:8.1f}"
         )
     print(f"{len(todo)} runs and the rates: {total_s:.0f} s expected, on a {find_gpu(gpu).name}")
@@ -268,7 +272,7 @@ def measure_rates(device_name: str, small: bool, path: Path) -> None:
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the records and the rates.")
 @click.option("--dry-run", is_flag=True, help="List the runs with what is predicted of them; run none.")
 @click.option("--tiny", "small", is_flag=True, help="Run small twins on this machine's CPU.")
-@click.option("--only", default="", help="Runs whose id has this in it.")
+@click.option("--only", multiple=True, help="Runs whose id has this in it.  [repeatable]")
 @click.option("--gpu", help="Whose memory the ladders climb.  [default: the one found, else H200]")
 @click.option("--budget", default=BUDGET_S, show_default=True, help="Seconds for all.")
 @click.option("--retry", is_flag=True, help="Again those that crashed or took too long.")
@@ -277,7 +281,7 @@ def main(
     out: Path | None,
     dry_run: bool,
     small: bool,
-    only: str,
+    only: tuple[str, ...],
     gpu: str | None,
     budget: float,
     retry: bool,
@@ -287,7 +291,7 @@ def main(
     machine = None if small else detect()
     device = machine.gpu_names[0] if machine else "cpu"
     gpu = gpu or (device if machine else USUAL_GPU)
-    wanted = [one for one in cases(gpu) if only.casefold() in one.id]
+    wanted = [one for one in cases(gpu) if not only or any(part.casefold() in one.id for part in only)]
     if dry_run:
         listed(wanted, gpu)
         return
@@ -301,16 +305,18 @@ def main(
         return
     began = time.monotonic()
     known = measured_before(out)
-    final = ("ran", "out of memory") if retry else ("ran", "out of memory", "crashed", "killed", "timeout")
-    todo = [one for one in wanted if one.id not in known or known[one.id].outcome.kind not in final]
+    again = ("crashed", "killed", "timeout", "other-run") if retry else ()
+    todo = [one for one in wanted if one.id not in known or known[one.id].outcome.kind in again]
     todo = [tiny(one) for one in todo] if small else todo
     rates_there = (out / "rates.json").is_file()
     finished = campaign(todo, gpu, device, out, budget - (0 if rates_there else RATES_S))
     if not rates_there:
         left_s = budget - (time.monotonic() - began)
-        again = [sys.executable, __file__, "--rates", "--out", str(out), *(["--tiny"] if small else [])]
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            finished = subprocess.run(again, env=with_this_package(), timeout=left_s).returncode == 0 and finished
+        rest = [sys.executable, __file__, "--rates", "--out", str(out), *(["--tiny"] if small else [])]
+        try:
+            finished &= subprocess.run(rest, env=with_this_package(), timeout=left_s).returncode == 0
+        except subprocess.TimeoutExpired:
+            finished = False
     print(f"{len(measured_before(out))} runs in {out}, {time.monotonic() - began:.0f} s")
     sys.exit(0 if finished else 1)
 

@@ -16,6 +16,7 @@ from advisor.catalog.gpus import find_gpu
 from advisor.catalog.huggingface import model_from_config
 from advisor.catalog.request import usual_cluster
 from advisor.cost.memory import memory
+from advisor.cost.schedule import step_time
 from advisor.specs.job import Job
 from advisor.specs.model import AnyLayer, FeedForward, Layer, ModelSpec, Run
 from advisor.specs.plan import Plan
@@ -209,6 +210,13 @@ def predicted_on(gpu: str, model: ModelSpec, job: Job, plan: Plan, rank: int | N
         "peak reserved": held.peak_reserved_bytes,
         "device used": held.device_used_bytes,
     }
+
+
+def predicted_step_s(gpu: str, model: ModelSpec, job: Job, plan: Plan) -> float:
+    """Seconds of one optimizer step on GPUs of that name in one machine."""
+    cluster = usual_cluster(find_gpu(gpu), int(plan.gpus))
+    program = build(without_dropout(model), job, plan)
+    return step_time(program.step, job, plan, cluster, find_calibration()).at(0).step_s
 
 
 def on_one_memory(program: StepProgram) -> Node:

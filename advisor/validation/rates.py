@@ -227,14 +227,10 @@ def linear_products(step: Node) -> tuple[tuple[int, int, int], ...]:
 
 def write(path: Path, device_name: str, found: Sequence[Rate]) -> None:
     """Write the rates of one device, replacing the file as a whole."""
-    content = {
-        "schema": SCHEMA,
-        "device": device_name,
-        "versions": versions(),
-        "rates": [plain(each) for each in found],
-    }
+    head = json.dumps({"schema": SCHEMA, "device": device_name, "versions": versions()}).removesuffix("}")
+    rows = ",\n".join(json.dumps(plain(each)) for each in found)
     beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    beside.write_text(f'{head}, "rates": [\n{rows}\n]}}\n', encoding="utf-8")
     beside.replace(path)
 
 

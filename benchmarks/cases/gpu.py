@@ -1,8 +1,9 @@
 """Runs for one GPU with some 140 GB of memory, in order of worth: what is trained, how, and over how many ranks.
 
-A plan of one GPU runs as it is; of a plan of several, one rank is emulated. What differs between neighbours is one
-thing: number format, strategy, ranks, length, batch, accumulation, checkpointing, loss, offload, optimizer, kernel.
-A ladder climbs from a batch that is predicted to fit to one that is not, and ends where the GPU's memory does.
+A plan of one GPU runs as it is; of a plan of several, the rank that holds most is emulated. Neighbours differ in one
+thing where they can: number format, strategy, ranks, length, batch, accumulation, checkpointing, loss, offload,
+optimizer, kernel. A ladder climbs from a batch that is predicted to fit to one that is not, and ends where the GPU's
+memory does.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ GPT2, MIXTURE = "gpt2-medium", "Qwen3-30B-A3B-Base"
 class GpuCase:
     """One run."""
 
+    id: str
+    """Names it among all that there are."""
     case: Case
     steps: int
     ladder: str = ""
@@ -55,25 +58,24 @@ class GpuCase:
     def emulated(self) -> bool:
         return int(self.case.plan.gpus) > 1
 
-    @property
-    def id(self) -> str:
-        """Names the run among all that there are."""
-        job, plan = self.case.job, self.case.plan
-        parts = [
-            self.case.name,
-            f"{plan.strategy.value}x{plan.gpus}",
-            "bf16" if job.parameter_format == "bf16" else "autocast",
-            f"s{job.sequence_length}",
-            f"b{plan.micro_batch}",
-            f"a{plan.accumulation_steps}" if int(plan.accumulation_steps) > 1 else "",
-            plan.checkpointing.value if plan.checkpointing is not Checkpointing.NONE else "",
-            job.loss if job.loss != "full" else "",
-            job.attention if job.attention != "sdpa" else "",
-            job.optimizer if job.optimizer != "adamw-fused" else "",
-            f"bucket{plan.zero.reduce_bucket}" if plan.zero != zero_settings(plan.strategy) else "",
-            f"offload-{plan.offload.value}" if plan.offload is not Offload.NONE else "",
-        ]
-        return ".".join(filter(None, parts)).lower().replace(" ", "-")
+
+def id_of(name: str, job: Job, plan: Plan) -> str:
+    """What tells one run from the others."""
+    parts = [
+        name.replace(" ", "-"),
+        f"{plan.strategy.value}x{plan.gpus}",
+        "bf16" if job.parameter_format == "bf16" else "autocast",
+        f"s{job.sequence_length}",
+        f"b{plan.micro_batch}",
+        f"a{plan.accumulation_steps}" if int(plan.accumulation_steps) > 1 else "",
+        plan.checkpointing.value if plan.checkpointing is not Checkpointing.NONE else "",
+        job.loss if job.loss != "full" else "",
+        job.attention if job.attention != "sdpa" else "",
+        job.optimizer if job.optimizer != "adamw-fused" else "",
+        f"bucket{plan.zero.reduce_bucket}" if plan.zero != zero_settings(plan.strategy) else "",
+        f"offload-{plan.offload.value}" if plan.offload is not Offload.NONE else "",
+    ]
+    return ".".join(filter(None, parts)).lower()
 
 
 def gpu_case(model: str, strategy: str = "ddp", gpus: int = 1, ladder: str = "", **words: Any) -> GpuCase:
@@ -88,7 +90,9 @@ def gpu_case(model: str, strategy: str = "ddp", gpus: int = 1, ladder: str = "",
     config = with_fewer_layers(found.config, layers) if layers else dict(found.config)
     name = f"{found.model.name} cut to {layers} layers" if layers else found.model.name
     job = Job(**({"global_batch": int(plan.global_batch)} | own))
-    return GpuCase(Case(name, config, job, plan, rank=0), EMULATED_STEPS if gpus > 1 else STEPS, ladder)
+    case = Case(name, config, job, plan)
+    fullest = replace(case, rank=int(build(case.model, job, plan).rank))
+    return GpuCase(id_of(name, job, plan), fullest, EMULATED_STEPS if gpus > 1 else STEPS, ladder)
 
 
 PURE: dict[str, Any] = {"parameter_format": "bf16"}
@@ -158,7 +162,7 @@ def _ladder(gpu: str, least: GpuCase) -> Iterator[GpuCase]:
     def held(batch: int) -> Memory:
         plan = plan_of(batch)
         cluster = usual_cluster(find_gpu(gpu), int(plan.gpus))
-        return memory(build(case.model, case.job, plan, 0), plan, cluster, find_calibration())
+        return memory(build(case.model, case.job, plan, case.rank), plan, cluster, find_calibration())
 
     for counter, share in LADDER:
         batches = range(1, MOST_ON_LADDER)
@@ -166,7 +170,8 @@ def _ladder(gpu: str, least: GpuCase) -> Iterator[GpuCase]:
         batch = bisect_right(batches, most, key=lambda each: getattr(held(each), counter))
         plan = plan_of(max(1, batch))
         job = replace(case.job, global_batch=int(plan.global_batch))
-        yield replace(least, case=replace(case, plan=plan, job=job), steps=EMULATED_STEPS)
+        rung = replace(case, plan=plan, job=job)
+        yield GpuCase(id_of(case.name, job, plan), rung, EMULATED_STEPS, least.ladder)
 
 
 def _variations() -> Iterator[GpuCase]:
