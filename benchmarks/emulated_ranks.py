@@ -3,8 +3,8 @@
     python benchmarks/emulated_ranks.py                     # all 60 recorded real runs, minutes
     python benchmarks/emulated_ranks.py --launcher torchrun
 
-A record holds the rank that held most, so every rank is emulated and the fullest compared. One difference is known: in
-ZeRO-3's backward gloo's reduce-scatter copies what it is given, which a rank alone does not, and no GPU.
+A record holds the rank that held most, so every rank is emulated and the fullest compared. One difference is known:
+in backward gloo's reduce-scatter copied what it was given when ZeRO-3 and FSDP were recorded, which no GPU does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from itertools import groupby
 import click
 
 from advisor.catalog.profiles import profiles_folder
-from advisor.validation.accuracy import COUNTERS, Counter, counted
+from advisor.validation.accuracy import Counter, counted
 from advisor.validation.emulate import trace_ranks
 from advisor.validation.record import Record, read
 
@@ -29,7 +29,7 @@ def differences(record: Record) -> dict[Counter, int]:
     case = record.case
     traces = trace_ranks([(case.config, case.job, case.plan, rank) for rank in range(int(case.plan.gpus))])
     found = counted(max(traces, key=lambda trace: trace.peak_bytes))
-    return {counter: found[counter] - record.true[counter] for counter in COUNTERS}
+    return {counter: found[counter] - size for counter, size in record.true.items()}
 
 
 def line(counter: Counter, found: Sequence[dict[Counter, int]]) -> str:
@@ -53,7 +53,7 @@ def main(launcher: str, strategy: str) -> None:
             found.append(differences(record))
             if abs(found[-1]["peak"]) > ALIKE_BYTES:
                 print(f"{found[-1]['peak']:+,} B  {record.case.title}", flush=True)
-        print(title, *(line(counter, found) for counter in COUNTERS), sep="\n", flush=True)
+        print(title, *(line(counter, found) for counter in found[0]), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,6 @@ from advisor.launch.run_script import ALLOCATOR_SETTING
 from advisor.step.build import build
 from advisor.validation import rates
 from advisor.validation.accuracy import measured_bytes, without_dropout
-from advisor.validation.emulate import command, request
 from advisor.validation.measured import STEPS, Measured
 from advisor.validation.outcome import Outcome, outcome_of
 from advisor.validation.processes import Ended
@@ -110,6 +109,8 @@ class Waiting:
     """A process that has imported its frameworks, or is about to, and waits for the run that it is to make."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
+        from advisor.validation.emulate import command
+
         self.process = subprocess.Popen(
             command(),
             stdin=subprocess.PIPE,
@@ -206,6 +207,8 @@ def told(record: Record, predicted: Expected) -> str:
 
 def campaign(todo: Sequence[GpuCase], gpu: str, device: str, out: Path, budget_s: float) -> bool:
     """Run *todo* as far as the time reaches; whether all were."""
+    from advisor.validation.emulate import request
+
     path, began, on_gpu = out / "records.jsonl", time.monotonic(), device != "cpu"
     environment = dict([ALLOCATOR_SETTING, ("DS_ACCELERATOR", "cuda"), ("HF_HUB_OFFLINE", "1")]) | with_this_package()
     if not on_gpu:

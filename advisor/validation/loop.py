@@ -78,6 +78,7 @@ def record_of(measured: Measured, losses: list[float], engine: Engine, ranks: in
         "engine": engine.name,
         "optimizer": type(engine.optimizer).__name__,
         "losses": losses,
+        "skipped_steps": getattr(engine.wrapper, "skipped_steps", 0),
         "trace": plain(trace_of(measured, engine)),
         "measured": plain(measured),
         "versions": versions(),

@@ -142,6 +142,7 @@ RECORD = {
         ({"optimizer": "SGD"}, "optimizer SGD, expected AdamW"),
         ({"losses": [5.0, float("nan")]}, "rank 1 lost its loss"),
         ({"trace": {"parameters": 8}}, "parameters 8, expected 7"),
+        ({"skipped_steps": 1}, "rank 1 skipped 1 steps"),
     ],
 )
 def test_a_run_that_was_another_than_asked_is_refused(changed: dict[str, object], complaint: str) -> None:
