@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -44,6 +44,9 @@ Asked = tuple[Mapping[str, Any], Job, Plan, int]
 
 LOCAL_ADDRESS = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
 """DeepSpeed asks for an address, and nobody listens there."""
+
+IMPORTED = ("transformers.modeling_utils", "advisor.validation.loop", "advisor.validation.meter", "deepspeed")
+"""Once, before any request: for every process that is forked, and before a GPU is waited for. None makes a context."""
 
 
 def trace_ranks(asked: Sequence[Asked]) -> list[Trace]:
@@ -187,17 +190,15 @@ def in_folder(folder: Path) -> None:
 
 def main() -> None:
     logging.disable(logging.WARNING)
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # nothing is compiled here, and DeepSpeed's Muon would import the compiler
     if len(sys.argv) > 1:
         in_folder(Path(sys.argv[1]))
         os._exit(0)  # threads of NCCL or gloo can outlive the group
-    # Imported once for every process that is forked below, and before a GPU is waited for.
+    for module in IMPORTED:
+        with suppress(ImportError):  # of DeepSpeed, without which there are DDP and FSDP
+            import_module(module)
     import torch
-    import transformers  # noqa: F401
 
-    try:
-        import deepspeed  # noqa: F401
-    except ImportError:
-        logging.debug("only DDP and FSDP can be run")
     for line in sys.stdin:
         asked = json.loads(line)
         if asked["device"] == "cuda":

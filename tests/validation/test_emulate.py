@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,9 +17,9 @@ pytest.importorskip("torch")
 pytest.importorskip("deepspeed")
 
 from advisor.validation import emulate
-from advisor.validation.emulate import command, trace_ranks
-from advisor.validation.record import Record, plain, read
-from advisor.validation.run import on_cpu
+from advisor.validation.emulate import trace_ranks
+from advisor.validation.record import Record, read
+from advisor.validation.trace import Trace
 
 CONFIG = {
     "model_type": "llama",
@@ -104,37 +102,28 @@ REAL = (
 )
 
 
-def test_an_emulated_rank_holds_what_a_real_one_did() -> None:
-    # Of ZeRO-2's ranks, which differ, the fullest was recorded.
-    cases = [
-        (record.case, rank)
-        for record in REAL
-        for rank in (range(int(record.case.plan.gpus)) if record.case.plan.strategy is Strategy.ZERO2 else [0])
-    ]
-    traces = trace_ranks([(case.config, case.job, case.plan, rank) for case, rank in cases])
+@pytest.fixture(scope="module")
+def traces() -> dict[tuple[Case, int], Trace]:
+    """All that is emulated here, from one process."""
+    asked = [(case, case.rank or 0) for case in CASES]
     for record in REAL:
-        alone = [trace for trace, (case, _) in zip(traces, cases, strict=True) if case is record.case]
+        plan = record.case.plan
+        # Only ZeRO-2's ranks differ, of which the fullest was recorded.
+        asked += [(record.case, rank) for rank in range(int(plan.gpus) if plan.strategy is Strategy.ZERO2 else 1)]
+    found = trace_ranks([(case.config, case.job, case.plan, rank) for case, rank in asked])
+    return dict(zip(asked, found, strict=True))
+
+
+def test_an_emulated_rank_holds_what_a_real_one_did(traces: dict[tuple[Case, int], Trace]) -> None:
+    for record in REAL:
+        alone = [trace for (case, _), trace in traces.items() if case is record.case]
         found = counted(max(alone, key=lambda trace: trace.peak_bytes))
         less = {counter: size_bytes - found[counter] for counter, size_bytes in record.true.items()}
         if record.case.plan.strategy is Strategy.ZERO3 or record.case.plan.strategy.is_fsdp:
-            # gloo's reduce-scatter copies what it is given, which no GPU does.
+            # gloo's reduce-scatter copied what it was given, which no GPU does.
             assert less.pop("peak in backward") >= -ALIKE_BYTES
             assert less.pop("peak") >= -ALIKE_BYTES
         assert max(map(abs, less.values())) <= ALIKE_BYTES, record.case.title
-
-
-def test_a_folder_is_answered_as_a_worker_would(tmp_path: Path) -> None:
-    plan = replace(PLAN, strategy=Strategy.FSDP, gpus=2)
-    asked = {"job": plain(JOB), "plan": plain(plan), "rank": 1, "steps": 4, "timeout_s": 60}
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    (tmp_path / "request.json").write_text(json.dumps(asked))
-
-    subprocess.run([*command(), str(tmp_path)], check=True, env=on_cpu(), capture_output=True)
-
-    found = json.loads((tmp_path / "rank1.json").read_text())
-    assert found["engine"] == "FSDPModule"
-    assert len(found["measured"]["step_s"]) == 2
-    assert json.loads((tmp_path / "progress1.json").read_text()) == {"step": 4, "steps": 4}
 
 
 def test_a_device_that_is_too_small_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,9 +138,9 @@ def test_a_device_that_is_too_small_is_an_answer(monkeypatch: pytest.MonkeyPatch
     assert json.loads(emulate.answer(asked)) == {"out_of_memory": "CUDA out of memory"}
 
 
-def test_what_a_rank_holds_is_what_is_predicted() -> None:
-    traces = trace_ranks([(case.config, case.job, case.plan, case.rank or 0) for case in CASES])
-    for case, traced in zip(CASES, traces, strict=True):
+def test_what_a_rank_holds_is_what_is_predicted(traces: dict[tuple[Case, int], Trace]) -> None:
+    for case in CASES:
+        traced = traces[case, case.rank or 0]
         found = beside(case.model, case.job, case.plan, traced, case.rank)
 
         assert found.predicted["between steps"] == found.true["between steps"], case.name
