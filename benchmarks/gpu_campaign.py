@@ -292,7 +292,7 @@ def main(
 ) -> None:
     """Memory and time of real training steps on one GPU."""
     machine = None if small else detect()
-    device = machine.gpu_names[0] if machine else "cpu"
+    device = find_gpu(machine.gpu_names[0]).name if machine else "cpu"
     gpu = gpu or (device if machine else USUAL_GPU)
     wanted = [one for one in cases(gpu) if not only or any(part.casefold() in one.id for part in only)]
     if dry_run:
