@@ -104,19 +104,22 @@ def test_a_run_is_recorded_however_it_ended() -> None:
 
 
 def test_a_ladder_ends_where_memory_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, ended = [], []
+
     class Full:
         """A process on a GPU that is always full."""
 
         def __init__(self, environment: object) -> None:
-            self.environment = environment
+            started.append(self)
 
         def run(self, line: str, timeout_s: float) -> tuple[Ended, dict[str, Any]]:
             return WELL, {"out_of_memory": "CUDA out of memory"}
 
         def end(self) -> None:
-            """Nothing runs."""
+            ended.append(self)
 
     monkeypatch.setattr(gpu_campaign, "Waiting", Full)
+    monkeypatch.setattr(gpu_campaign.os, "cpu_count", lambda: 16)
     rungs = [gpu_case("gpt2-medium", ladder="up", micro_batch=count) for count in (1, 2, 4)]
     other = gpu_case("gpt2-medium", micro_batch=8)
 
@@ -124,6 +127,8 @@ def test_a_ladder_ends_where_memory_does(tmp_path: Path, monkeypatch: pytest.Mon
 
     ids = [record.execution.id for record in read(tmp_path / "records.jsonl") if record.execution]
     assert ids == [rungs[0].id, other.id]
+    assert len(started) == 4, "as many as there are runs, and no more ahead"
+    assert set(ended) == set(started)
 
 
 def test_a_campaign_stops_when_its_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
