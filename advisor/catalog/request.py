@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypedDict
 
-from advisor.catalog.calibrations import find_calibration
+from advisor.catalog.calibrations import calibration_of, find_calibration
 from advisor.catalog.detect import Detected, detect
 from advisor.catalog.gpus import find_gpu
 from advisor.catalog.links import find_link
 from advisor.catalog.models import FoundConfiguration, find_model
 from advisor.errors import SpecError
-from advisor.specs.hardware import Cluster, Gpu
+from advisor.specs.calibration import Calibration
+from advisor.specs.hardware import Cluster, Gpu, Link
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
 from advisor.specs.question import Input, Origin, Question
@@ -44,6 +45,8 @@ class Words(TypedDict, total=False):
     loss: str
     padded: bool
     margin: float | str
+    calibration: str | None
+    """A name or a file; by default what was measured on this machine's GPU, if that is the one that is meant."""
 
 
 Describe = Callable[[FoundConfiguration, Job], ModelSpec]
@@ -60,9 +63,9 @@ def resolve(model: str, *, describe: Describe = by_formulas, **words: Unpack[Wor
     if unknown := words.keys() - Words.__annotations__.keys():
         raise TypeError(f"unknown words {', '.join(sorted(unknown))}; known: {', '.join(Words.__annotations__)}")
     found = find_model(model)
-    calibration = find_calibration()
     machine = None if words.get("gpu") and words.get("gpus") else detect()
     gpu, gpu_origin = _gpu(words.get("gpu"), machine)
+    calibration, calibration_origin = _calibration(words.get("calibration"), gpu, gpu_origin)
     gpus, gpus_origin = _gpus(words.get("gpus"), machine)
     nodes = words.get("nodes", 1)
     job = _job(words, gpu)
@@ -76,9 +79,9 @@ def resolve(model: str, *, describe: Describe = by_formulas, **words: Unpack[Wor
         gpu=gpu,
         gpus=gpus,
         nodes=nodes,
-        link=find_link(link or gpu.link),
-        host_link=find_link(gpu.host_link),
-        network=find_link(network or DEFAULT_NETWORK, gpus_per_node),
+        link=_measured(find_link(link or gpu.link), calibration),
+        host_link=_measured(find_link(gpu.host_link), calibration),
+        network=_measured(find_link(network or DEFAULT_NETWORK, gpus_per_node), calibration),
         host_memory_bytes=host_memory_bytes,
         cpu_memory_bandwidth_bytes_per_s=calibration.host_bandwidth_bytes_per_s_per_gpu * gpus_per_node,
         nvme_bytes=calibration.nvme_bytes_per_gpu * gpus_per_node,
@@ -96,7 +99,7 @@ def resolve(model: str, *, describe: Describe = by_formulas, **words: Unpack[Wor
         Input("param_dtype", job.parameter_format, _origin(words, "param_dtype")),
         Input("optimizer", job.optimizer, _origin(words, "optimizer")),
         Input("attention", job.attention, _origin(words, "attention")),
-        Input("calibration", calibration.name, "found"),
+        Input("calibration", calibration.name, calibration_origin),
     ]
     if job.loss != "full":
         inputs.insert(-1, Input("loss", job.loss, "given"))
@@ -112,7 +115,7 @@ def resolve(model: str, *, describe: Describe = by_formulas, **words: Unpack[Wor
         job=job,
         cluster=cluster,
         calibration=calibration,
-        margin_share=_margin(words.get("margin", "auto"), calibration.margin_share),
+        given_margin_share=_margin(words.get("margin", "auto")),
         inputs=tuple(inputs),
         warnings=tuple(_warnings(found.note, described, job)),
     )
@@ -145,6 +148,21 @@ def _gpu(name: str | None, machine: Detected | None) -> tuple[Gpu, Origin]:
     if machine:
         return find_gpu(machine.gpu_names[0]), "found"
     return find_gpu(DEFAULT_GPU), "assumed"
+
+
+def _calibration(name: str | None, gpu: Gpu, gpu_origin: Origin) -> tuple[Calibration, Origin]:
+    if name:
+        return find_calibration(name), "given"
+    return (calibration_of(gpu.name) if gpu_origin == "found" else find_calibration()), "found"
+
+
+def _measured(link: Link, calibration: Calibration) -> Link:
+    """*link* with the bandwidth that the calibration measured, if it did."""
+    bandwidth = calibration.link_bandwidth_bytes_per_s.get(link.name)
+    if bandwidth is None:
+        return link
+    source = f"measured: calibration {calibration.name}"
+    return replace(link, bandwidth_bytes_per_s=bandwidth, assumed=False, source=source)
 
 
 def _gpus(count: int | None, machine: Detected | None) -> tuple[int, Origin]:
@@ -208,9 +226,10 @@ def _job(words: Words, gpu: Gpu) -> Job:
     )
 
 
-def _margin(margin: float | str, automatic: float) -> float:
+def _margin(margin: float | str) -> float | None:
+    """The share that was given; None for ``auto``."""
     if margin == "auto":
-        return automatic
+        return None
     try:
         share = float(margin)
     except ValueError:

@@ -190,6 +190,12 @@ question_options = options(
         show_default=True,
         help="Share of GPU memory to keep free, such as 10%.",
     ),
+    option(
+        _HOW,
+        "--calibration",
+        metavar="NAME|FILE",
+        help="Measured constants to use.  [default: those that `advisor calibrate` found here for the GPU]",
+    ),
 )
 """The job and the machine, as `recommend` and `estimate` both ask for them."""
 

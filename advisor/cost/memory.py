@@ -11,7 +11,7 @@ from advisor.cost.allocator import OutOfMemoryError, Settings
 from advisor.cost.pools import ROUND_LARGE_BYTES
 from advisor.cost.reserved import replayed
 from advisor.cost.results import Memory, PhaseMemory
-from advisor.specs.calibration import Calibration
+from advisor.specs.calibration import Calibration, likeness
 from advisor.specs.hardware import Cluster
 from advisor.specs.plan import Plan
 from advisor.step.build import StepProgram
@@ -98,6 +98,7 @@ def memory(
     (``Calibration.waiting_share``).
     """
     found = footprint(program, plan, cluster, calibration)
+    low, high = calibration.memory_range(likeness(plan, cluster.gpu.compute_capability))
     device = on_device(program, cluster, calibration)
     peak = peak_of(device.device)
     waiting = int(_waiting_bytes(peak.size_bytes - found.states_bytes, plan, calibration))
@@ -117,8 +118,8 @@ def memory(
         peak_allocated_bytes=counted.peak_allocated_bytes,
         peak_reserved_bytes=reserved,
         device_used_bytes=used,
-        low_bytes=int(used * calibration.low_memory_share),
-        high_bytes=int(used * calibration.high_memory_share),
+        low_bytes=int(used * low),
+        high_bytes=int(used * high),
         peak_phase=peak.phase,
         peak_label=peak.label,
         rank=int(program.rank),

@@ -18,7 +18,7 @@ from advisor.cost.collectives import Ring, ring
 from advisor.cost.compute import compute_seconds, rates, work
 from advisor.cost.results import StepTime, TrafficLine
 from advisor.cost.traffic import Flow, flows
-from advisor.specs.calibration import Calibration
+from advisor.specs.calibration import Calibration, Range, likeness
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
 from advisor.specs.plan import Plan
@@ -59,7 +59,8 @@ class StepTimes:
     timed_flows: tuple[TimedFlow, ...]
     over: Ring
     cluster: Cluster
-    calibration: Calibration
+    range: Range
+    """Where the measured time may lie, as shares of the predicted."""
 
     @property
     def step_s(self) -> Amount:
@@ -75,8 +76,8 @@ class StepTimes:
         flop_per_s = _pick(self.model_flop, index) / step_s
         return StepTime(
             step_s=step_s,
-            low_s=step_s * self.calibration.low_time_share,
-            high_s=step_s * self.calibration.high_time_share,
+            low_s=step_s * self.range[0],
+            high_s=step_s * self.range[1],
             compute_s=_pick(self.compute_s, index),
             exposed_communication_s=_pick(self.exposed_communication_s, index),
             optimizer_s=_pick(self.optimizer_s, index),
@@ -137,7 +138,7 @@ def step_time(step: Node, job: Job, plan: Plan, cluster: Cluster, calibration: C
         timed_flows=tuple(timed.values()),
         over=over,
         cluster=cluster,
-        calibration=calibration,
+        range=calibration.time_range(likeness(plan, cluster.gpu.compute_capability)),
     )
 
 

@@ -85,8 +85,8 @@ def barred(question: Question, found: Barred) -> Rejected:
 def refused(question: Question, nearest: Plan, known: Leasts) -> Rejected:
     """A strategy of which nothing fits, with its nearest miss and the cheapest way out."""
     held = held_by(question, nearest, squeezed=True)
-    short = max(shortages(held, question.margin_share))
-    _, why = judge(held, question.margin_share)
+    short = max(shortages(held, question.margin_share(nearest)))
+    _, why = judge(held, question.margin_share(nearest))
     try:
         remedy = next(remedies(question, nearest, held, known), None)
     except ConfigError:  # a traced model whose code knows no checkpointing, which every remedy counts on
@@ -97,7 +97,7 @@ def refused(question: Question, nearest: Plan, known: Leasts) -> Rejected:
 def remedies(question: Question, nearest: Plan, held: Memory, known: Leasts) -> Iterator[str]:
     """Changes that would make the strategy of *nearest*, which needs *held*, fit, cheapest first."""
     cluster, variant = question.cluster, (nearest.strategy, nearest.offload)
-    if short_by(held.states_bytes, held.capacity_bytes, question.margin_share) <= 0:
+    if short_by(held.states_bytes, held.capacity_bytes, question.margin_share(nearest)) <= 0:
         yield from _smaller_steps(question, variant)
     more = fewest_gpus(question, [variant], known)
     if more is not None:
@@ -106,14 +106,14 @@ def remedies(question: Question, nearest: Plan, held: Memory, known: Leasts) -> 
     found = footprint(program(question, leanest), leanest, cluster, question.calibration)
     largest = max(all_gpus(), key=lambda gpu: gpu.memory_bytes)
     boundless = replace(cluster, gpu=largest, host_memory_bytes=ANY_BYTES)
-    if shortfall(found, boundless, question.margin_share).min() > 0:
+    if shortfall(found, boundless, question.margin_share(leanest)).min() > 0:
         return
-    least = held_by(question, leanest.at(int(np.argmin(shortfall(found, cluster, question.margin_share)))))
+    least = held_by(question, leanest.at(int(np.argmin(shortfall(found, cluster, question.margin_share(leanest))))))
     parts = []
     if least.host_bytes > cluster.host_memory_bytes:
         parts.append(f"{np.ceil(least.host_bytes / GIB):.0f} GiB of host memory per machine")
-    if short_by(least.device_used_bytes, cluster.gpu.memory_bytes, question.margin_share) > 0:
-        needed = least.device_used_bytes / (1 - question.margin_share)
+    if short_by(least.device_used_bytes, cluster.gpu.memory_bytes, question.margin_share(leanest)) > 0:
+        needed = least.device_used_bytes / (1 - question.margin_share(leanest))
         if needed > largest.memory_bytes:
             return
         parts.append(f"a GPU of {np.ceil(needed / GIB):.0f} GiB")
@@ -218,7 +218,7 @@ def _some_fit(question: Question, strategy: Strategy, offload: Offload, gpus: in
     bounds = _short_by(question, both)
     alike = both.at(0).micro_batch == both.at(1).micro_batch
     return any(
-        bounds[index] <= 0 and max(shortages(held_by(question, both.at(index)), question.margin_share)) <= 0
+        bounds[index] <= 0 and max(shortages(held_by(question, both.at(index)), question.margin_share(both))) <= 0
         for index in ((0,) if alike else (0, 1))
     )
 
@@ -252,7 +252,7 @@ def _short_by(question: Question, plan: Plan) -> NDArray[np.float64]:
     """What each of the plans lacks at least."""
     step = program_of_contenders(question, plan)
     found = footprint(step, plan, question.cluster, question.calibration)
-    (short,) = of_fullest(step, np.shape(plan.gpus), shortfall(found, question.cluster, question.margin_share))
+    (short,) = of_fullest(step, np.shape(plan.gpus), shortfall(found, question.cluster, question.margin_share(plan)))
     return short
 
 

@@ -47,7 +47,7 @@ def price_sheet(question: Question, plan: Plan) -> Sheet:
     step = program_of_contenders(question, plan)
     found = footprint(step, plan, question.cluster, question.calibration)
     timed = step_time(step.step, question.job, plan, question.cluster, question.calibration)
-    short = shortfall(found, question.cluster, question.margin_share)
+    short = shortfall(found, question.cluster, question.margin_share(plan))
     counts = (plan.gpus, plan.micro_batch, plan.accumulation_steps)
     shape = np.broadcast_shapes(*(np.shape(each) for each in counts))
     return Sheet(plan, *of_fullest(step, shape, step.rank, timed.tokens_per_s, short))
@@ -76,15 +76,16 @@ def fastest(question: Question, sheets: Sequence[Sheet]) -> Estimate | None:
         for sheet in sheets
         for index in np.flatnonzero(sheet.short_by_bytes <= 0)
     ]
-    most_bytes = math.ceil(question.cluster.gpu.memory_bytes * (1 - question.margin_share))
     for _, sheet, index in sorted(possible, key=lambda each: -each[0]):
         plan = sheet.plan.at(index)
+        margin_share = question.margin_share(plan)
+        most_bytes = math.ceil(question.cluster.gpu.memory_bytes * (1 - margin_share))
         step = program(question, plan, int(sheet.rank[index]))
         try:
             held = memory(step, plan, question.cluster, question.calibration, most_bytes=most_bytes)
         except OutOfMemoryError:
             continue
-        if max(shortages(held, question.margin_share)) <= 0:
+        if max(shortages(held, margin_share)) <= 0:
             return priced(question, plan, step, held)
     return None
 

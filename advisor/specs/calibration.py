@@ -5,12 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from advisor.specs.plan import Plan
+
+Range = tuple[float, float]
+"""From the low to the high share."""
+
+
+def likeness(plan: Plan, compute_capability: str) -> str:
+    """What residuals of *plan* on a GPU of *compute_capability* are put together with: its framework, where its states
+    lie, and the generation of the GPU."""
+    offload = ", offload" if plan.offload.optimizer else ""
+    return f"{plan.framework}{offload}, {compute_capability}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
     """Constants that a prediction adds to the step program. Each has its source in the file it was read from."""
 
     name: str
+    device: str | None = None
+    """The GPU that it was measured on; None where it is for any."""
+    based_on: str | None = None
+    """The calibration that says what this one does not."""
     matmul_workspace_bytes: Mapping[str, int]
     """cuBLAS workspace of one handle by major compute capability, ``default`` for others; torch counts it."""
     context_bytes: int
@@ -20,14 +36,11 @@ class Calibration:
     waiting_share: float
     """Reserved memory for blocks that wait until another stream is done with them (``record_stream``), with several
     ranks, as a share of what the step allocates and frees."""
-    margin_share: float
-    """Share of device memory that ``--margin auto`` keeps free."""
-    low_memory_share: float
-    high_memory_share: float
-    """Where the measured peak may lie, as shares of the predicted one."""
-    low_time_share: float
-    high_time_share: float
-    """Where the measured step time may lie, as shares of the predicted one."""
+    memory_ranges: Mapping[str, Range]
+    """Where the measured device memory may lie, as shares of the predicted, by what was measured (:func:`likeness`);
+    ``default`` for plans unlike it."""
+    time_ranges: Mapping[str, Range]
+    """The same for step times."""
     matmul_efficiency: Mapping[str, float]
     """Share of the dense peak that matrix products reach beside the time in which their operands move, by compute
     capability, ``default`` for others."""
@@ -39,6 +52,8 @@ class Calibration:
     """Least time between two kernels in eager mode."""
     overlap_share: float
     """Share of communication that can hide behind compute which does hide, the two slowing each other down."""
+    link_bandwidth_bytes_per_s: Mapping[str, float]
+    """What links achieve per GPU, by name, where it was measured; else the catalog of links says."""
     cpu_adam_bytes_per_parameter: float
     """Host memory traffic of one Adam update on the CPU."""
     process_host_bytes: int
@@ -52,6 +67,18 @@ class Calibration:
     nvme_bandwidth_bytes_per_s_per_gpu: float
     """What reading or writing the NVMe of a machine reaches for each of its GPUs."""
     source: str
+
+    def memory_range(self, likeness: str) -> Range:
+        """Shares of the predicted memory between which the measured one is expected."""
+        return self.memory_ranges.get(likeness, self.memory_ranges["default"])
+
+    def time_range(self, likeness: str) -> Range:
+        """The same for the step time."""
+        return self.time_ranges.get(likeness, self.time_ranges["default"])
+
+    def margin_share(self, likeness: str) -> float:
+        """Share of device memory that ``--margin auto`` keeps free: so far may the measured lie above the predicted."""
+        return self.memory_range(likeness)[1] - 1
 
     def workspace_bytes(self, compute_capability: str) -> int:
         """cuBLAS workspace of one handle on a GPU of *compute_capability*, such as ``9.0``."""

@@ -197,6 +197,13 @@ class Plan:
         return self.offload.optimizer and self.offload_to == "nvme"
 
     @property
+    def framework(self) -> Literal["ddp", "fsdp", "deepspeed"]:
+        """Whose code runs the strategy."""
+        if self.strategy.zero_stage is not None:
+            return "deepspeed"
+        return "fsdp" if self.strategy.is_fsdp else "ddp"
+
+    @property
     def global_batch(self) -> Count:
         """Sequences per optimizer step over all GPUs."""
         return self.gpus * self.micro_batch * self.accumulation_steps

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from advisor.specs.calibration import Calibration
+from advisor.specs.calibration import Calibration, likeness
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
+from advisor.specs.plan import Plan
 
 Origin = Literal["given", "found", "assumed", "file", "default"]
 """``given``: by a flag or an argument. ``found``: on this machine. ``assumed``: because nobody said. ``file``: read
@@ -39,7 +40,13 @@ class Question:
     job: Job
     cluster: Cluster
     calibration: Calibration
-    margin_share: float
-    """Share of device memory that is to stay free."""
+    given_margin_share: float | None = None
+    """Share of device memory that is to stay free; None leaves it to the calibration."""
     inputs: tuple[Input, ...]
     warnings: tuple[str, ...] = ()
+
+    def margin_share(self, plan: Plan) -> float:
+        """Share of device memory that is to stay free beside *plan*."""
+        if self.given_margin_share is not None:
+            return self.given_margin_share
+        return self.calibration.margin_share(likeness(plan, self.cluster.gpu.compute_capability))

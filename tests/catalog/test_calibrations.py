@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from advisor.catalog.calibrations import ORIGINS, find_calibration, read_calibration
+from advisor.catalog.calibrations import (
+    CALIBRATIONS_VARIABLE,
+    ORIGINS,
+    calibration_of,
+    find_calibration,
+    read_calibration,
+)
 from advisor.catalog.profiles import profiles_folder
+from advisor.catalog.request import resolve
 from advisor.errors import ConfigError, UnknownNameError
+from advisor.specs.calibration import likeness
+from advisor.specs.plan import Offload, Plan, Strategy
 
 DEFAULT = profiles_folder() / "calibrations" / "default.json"
 
@@ -41,7 +51,6 @@ def test_shares_of_a_peak_lie_between_nothing_and_all_of_it() -> None:
         *found.attention_efficiency.values(),
         found.bandwidth_efficiency,
         found.overlap_share,
-        found.margin_share,
     ]
 
     assert all(0 < share < 1 for share in shares)
@@ -50,8 +59,18 @@ def test_shares_of_a_peak_lie_between_nothing_and_all_of_it() -> None:
 def test_ranges_contain_the_prediction() -> None:
     found = find_calibration()
 
-    assert found.low_memory_share < 1 < found.high_memory_share
-    assert found.low_time_share < 1 < found.high_time_share
+    for low, high in (*found.memory_ranges.values(), *found.time_ranges.values()):
+        assert low <= 1 < high
+
+
+def test_the_margin_is_what_the_measured_may_lie_above_the_predicted() -> None:
+    found = replace(find_calibration(), memory_ranges={"default": (0.9, 1.2), "fsdp, 9.0": (0.99, 1.01)})
+    plan = Plan(strategy=Strategy.FSDP, gpus=8, micro_batch=1)
+
+    assert found.margin_share(likeness(plan, "9.0")) == pytest.approx(0.01)
+    assert found.margin_share(likeness(plan, "8.0")) == pytest.approx(0.2)
+    on_host = replace(plan, strategy=Strategy.ZERO2, offload=Offload.OPTIMIZER)
+    assert found.margin_share(likeness(on_host, "9.0")) == pytest.approx(0.2)
 
 
 # PyTorch, aten/src/ATen/cuda/CublasHandlePool.cpp.
@@ -105,3 +124,58 @@ def test_a_file_that_is_no_calibration_is_named(tmp_path: Path, text: str) -> No
 
     with pytest.raises(ConfigError, match=r"broken.json is not a calibration"):
         read_calibration(path)
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of this user's calibrations, with one that was measured on an H200."""
+    monkeypatch.setenv(CALIBRATIONS_VARIABLE, str(tmp_path))
+    measured = {"value": {"9.0": 0.75}, "origin": "measured", "source": "a benchmark of this machine"}
+    links = {"value": {"nvlink4": 4e11}, "origin": "measured", "source": "a benchmark of this machine"}
+    content = {
+        "name": "ours",
+        "source": "this machine",
+        "device": "H200-SXM-141GB",
+        "based_on": "default",
+        "constants": {"matmul_efficiency": measured, "link_bandwidth_bytes_per_s": links},
+    }
+    (tmp_path / "ours.json").write_text(json.dumps(content), encoding="utf-8")
+    return tmp_path
+
+
+def test_what_was_not_measured_is_as_in_the_calibration_that_it_is_based_on(own: Path) -> None:
+    found, usual = find_calibration("ours"), find_calibration()
+
+    assert (found.name, found.device) == ("ours", "H200-SXM-141GB")
+    assert found.linear_share("9.0") == 0.75
+    assert found.linear_share("8.0") == usual.linear_share("8.0")
+    assert found.context_bytes == usual.context_bytes
+
+
+def test_a_calibration_is_also_found_by_its_path(own: Path) -> None:
+    assert find_calibration(str(own / "ours.json")).name == "ours"
+
+
+def test_a_device_has_the_calibration_that_was_measured_on_it(own: Path) -> None:
+    assert calibration_of("H200-SXM-141GB").name == "ours"
+    assert calibration_of("A100-SXM4-80GB").name == "default"
+
+
+def test_a_given_gpu_is_not_taken_for_this_machines(own: Path) -> None:
+    by_name = resolve("Qwen2.5-0.5B", gpu="H200-SXM-141GB", gpus=8)
+    asked = resolve("Qwen2.5-0.5B", gpu="H200-SXM-141GB", gpus=8, calibration="ours")
+
+    assert by_name.calibration.name == "default"
+    assert asked.calibration.name == "ours"
+    assert next(each for each in asked.inputs if each.name == "calibration").origin == "given"
+
+
+def test_a_measured_link_is_as_fast_as_it_was_measured(own: Path) -> None:
+    link = resolve("Qwen2.5-0.5B", gpu="H200-SXM-141GB", gpus=8, link="nvlink4", calibration="ours").cluster.link
+
+    assert (link.bandwidth_bytes_per_s, link.assumed, link.source) == (4e11, False, "measured: calibration ours")
+
+
+def test_a_file_that_is_not_there_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"nowhere.json cannot be read"):
+        find_calibration("nowhere.json")

@@ -165,7 +165,7 @@ def test_the_words_of_a_plan_are_taken() -> None:
 
     assert (plan.strategy, plan.offload) == (Strategy.ZERO3, Offload.OPTIMIZER_AND_PARAMETERS)
     assert (plan.checkpointing, plan.zero.reduce_bucket, plan.gpus) == (Checkpointing.FULL, 12_345, 4)
-    assert (question.margin_share, question.job.sequence_length) == (0.25, 512)
+    assert (question.given_margin_share, question.job.sequence_length) == (0.25, 512)
 
 
 def test_nothing_is_offloaded_or_recomputed_unless_told() -> None:
@@ -219,7 +219,7 @@ def test_an_estimate_is_the_price_of_its_plan() -> None:
     found = estimate("Qwen2.5-0.5B", **words)
 
     assert found == price(question, plan)
-    assert (found.verdict, found.why) == judge(found.memory, question.margin_share)
+    assert (found.verdict, found.why) == judge(found.memory, question.margin_share(found.plan))
     assert (found.model, found.job, found.cluster, found.plan) == (question.model, question.job, question.cluster, plan)
     assert (found.inputs, found.warnings) == (question.inputs, question.warnings)
     assert found.sent_bytes == sum(line.bytes_per_step for line in found.traffic) > 0

@@ -99,4 +99,4 @@ def bounded(name: str, plan: Plan) -> tuple[float, float]:
     step = program(asked, plan)
     held = footprint(step, plan, asked.cluster, asked.calibration)
     timed = step_time(step.step, asked.job, plan, asked.cluster, asked.calibration)
-    return float(timed.tokens_per_s), float(shortfall(held, asked.cluster, asked.margin_share))
+    return float(timed.tokens_per_s), float(shortfall(held, asked.cluster, asked.margin_share(plan)))

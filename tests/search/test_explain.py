@@ -41,9 +41,9 @@ def test_a_strategy_that_does_not_fit_shows_its_nearest_miss_and_what_it_lacks(n
         held = nearest.memory
 
         assert nearest.verdict != "fits"
-        assert each.why == judge(held, asked.margin_share)[1]
+        assert each.why == judge(held, asked.margin_share(each.plan))[1]
         lacking = (
-            held.device_used_bytes - held.capacity_bytes * (1 - asked.margin_share),
+            held.device_used_bytes - held.capacity_bytes * (1 - asked.margin_share(each.plan)),
             held.host_bytes - held.host_capacity_bytes,
         )
         assert each.short_by_bytes == pytest.approx(max(lacking), abs=1)

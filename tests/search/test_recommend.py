@@ -69,7 +69,7 @@ def test_what_is_offered_fits_with_its_margin_and_its_host(name: str) -> None:
     for each in answer(name).plans:
         memory = each.memory
         assert each.verdict == "fits"
-        assert memory.device_used_bytes <= memory.capacity_bytes * (1 - ASKED[name].margin_share)
+        assert memory.device_used_bytes <= memory.capacity_bytes * (1 - ASKED[name].margin_share(each.plan))
         assert memory.host_bytes <= memory.host_capacity_bytes
         assert each.plan.global_batch == ASKED[name].job.global_batch
 
@@ -221,7 +221,7 @@ def test_machines_talk_over_the_network() -> None:
 def test_a_wider_margin_never_fits_more() -> None:
     offered = []
     for margin in (0.0, 0.1, 0.9):
-        asked = replace(ASKED["some fit"], margin_share=margin)
+        asked = replace(ASKED["some fit"], given_margin_share=margin)
         found = search(asked)
         offered.append({variant_of(each.plan) for each in found.plans})
         for each in found.plans:
