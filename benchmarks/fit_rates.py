@@ -12,33 +12,17 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from advisor.catalog.calibrations import find_calibration
 from advisor.catalog.gpus import find_gpu
 from advisor.catalog.profiles import profiles_folder
-from advisor.cost.compute import Rates, Work, compute_seconds
-from advisor.specs.hardware import Gpu
+from advisor.cost.compute import Work
+from advisor.validation.fitting import Numbers, Timed, errors, share_of_peak
 
-Numbers = NDArray[np.float64]
 HALF_FORMAT_BYTES = 2
-CANDIDATES = np.arange(0.10, 1.30, 0.01)
-
-
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """Measurements on one GPU: what each asked for, and the seconds it took."""
-
-    gpu: Gpu
-    work: Work
-    seconds: Numbers
-
-    def at(self, rows: slice) -> Measured:
-        return Measured(self.gpu, Work(*(np.asarray(part)[rows] for part in self.work)), self.seconds[rows])
 
 
 def main() -> None:
@@ -53,15 +37,15 @@ def main() -> None:
     report("fused causal attention", attention(rates_folder / "attention.csv"))
 
 
-def report(title: str, rows: Iterable[Measured]) -> dict[str, float]:
+def report(title: str, rows: Iterable[Timed]) -> dict[str, float]:
     """Prints a table of constants and errors; returns the constants by GPU."""
     bandwidth_share, measured = find_calibration().bandwidth_efficiency, list(rows)
-    fitted = [fit(each, bandwidth_share) for each in measured]
+    fitted = [share_of_peak(each, bandwidth_share) for each in measured]
     print(f"\n{title}\n{'GPU':18} rows  share   {'fitted':>14}   {'held-out shapes':>15}   {'GPU left out':>14}")
     for index, (each, share) in enumerate(zip(measured, fitted, strict=True)):
         cells = [spread(errors(each, share, bandwidth_share)), "-", "-"]
         if each.seconds.size > 1:
-            half = fit(each.at(slice(0, None, 2)), bandwidth_share)
+            half = share_of_peak(each.at(slice(0, None, 2)), bandwidth_share)
             cells[1] = spread(errors(each.at(slice(1, None, 2)), half, bandwidth_share))
         others = [other for place, other in enumerate(fitted) if place != index]
         if others:
@@ -73,30 +57,11 @@ def report(title: str, rows: Iterable[Measured]) -> dict[str, float]:
     return {each.gpu.name: share for each, share in zip(measured, fitted, strict=True)}
 
 
-def fit(measured: Measured, bandwidth_share: float) -> float:
-    """The share of the dense peak with the least mean error."""
-    return float(min(CANDIDATES, key=lambda share: float(errors(measured, share, bandwidth_share).mean())))
-
-
-def errors(measured: Measured, share: float, bandwidth_share: float) -> Numbers:
-    """Absolute relative errors of the predicted times."""
-    gpu = measured.gpu
-    at = Rates(
-        peak_flop_per_s=gpu.peak_flop_per_s["bf16"],
-        linear_flop_per_s=gpu.peak_flop_per_s["bf16"] * share,
-        attention_flop_per_s=gpu.peak_flop_per_s["bf16"] * share,
-        moved_bytes_per_s=gpu.memory_bandwidth_bytes_per_s * bandwidth_share,
-        kernel_launch_s=0.0,
-    )
-    found: Numbers = np.abs(compute_seconds(measured.work, at) / measured.seconds - 1)
-    return found
-
-
 def spread(found: Numbers) -> str:
     return f"{100 * found.mean():.1f} / {100 * found.max():.0f} %"
 
 
-def products(path: Path, kind: str) -> Iterator[Measured]:
+def products(path: Path, kind: str) -> Iterator[Timed]:
     """Matrix products of one *kind*, GPU by GPU."""
 
     def work(row: dict[str, str]) -> tuple[float, float, float]:
@@ -108,7 +73,7 @@ def products(path: Path, kind: str) -> Iterator[Measured]:
     return measurements([row for row in read(path) if row["kind"] == kind], work, whole_scores=1.0)
 
 
-def attention(path: Path) -> Iterator[Measured]:
+def attention(path: Path) -> Iterator[Timed]:
     """Forward and backward of causal attention. The published rates count the whole score matrix, and for backward 2.5
     times the work of forward (five products for two)."""
 
@@ -125,7 +90,7 @@ def attention(path: Path) -> Iterator[Measured]:
 
 def measurements(
     rows: list[dict[str, str]], work: Callable[[dict[str, str]], tuple[float, float, float]], whole_scores: float
-) -> Iterator[Measured]:
+) -> Iterator[Timed]:
     """Rows of one GPU together. *whole_scores*: the published FLOPs over those done."""
     for name in dict.fromkeys(row["gpu"] for row in rows):
         own = [row for row in rows if row["gpu"] == name]
@@ -133,7 +98,7 @@ def measurements(
         published = (linear + attended) * whole_scores
         seconds = published / (np.array([float(row["tflops"]) for row in own]) * 1e12)
         zero = np.zeros_like(linear)
-        yield Measured(find_gpu(name), Work(linear, attended, published, moved, zero), seconds)
+        yield Timed(find_gpu(name), Work(linear, attended, published, moved, zero), seconds)
 
 
 def read(path: Path) -> list[dict[str, str]]:

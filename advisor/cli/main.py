@@ -23,6 +23,7 @@ COMMANDS = {
     "trace": "Run one plan's step without its data, and compare its bytes with the prediction.",
     "validate": "Run plans for a few steps on this machine, and compare with the prediction.",
     "records": "List recorded runs, or compare them with what is predicted now.",
+    "calibrate": "Measure this machine for the constants that predictions use.",
     "models": "List the models that are known by name.",
     "gpus": "List the GPUs that are known by name.",
     "completion": "Print the script that completes commands in your shell.",

@@ -8,7 +8,9 @@ Needs the extra ``run``; torch is imported when something is measured.
 from __future__ import annotations
 
 import json
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +28,19 @@ if TYPE_CHECKING:
 SCHEMA = "advisor/rates/1"
 
 Kind = Literal[
-    "product", "attention forward", "attention backward", "copy", "host to device", "device to host", "adamw"
+    "product",
+    "attention forward",
+    "attention backward",
+    "copy",
+    "host to device",
+    "device to host",
+    "adamw",
+    "launch",
+    "disk write",
+    "disk read",
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
 ]
 
 SAMPLES = 5
@@ -34,6 +48,7 @@ SAMPLE_S = 0.003
 """Least time between the two clocks of a sample, so that neither they nor one launch weigh in it."""
 MOST_CALLS = 100
 """In a sample."""
+DISK_PART_BYTES = 2**24
 TENSORS = 100
 """Over which the optimizer's parameters are spread."""
 
@@ -64,12 +79,13 @@ def timed(call: Callable[[], object], device: torch.device) -> tuple[float, floa
     """Seconds of one *call*, the median and the least of several samples: by the device's events, or on a CPU its
     clock. A first call, which may choose a kernel or compile one, is left out."""
     call()
-    calls = max(1, min(MOST_CALLS, int(SAMPLE_S / max(_sample(call, device, 1), 1e-9))))
-    samples = [_sample(call, device, calls) for _ in range(SAMPLES)]
+    calls = max(1, min(MOST_CALLS, int(SAMPLE_S / max(sample(call, device, 1), 1e-9))))
+    samples = [sample(call, device, calls) for _ in range(SAMPLES)]
     return statistics.median(samples), min(samples)
 
 
-def _sample(call: Callable[[], object], device: torch.device, calls: int) -> float:
+def sample(call: Callable[[], object], device: torch.device, calls: int) -> float:
+    """Seconds of one of *calls* calls in a row."""
     if device.type != "cuda":
         started = time.perf_counter()
         for _ in range(calls):
@@ -203,6 +219,40 @@ def adamw(device: torch.device, parameters: int, optimizer: Optimizer, number_fo
         seconds=seconds,
         least_s=least_s,
         moved_bytes=7.0 * FORMAT_BYTES[number_format] * each * TENSORS,
+    )
+
+
+def launch(device: torch.device) -> Rate:
+    """The least time between two kernels: one that has next to nothing to do, called from Python again and again."""
+    import torch
+
+    one = torch.zeros(1, device=device)
+    seconds, least_s = timed(lambda: one.add_(1), device)
+    return Rate(kind="launch", sizes={}, seconds=seconds, least_s=least_s)
+
+
+def disk(folder: Path, size_bytes: int) -> tuple[Rate, Rate]:
+    """Writing a file in *folder* until it is on the disk, and reading it from there, not from the system's cache."""
+    part = os.urandom(DISK_PART_BYTES)
+    parts = max(1, size_bytes // DISK_PART_BYTES)
+    sizes = {"size_bytes": parts * DISK_PART_BYTES}
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        started = time.perf_counter()
+        for _ in range(parts):
+            file.write(part)
+        os.fsync(file.fileno())
+        written_s = time.perf_counter() - started
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        started = time.perf_counter()
+        while file.read(DISK_PART_BYTES):
+            pass
+        read_s = time.perf_counter() - started
+    moved = float(sizes["size_bytes"])
+    return (
+        Rate(kind="disk write", sizes=sizes, seconds=written_s, least_s=written_s, moved_bytes=moved),
+        Rate(kind="disk read", sizes=sizes, seconds=read_s, least_s=read_s, moved_bytes=moved),
     )
 
 

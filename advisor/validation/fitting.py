@@ -1,0 +1,230 @@
+"""Constants of a calibration from measurements: rates of single operations, and recorded runs.
+
+A constant is fitted alone, by the formula that uses it, as the median of what each measurement by itself would have it
+be; its error is that of every run's prediction by the constant that the others give (leave one out).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advisor.cost.compute import Rates, Work, compute_seconds
+from advisor.cost.schedule import step_time
+from advisor.specs.calibration import Calibration, likeness
+from advisor.specs.hardware import Cluster, Gpu
+from advisor.step.build import build
+from advisor.step.program import Node
+from advisor.validation.accuracy import without_dropout
+from advisor.validation.rates import Rate
+from advisor.validation.record import Record
+
+Numbers = NDArray[np.float64]
+CANDIDATES = np.arange(0.10, 1.30, 0.01)
+LEAST_RUNS = 3
+"""Without fewer than that a fit says nothing of the next run."""
+HALVINGS = 30
+
+
+@dataclass(frozen=True, eq=False)
+class Timed:
+    """Operations on one GPU: what each asked for, and the seconds it took."""
+
+    gpu: Gpu
+    work: Work
+    seconds: Numbers
+
+    def at(self, rows: slice) -> Timed:
+        return Timed(self.gpu, Work(*(np.asarray(part)[rows] for part in self.work)), self.seconds[rows])
+
+
+def share_of_peak(timed: Timed, bandwidth_share: float) -> float:
+    """The share of the dense peak with the least mean error of the time."""
+    return float(min(CANDIDATES, key=lambda share: float(errors(timed, share, bandwidth_share).mean())))
+
+
+def errors(timed: Timed, share: float, bandwidth_share: float) -> Numbers:
+    """Absolute relative errors of the times that a share of the dense peak predicts."""
+    gpu = timed.gpu
+    at = Rates(
+        peak_flop_per_s=gpu.peak_flop_per_s["bf16"],
+        linear_flop_per_s=gpu.peak_flop_per_s["bf16"] * share,
+        attention_flop_per_s=gpu.peak_flop_per_s["bf16"] * share,
+        moved_bytes_per_s=gpu.memory_bandwidth_bytes_per_s * bandwidth_share,
+        kernel_launch_s=0.0,
+    )
+    found: Numbers = np.abs(compute_seconds(timed.work, at) / timed.seconds - 1)
+    return found
+
+
+def products(gpu: Gpu, found: Sequence[Rate]) -> Timed:
+    """Matrix products on *gpu*."""
+    flop, moved, seconds = _columns(found)
+    zero = np.zeros_like(flop)
+    return Timed(gpu, Work(flop, zero, flop, moved, zero), seconds)
+
+
+def attentions(gpu: Gpu, found: Sequence[Rate]) -> Timed:
+    """Attention on *gpu*, forward and backward."""
+    flop, moved, seconds = _columns(found)
+    zero = np.zeros_like(flop)
+    return Timed(gpu, Work(zero, flop, flop, moved, zero), seconds)
+
+
+def _columns(found: Sequence[Rate]) -> tuple[Numbers, Numbers, Numbers]:
+    columns = np.array([(each.flop, each.moved_bytes, each.seconds) for each in found]).T
+    return columns[0], columns[1], columns[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A constant that recorded runs give."""
+
+    constant: str
+    value: Any
+    """As the calibration holds it."""
+    runs: int
+    mean_error: float
+    max_error: float
+    """Of what the runs measured, each by the constant that the others give."""
+    mean_error_before: float
+    """By the calibration that was there."""
+
+
+def from_records(records: Sequence[Record], gpu: Gpu, cluster: Cluster, calibration: Calibration) -> list[Fit]:
+    """What runs on *gpu*, those of *records* that ran there by themselves, say of the calibration's constants.
+
+    Device memory outside torch's allocator on one rank, then on several; the share of the peak by runs of one rank,
+    and then how much of the communication hides by those of several.
+    """
+    found: list[Fit] = []
+    alone = [each for each in records if each.case.plan.gpus == 1]
+    several = [each for each in records if each.case.plan.gpus > 1 and _seconds(each)]
+    context = _outside("context_bytes", alone, calibration.context_bytes, 0)
+    found += context
+    held = context[0].value if context else calibration.context_bytes
+    found += _outside("communicator_bytes", several, calibration.communicator_bytes, held)
+    capability = gpu.compute_capability
+
+    def with_share(share: float) -> Calibration:
+        return replace(calibration, matmul_efficiency={**calibration.matmul_efficiency, capability: share})
+
+    shares = _timed("matmul_efficiency", alone, cluster, with_share, calibration.linear_share(capability))
+    found += [replace(each, value={capability: each.value}) for each in shares]
+    best = with_share(shares[0].value) if shares else calibration
+    found += _timed(
+        "overlap_share",
+        several,
+        cluster,
+        lambda share: replace(best, overlap_share=share),
+        calibration.overlap_share,
+    )
+    return found
+
+
+def residuals(
+    records: Sequence[Record], cluster: Cluster, calibration: Calibration
+) -> dict[str, dict[str, list[float]]]:
+    """Measured over predicted, of device memory and step times, by likeness."""
+    memory: dict[str, list[float]] = {}
+    times: dict[str, list[float]] = {}
+    for record in records:
+        like = likeness(record.case.plan, cluster.gpu.compute_capability)
+        used = record.true.get("device used")
+        if used:
+            memory.setdefault(like, []).append(1 / (1 + record.comparison().error("device used")))
+        if seconds := _seconds(record):
+            times.setdefault(like, []).append(seconds / _predicted_seconds(_step(record), record, cluster, calibration))
+    return {"memory_ranges": memory, "time_ranges": times}
+
+
+def _outside(constant: str, records: Sequence[Record], before: float, known: float) -> list[Fit]:
+    """What the driver counts beyond torch's reserved memory, and beyond what is *known* of it."""
+    samples = [
+        (each.true["device used"] - each.true["peak reserved"] - known, float(each.true["device used"]))
+        for each in records
+        if "device used" in each.true and "peak reserved" in each.true
+    ]
+    if len(samples) < LEAST_RUNS:
+        return []
+    found = [value for value, _ in samples]
+    missed = [
+        abs(statistics.median(found[:at] + found[at + 1 :]) - value) / used for at, (value, used) in enumerate(samples)
+    ]
+    return [
+        Fit(
+            constant=constant,
+            value=round(statistics.median(found)),
+            runs=len(found),
+            mean_error=statistics.mean(missed),
+            max_error=max(missed),
+            mean_error_before=statistics.mean(abs(before - value) / used for value, used in samples),
+        )
+    ]
+
+
+def _timed(
+    constant: str,
+    records: Sequence[Record],
+    cluster: Cluster,
+    with_value: Callable[[float], Calibration],
+    before: float,
+) -> list[Fit]:
+    """The share between 0 and 1, growing which makes a step shorter, that step times give."""
+    runs = [(record, _step(record), seconds) for record in records if (seconds := _seconds(record))]
+    if len(runs) < LEAST_RUNS:
+        return []
+
+    def missed(record: Record, step: Node, seconds: float, value: float) -> float:
+        return abs(_predicted_seconds(step, record, cluster, with_value(value)) / seconds - 1)
+
+    found = [_solved(record, step, seconds, cluster, with_value) for record, step, seconds in runs]
+    left_out = [missed(*run, statistics.median(found[:at] + found[at + 1 :])) for at, run in enumerate(runs)]
+    return [
+        Fit(
+            constant=constant,
+            value=round(statistics.median(found), 3),
+            runs=len(runs),
+            mean_error=statistics.mean(left_out),
+            max_error=max(left_out),
+            mean_error_before=statistics.mean(missed(*run, before) for run in runs),
+        )
+    ]
+
+
+def _solved(
+    record: Record, step: Node, seconds: float, cluster: Cluster, with_value: Callable[[float], Calibration]
+) -> float:
+    """The share by which the run would take as long as it did, or the nearest there is."""
+    low, high = 0.01, 1.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        if _predicted_seconds(step, record, cluster, with_value(middle)) > seconds:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def _seconds(record: Record) -> float | None:
+    """A step of the slowest rank; None where times mean nothing, as those of a rank that is emulated alone."""
+    ranks = record.execution.ranks if record.execution else ()
+    if len(ranks) != int(record.case.plan.gpus):
+        return None
+    return max((rank.median_step_s for rank in ranks if rank.step_s), default=None)
+
+
+def _step(record: Record) -> Node:
+    case = record.case
+    return build(without_dropout(case.model), case.job, case.plan, 0).step
+
+
+def _predicted_seconds(step: Node, record: Record, cluster: Cluster, calibration: Calibration) -> float:
+    job, plan = record.case.job, record.case.plan
+    gpus = int(plan.gpus)
+    return step_time(step, job, plan, replace(cluster, gpus=gpus), calibration).at(0).step_s
