@@ -29,8 +29,7 @@ CALIBRATION = replace(
     kernel_launch_s=1e-5,
     overlap_share=0.8,
     cpu_adam_bytes_per_parameter=30,
-    low_time_share=0.9,
-    high_time_share=1.2,
+    time_ranges={"default": (0.9, 1.2)},
 )
 
 

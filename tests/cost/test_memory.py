@@ -35,8 +35,7 @@ ROUND = replace(
     communicator_bytes=200 * MIB,
     process_host_bytes=1000 * MIB,
     waiting_share=0.5,
-    low_memory_share=0.9,
-    high_memory_share=1.1,
+    memory_ranges={"default": (0.9, 1.1)},
 )
 PROGRAM = StepProgram(
     init=phase("init", hold("weights", "parameters", 64 * MIB), scratch("loading", 8 * MIB)),
