@@ -136,7 +136,7 @@ def test_every_folder_is_a_package() -> None:
 
 def test_tests_mirror_the_package() -> None:
     """Each folder of tests is named after a folder of the package, or says what it holds the package against."""
-    against = {"notebooks", "published"}
+    against = {"benchmarks", "notebooks", "published"}
     folders = {path.parent.name for path in (ROOT / "tests").glob("*/__init__.py")}
     packages: set[Any] = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 
