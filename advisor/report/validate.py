@@ -14,7 +14,7 @@ from advisor.report.tables import INDENT, Column, faint, fitting, natural_width,
 from advisor.report.trace import signed_percent
 from advisor.validation.accuracy import COUNTERS, Comparison, Counter
 from advisor.validation.campaign import Check, Validation
-from advisor.validation.measured import Measured
+from advisor.validation.measured import Measured, Messages
 from advisor.validation.planned import title_of
 from advisor.validation.recorded import tokens_per_s
 
@@ -47,6 +47,8 @@ def validation_report(found: Validation, *, width: int) -> list[RenderableType]:
         if check.comparison:
             title = f"{_title(check)}: bytes of rank {check.record.case.rank}, the fullest"
             parts += section(title, _phases(check.comparison, width))
+            if sent := _sent(check):
+                parts += section(f"{_title(check)}: calls of one step, by DeepSpeed's log on rank 0", _calls(sent))
         else:
             lines = check.record.outcome.last_lines or ("It said nothing.",)
             parts += section(f"{_title(check)}: {check.record.outcome.kind}", *(Text(line) for line in lines))
@@ -146,6 +148,22 @@ def _phases(found: Comparison, width: int) -> RenderableType:
     return table_of(columns, strong_rows=[counters.index("peak")])
 
 
+def _sent(check: Check) -> Sequence[Messages]:
+    ranks = check.record.execution.ranks if check.record.execution else ()
+    return ranks[0].communication if ranks else ()
+
+
+def _calls(sent: Sequence[Messages]) -> RenderableType:
+    return table_of(
+        [
+            Column(header="Collective", cells=[each.collective for each in sent], justify="left"),
+            Column(header="Calls", cells=[f"{each.calls:,}" for each in sent]),
+            Column(header="MiB", cells=[f"{each.size_bytes / MIB:,.3f}" for each in sent]),
+            Column(header="Time", cells=[seconds(each.seconds) for each in sent]),
+        ]
+    )
+
+
 def _left_out(found: Validation) -> str:
     if found.planned.device == "cuda":
         return "Measured by torch's allocator and the driver; predicted without this machine's calibration."
@@ -195,6 +213,15 @@ def _run(check: Check) -> Json:
         "step_s": [list(rank.step_s) for rank in _timed(check)],
         "tokens_per_s": tokens_per_s(_timed(check)),
         "host_peak_bytes": [rank.host_peak_bytes for rank in ranks],
+        "communication": [
+            {
+                "collective": each.collective,
+                "calls": each.calls,
+                "size_bytes": each.size_bytes,
+                "seconds": each.seconds,
+            }
+            for each in _sent(check)
+        ],
     }
 
 

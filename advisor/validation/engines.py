@@ -7,8 +7,8 @@ device is an argument, the process group is whichever is there. It needs the ext
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from types import SimpleNamespace
@@ -24,6 +24,7 @@ from advisor.launch.train import fuse_loss as fuse_loss_on_gpu
 from advisor.specs.job import Job
 from advisor.specs.plan import Checkpointing, Plan
 from advisor.tracing.real_model import described, real_model, recompute_layers, settings_of
+from advisor.validation.measured import Messages
 from advisor.validation.sharding import FORMATS, data_parallel_emulated, fully_sharded
 from advisor.validation.trace import adamw, take_loss
 
@@ -51,6 +52,12 @@ class Engine:
         """Its class; ``fully_shard`` mixes FSDPModule into the model's own."""
         ancestors = [each.__name__ for each in type(self.wrapper).__mro__]
         return "FSDPModule" if "FSDPModule" in ancestors else ancestors[0]
+
+    @property
+    def logs_communication(self) -> bool:
+        """Whether DeepSpeed sends something, and says what."""
+        several = distributed.is_initialized() and distributed.get_world_size() > 1
+        return several and distributed.get_backend() != "fake" and self.name == "DeepSpeedEngine"
 
 
 def built_model(config: Mapping[str, Any], job: Job, plan: Plan, device: torch.device) -> Any:
@@ -96,6 +103,39 @@ def by_deepspeed(model: Any, job: Job, settings: Mapping[str, Any], device: torc
         update=lambda last: engine.step(),
         micro_step=lambda last: contextlib.nullcontext(),
     )
+
+
+@contextmanager
+def communication_logged() -> Iterator[list[Messages]]:
+    """The calls that DeepSpeed makes meanwhile, by its own log (deepspeed.comm ``timed_op``), which waits for each.
+
+    The list is filled at the end.
+    """
+    module: Any = import_module("deepspeed.comm.comm")
+    logger = module.comms_logger
+    calls: dict[str, list[tuple[float, int]]] = {}
+    found: list[Messages] = []
+
+    def append(raw_name: str, record_name: str, latency_ms: float, size_bytes: int) -> None:
+        calls.setdefault(raw_name, []).append((latency_ms, size_bytes))
+
+    # Its own computes bandwidths besides, and ends the process at a collective that it has no formula for.
+    usual, logger.append = logger.append, append
+    module.configure(enabled=True, prof_all=True)
+    try:
+        yield found
+    finally:
+        module.configure(enabled=False)
+        logger.append = usual
+    for name, made in calls.items():
+        found.append(
+            Messages(
+                collective=name,
+                calls=len(made),
+                size_bytes=sum(size_bytes for _, size_bytes in made),
+                seconds=sum(latency_ms for latency_ms, _ in made) / 1000,
+            )
+        )
 
 
 def use_collectives_of_torch() -> None:

@@ -6,6 +6,7 @@ It needs the extra ``run``; this module imports torch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from advisor.errors import SpecError
 from advisor.specs.job import Job
 from advisor.specs.plan import Plan
-from advisor.validation.engines import Engine
+from advisor.validation.engines import Engine, communication_logged
 from advisor.validation.measured import STEPS, WARM_UP_STEPS, Measured
 from advisor.validation.meter import Meter
 from advisor.validation.record import plain, versions
@@ -40,8 +41,13 @@ def train(
         if done == WARM_UP_STEPS:
             meter.forget()
         _optimizer_step(meter, engine, ids, micro_steps, losses)
+    measured = meter.measured(ids.numel() * micro_steps)
+    if engine.logs_communication:
+        with communication_logged() as sent:
+            _optimizer_step(meter, engine, ids, micro_steps, losses)
+        measured = replace(measured, communication=tuple(sent))
     progress(steps)
-    return meter.measured(ids.numel() * micro_steps), [float(loss) for loss in losses]
+    return measured, [float(loss) for loss in losses]
 
 
 def _optimizer_step(meter: Meter, engine: Engine, ids: torch.Tensor, micro_steps: int, losses: list[Any]) -> None:

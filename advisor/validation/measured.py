@@ -25,6 +25,18 @@ class PhaseMeasured:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Messages:
+    """Calls of one collective in one optimizer step, as DeepSpeed logs them."""
+
+    collective: str
+    calls: int
+    size_bytes: int
+    """Of the tensors that the calls were given, all together."""
+    seconds: float
+    """All together, each waited for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
     """One rank's steps after the warm-up. What only a GPU can tell is None on a CPU."""
 
@@ -47,6 +59,8 @@ class Measured:
     device_used_before_bytes: int | None = None
     """The same before the model was built: CUDA's context, and other processes'."""
     capacity_bytes: int | None = None
+    communication: tuple[Messages, ...] = ()
+    """Of a step of its own after the measured ones, where DeepSpeed runs."""
     cache_releases: int | None = None
     """How often torch gave cached memory back because the device was full (``num_alloc_retries``)."""
 

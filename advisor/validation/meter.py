@@ -175,7 +175,7 @@ class Meter(ABC):
     def _used_bytes(self) -> int | None:
         return None
 
-    def _of_device(self) -> dict[str, int]:
+    def _of_device(self) -> dict[str, Any]:
         """Fields of :class:`Measured` that only a GPU has."""
         return {}
 
@@ -294,7 +294,7 @@ class CudaMeter(Meter):
         free, total = torch.cuda.mem_get_info(self.device)
         return int(total - free)
 
-    def _of_device(self) -> dict[str, int]:
+    def _of_device(self) -> dict[str, Any]:
         return {
             "device_used_before_bytes": self._before_bytes,
             "capacity_bytes": int(torch.cuda.get_device_properties(self.device).total_memory),

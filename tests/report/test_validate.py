@@ -17,7 +17,7 @@ from advisor.specs.job import Job
 from advisor.specs.plan import Plan, Strategy
 from advisor.validation.accuracy import COUNTERS, Case, Comparison
 from advisor.validation.campaign import Check, Validation
-from advisor.validation.measured import Measured, PhaseMeasured
+from advisor.validation.measured import Measured, Messages, PhaseMeasured
 from advisor.validation.outcome import Outcome
 from advisor.validation.planned import Planned, PlannedRun
 from advisor.validation.record import Execution, Record
@@ -36,6 +36,7 @@ RANK = Measured(
     step_s=(0.5, 0.25),
     tokens_per_step=64,
     host_peak_bytes=600 * MIB,
+    communication=(Messages(collective="all_reduce", calls=1234, size_bytes=5 * MIB, seconds=0.25),),
 )
 CASE = Case("gpt2 twin", {"model_type": "gpt2", "n_layer": 2}, Job(sequence_length=128, global_batch=2), PLAN, rank=1)
 ON_CPU = COUNTERS[:7]
@@ -105,6 +106,10 @@ def test_predicted_and_measured_stand_side_by_side() -> None:
     peak = next(line for line in printed(made(RAN)).splitlines() if "highest of all" in line)
 
     assert peak.split()[-5:] == ["101.000", "100.000", "+1.000", "%", f"+{MIB:,}"]
+
+
+def test_what_deepspeed_logged_is_shown() -> None:
+    assert "all_reduce  1,234  5.000  250 ms" in " ".join(printed(made(RAN)).split("\n")[-9:])
 
 
 def test_programs_get_every_counter_and_every_outcome() -> None:

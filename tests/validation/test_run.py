@@ -58,7 +58,8 @@ def test_two_real_ranks_hold_what_is_predicted(
     result = CliRunner().invoke(cli, ["validate", "--model", str(config), *batch, *how, "--json"], prog_name="advisor")
 
     assert result.exit_code == 0, result.output
-    (run,) = json.loads(result.stdout)["runs"]
+    found = json.loads(result.stdout)
+    (run,) = found["runs"]
     counters = {each["counter"]: each for each in run["counters"]}
     assert run["launcher"] == engine
     assert run["outcome"] == "ran"
@@ -69,6 +70,14 @@ def test_two_real_ranks_hold_what_is_predicted(
     assert all(2**27 < size < 2**31 for size in run["host_peak_bytes"])
     (record,) = read_records().records
     assert record.comparison().error() == counters["peak"]["error"]
+    sent = {each["collective"]: each["size_bytes"] for each in run["communication"]}
+    if engine == "deepspeed":
+        half_format_bytes = 2 * found["model"]["parameters"]
+        # Stage 2 reduces all gradients in each of the two micro-steps, and gathers the share that a rank has updated.
+        assert sent["all_reduce"] == pytest.approx(2 * half_format_bytes, rel=1e-3)
+        assert sent["all_gather_into_tensor"] == pytest.approx(half_format_bytes / 2, rel=1e-3)
+    else:
+        assert not sent
 
 
 def test_one_rank_of_eight_is_emulated_as_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
