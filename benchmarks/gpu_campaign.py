@@ -161,7 +161,8 @@ def record_of(
         outcome = Outcome("out-of-memory", (answer["out_of_memory"].splitlines()[0],))
     elif "measured" in answer:
         try:
-            check_ran([answer], one.case.job, one.case.plan, one.emulated)
+            case = one.case
+            check_ran([answer], case.job, case.plan, one.emulated, case.model.parameter_count)
             outcome, ranks = Outcome("ran"), (from_plain(Measured, answer["measured"]),)
             true = measured_bytes(ranks[0])
         except RunError as error:

@@ -34,7 +34,14 @@ MEASURED = {
     "host_peak_bytes": 40,
     "device_used_bytes": 50,
 }
-ANSWER = {"ranks": 1, "engine": "Qwen2ForCausalLM", "optimizer": "AdamW", "losses": [2.0], "measured": MEASURED}
+ANSWER = {
+    "ranks": 1,
+    "engine": "Qwen2ForCausalLM",
+    "optimizer": "AdamW",
+    "losses": [2.0],
+    "trace": {"parameters": 494_032_768},
+    "measured": MEASURED,
+}
 
 
 def test_the_campaign_covers_what_it_is_for_in_nine_minutes() -> None:
@@ -93,6 +100,7 @@ def test_a_run_is_recorded_however_it_ended() -> None:
         ("out-of-memory", WELL, {"out_of_memory": "CUDA out of memory. Tried to allocate 2.00 GiB.\nMore."}),
         ("other-run", WELL, ANSWER | {"losses": [float("nan")]}),
         ("other-run", WELL, among_many | {"optimizer": "SGD", "engine": "Qwen2ForCausalLM"}),
+        ("other-run", WELL, ANSWER | {"trace": {"parameters": 7}}),
         ("timeout", Ended(None, False, "", 60.0), {}),
         ("killed", Ended(-9, False, "", 3.0), {}),
         ("crashed", Ended(1, False, "KeyError: 'none'", 3.0), {}),
