@@ -35,6 +35,7 @@ from advisor.catalog.gpus import find_gpu
 from advisor.catalog.profiles import profiles_folder
 from advisor.cost.memory import short_by
 from advisor.errors import AdvisorError
+from advisor.specs.calibration import likeness
 from advisor.validation.accuracy import (
     Case,
     Score,
@@ -163,15 +164,15 @@ def _times(device: str, runs: Sequence[Record]) -> Iterator[str]:
 
 def _verdicts(device: str, runs: Sequence[Record]) -> Iterator[str]:
     """Plans that are predicted to leave the calibration's margin free, and those of them that ran out of memory."""
-    margin, capacity = find_calibration().margin_share, find_gpu(device).memory_bytes
-    fitting = [
-        record
-        for record in runs
-        if short_by(record.comparison().predicted["device used"], capacity, margin) <= 0
-        and record.outcome.kind in ("ran", "out-of-memory")
-    ]
+    calibration, gpu = find_calibration(), find_gpu(device)
+
+    def fits(record: Record) -> bool:
+        margin = calibration.margin_share(likeness(record.case.plan, gpu.compute_capability))
+        return bool(short_by(record.comparison().predicted["device used"], gpu.memory_bytes, margin) <= 0)
+
+    fitting = [record for record in runs if record.outcome.kind in ("ran", "out-of-memory") and fits(record)]
     failed = [record.case.title for record in fitting if record.outcome.kind == "out-of-memory"]
-    yield f"{device}, predicted to fit with {100 * margin:.0f} % free: {len(fitting)}, out of memory {len(failed)}"
+    yield f"{device}, predicted to fit: {len(fitting)}, out of memory {len(failed)}"
     yield from (f"  ran out of memory: {title}" for title in failed)
 
 

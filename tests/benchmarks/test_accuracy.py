@@ -85,7 +85,7 @@ def test_records_of_a_gpu_are_scored(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "device used" not in printed.partition("emulated: n 1\n")[2].partition(DEVICE)[0]
     assert f"{DEVICE}, step time: n 2  mean 25.0 %  max 50.0 %" in printed
     assert f"worst step time: {fuller.case.title}, -50.0 %" in printed
-    assert f"{DEVICE}, predicted to fit with 5 % free: 4, out of memory 1" in printed
+    assert f"{DEVICE}, predicted to fit: 4, out of memory 1" in printed
     assert f"ran out of memory: {full.case.title}" in printed
 
 
