@@ -9,8 +9,8 @@ Measuring needs the extra "run" and takes from minutes (deepspeed) to an hour (r
 at random by a seed (``benchmarks/cases``); no constant of the model is fitted to them. What was true lies in
 ``profiles/measured/memory``, and the table that the first command prints in ``benchmarks/accuracy.txt``; a test holds
 the two together, so that a change of the model shows. Counter: live bytes of tensors on one rank. Kernel scratch, the
-allocator's rounding, the CUDA context and NCCL are in neither side. Real ranks reduce and scatter in place, as NCCL does:
-gloo's own copies what it is given (``advisor/validation/worker.py``).
+allocator's rounding, the CUDA context and NCCL are in neither side. Real ranks reduce and scatter in place, as NCCL
+does: gloo's own way copies what it is given (``advisor/validation/worker.py``).
 
 Records of a GPU (``profiles/measured/gpu``, where there are any) add what only a GPU has: kernel scratch, the
 allocator's rounding and reserved memory, the device's memory in use, and the time of a step. No constant is fitted to
