@@ -55,7 +55,7 @@ def launch(
     """Show, write or start the files that train by one plan.
 
     Without --out nothing is written. With --run, what the run measured is printed beside the prediction at its end.
-    Words after -- are arguments of train.py.
+    Words after -- are arguments of train.py, with paths as seen from the folder of the files.
 
     \b
     Examples:

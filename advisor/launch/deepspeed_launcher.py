@@ -7,7 +7,7 @@ from functools import partial
 from advisor.errors import SpecError
 from advisor.launch.deepspeed import deepspeed_json
 from advisor.launch.run_script import run_script
-from advisor.launch.torchrun import bash_environment
+from advisor.launch.torchrun import exports
 from advisor.launch.training import Launch, LaunchFile, Training, training_program
 
 
@@ -37,15 +37,23 @@ def _run_script(training: Training) -> str:
     Several machines start without ssh, each by a command of its own: by pdsh, deepspeed would hand the arguments to
     another shell with no more than double quotes around them (launcher/multinode_runner.py ``parse_user_args``).
     """
-    words = ["--no_local_rank"]
     if training.cluster.nodes == 1:
-        words.append(f"--num_gpus={training.cluster.gpus}")
-    else:
-        words += [
-            '--hostfile="$here/hostfile"',
-            "--no_ssh",
-            '--node_rank="$NODE_RANK"',
-            '--master_addr="$MAIN_ADDRESS"',
-            '--master_port="$MAIN_PORT"',
-        ]
-    return run_script(training, "deepspeed", words, bash_environment(training))
+        words = ["--no_local_rank", '"${gpus[@]}"']
+        return run_script(training, "deepspeed", words, f"{_gpus(training.cluster.gpus)}\n{exports(training)}")
+    words = [
+        "--no_local_rank",
+        '--hostfile="$here/hostfile"',
+        "--no_ssh",
+        '--node_rank="$NODE_RANK"',
+        '--master_addr="$MAIN_ADDRESS"',
+        '--master_port="$MAIN_PORT"',
+    ]
+    return run_script(training, "deepspeed", words, exports(training))
+
+
+def _gpus(count: int) -> str:
+    return f"""\
+# Given a number, deepspeed takes the first GPUs of the machine, whichever it was told to see.
+gpus=(--num_gpus={count})
+[[ -z "${{CUDA_VISIBLE_DEVICES:-}}" ]] || gpus=()
+"""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from advisor.launch.training import Training
 from advisor.specs.job import Job
@@ -47,13 +47,10 @@ def holds_no_weights(weights_from: str) -> bool:
     return weights_from.endswith(".json")
 
 
-def run_script(
-    training: Training, launcher: str, words: Sequence[str], environment: Mapping[str, str] | None = None
-) -> str:
-    """The text of ``run.sh``, which starts train.py by *launcher* with *words*, in bash, before it.
+def run_script(training: Training, launcher: str, words: Sequence[str], settings: str = "") -> str:
+    """The text of ``run.sh``, which starts train.py by *launcher* with *words* before it, after *settings*, in bash.
 
-    The values of *environment* are words of bash too. Paths that its user adds stay relative to the user's folder: it
-    never changes folder.
+    Paths that its user adds stay relative to the user's folder: it never changes folder.
     """
     nodes, plan = training.cluster.nodes, training.plan
     usage = ["Usage: bash run.sh [more arguments of train.py, such as --dataset=FILE --steps=1000 --output=FOLDER]"]
@@ -66,7 +63,7 @@ def run_script(
         _several_machines(nodes) if nodes > 1 else "",
         _ALLOCATOR,
         _cpu_threads(training.cluster.gpus_per_node) if plan.offload.optimizer else "",
-        "".join(f"export {name}={value}\n" for name, value in (environment or {}).items()),
+        settings,
         f"exec {launcher} \\\n  " + " \\\n  ".join(started) + "\n",
     ]
     return "\n".join(part for part in parts if part)

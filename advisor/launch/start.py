@@ -31,19 +31,18 @@ class Measured:
 
 
 def start(launch: Launch, folder: Path) -> tuple[int, Measured | None]:
-    """Run the command of *launch* in *folder*, its output going where this process's goes.
+    """Start *launch*, whose files lie in *folder*, there, its output going where this process's goes.
 
     The exit code, 128 and the signal's number where one ended it, and what its steps measured, if any were logged.
-    Settings of the environment that this process has already win over those of *launch*. Raises RunError where the
-    program is not there.
+    Raises RunError where the program is not there.
     """
     before = len(_lines(folder))
     arguments = [] if launch.submits else [f"--log={LOG}"]
-    environment = {**launch.environment, **os.environ, "PATH": _path()}
+    program, *words = launch.command_in_place
     try:
-        process = subprocess.Popen([*launch.command, *arguments], cwd=folder, env=environment)
+        process = subprocess.Popen([program, *words, *arguments], cwd=folder, env=os.environ | {"PATH": _path()})
     except FileNotFoundError as error:
-        raise RunError(f"{launch.command[0]} is not installed on this machine; {_remedy(launch)}") from error
+        raise RunError(f"{program} is not installed on this machine; give the command where it is") from error
     code = _ended(process)
     return code if code >= 0 else 128 - code, _measured(_lines(folder)[before:])
 
@@ -51,12 +50,6 @@ def start(launch: Launch, folder: Path) -> tuple[int, Measured | None]:
 def _path() -> str:
     """Where programs are looked for: last beside this Python, whose environment need not be activated."""
     return os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
-
-
-def _remedy(launch: Launch) -> str:
-    if launch.submits:
-        return "give the command where it is"
-    return "pip install torch transformers accelerate deepspeed"
 
 
 def _ended(process: subprocess.Popen[bytes]) -> int:

@@ -37,13 +37,13 @@ def _run_script(training: Training) -> str:
         ]
     # Else torchrun takes arguments of train.py that begin like two of its own options for a mistake: --log does.
     words.append("--")
-    return run_script(training, "torchrun", words, bash_environment(training))
+    return run_script(training, "torchrun", words, exports(training))
 
 
-def bash_environment(training: Training) -> dict[str, str]:
-    """What accelerate's launcher would set, as words of a bash script that knows its folder as ``$here``."""
+def exports(training: Training) -> str:
+    """What accelerate's launcher would set, as lines of run.sh, which knows its folder as ``$here``."""
     settings = accelerate_environment(training.model, training.job, training.plan)
-    quoted = {name: shlex.quote(value) for name, value in settings.items()}
+    words = {name: shlex.quote(value) for name, value in settings.items()}
     if training.plan.strategy.zero_stage is not None:
-        quoted["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = '"$here/ds_config.json"'
-    return quoted
+        words["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = '"$here/ds_config.json"'
+    return "".join(f"export {name}={word}\n" for name, word in words.items())

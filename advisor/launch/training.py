@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from typing import NamedTuple
 
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
@@ -14,8 +15,7 @@ from advisor.specs.model import ModelSpec
 from advisor.specs.plan import Plan
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Training:
+class Training(NamedTuple):
     """A plan with the words that every target repeats."""
 
     model: ModelSpec
@@ -55,6 +55,11 @@ class Launch:
     files: tuple[LaunchFile, ...]
     submits: bool = False
     """Whether the command is given once and hands the job to a scheduler, which starts the machines."""
+
+    @property
+    def command_in_place(self) -> tuple[str, ...]:
+        """The command once the files are written, given in their folder: run.sh looks at the machine besides."""
+        return self.command if self.submits else ("bash", "run.sh")
 
     def shell(self) -> str:
         """The command as one line to paste into a shell."""

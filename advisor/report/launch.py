@@ -49,12 +49,12 @@ def _shown(name: str, text: str) -> Text:
 def _start(launch: Launch, nodes: int, width: int, out: Path | None) -> list[RenderableType]:
     names = ", ".join(file.name for file in launch.files)
     where = f" on each of the {nodes} machines" if nodes > 1 and not launch.submits else ""
-    command = shell_lines(launch, width - INDENT)
     if out is None:
         explanation = f"Give --out FOLDER to write {names}. In that folder{where}:"
+        command = shell_lines(launch, width - INDENT)
     else:
         explanation = f"{names} are in {out}. Type{where}:"
-        command = f"cd {shlex.quote(str(out))} && {command}"
+        command = f"cd {shlex.quote(str(out))} && {shlex.join(launch.command_in_place)}"
     return [*section("To start it", Text(explanation), Text()), verbatim(command)]
 
 
@@ -70,6 +70,9 @@ def comparison_report(estimate: Estimate, measured: Measured) -> list[Renderable
             ("peak reserved, GiB", memory.peak_reserved_bytes, measured.peak_reserved_bytes, _in_gib),
             *rows,
         ]
+    cluster = estimate.cluster
+    predicted_for = f"{cluster.gpus} × {cluster.gpu.name}"
+    where = "" if measured.peak_allocated_bytes else " without a GPU"
     steps = "1 step" if measured.steps == 1 else f"{measured.steps} steps"
     table = table_of(
         [
@@ -81,7 +84,7 @@ def comparison_report(estimate: Estimate, measured: Measured) -> list[Renderable
             ),
         ]
     )
-    return section(f"Predicted beside measured over {steps}", table)
+    return section(f"Predicted for {predicted_for} beside measured{where} over {steps}", table)
 
 
 def _in_gib(size_bytes: float) -> str:

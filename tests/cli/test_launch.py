@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from advisor.launch.files import Launch
+from advisor.launch.files import Launch, LaunchFile
 from cli.conftest import Api, Run
 
 ONE_PLAN = ("launch", "--model", "Qwen2.5-1.5B", "--gpus", "4", "--strategy", "zero1")
@@ -68,7 +67,7 @@ def test_the_files_are_written_once_and_the_same_again(api: Api, run: Run, tmp_p
     assert (first.exit_code, second.exit_code) == (0, 0)
     assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()} == written
     assert b"--steps=20 \\\n  '--output=a $(folder)' \\\n" in written["run.sh"][0]
-    assert f"cd {out} && " in "".join(first.stdout.split("\n"))
+    assert f"  cd {out} && bash run.sh\n" in first.stdout
 
 
 def test_files_of_other_content_stay_without_force(api: Api, run: Run, tmp_path: Path) -> None:
@@ -120,7 +119,7 @@ STEPS = [
 @pytest.mark.parametrize(
     ("records", "code", "said"),
     [
-        ([{"processes": 2}, *STEPS], 0, "Predicted beside measured over 2 steps"),
+        ([{"processes": 2}, *STEPS], 0, "beside measured without a GPU over 2 steps"),
         ([], 5, "Nothing to compare with the prediction: no step was logged."),
     ],
 )
@@ -133,13 +132,9 @@ def test_a_run_is_compared_and_its_exit_code_is_passed_on(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    program = f"import sys; open('log.jsonl', 'a').write({text!r}); sys.exit({code})"
-
-    def stand_in(*_: object) -> Launch:
-        return Launch((sys.executable, "-c", program), {}, ())
-
-    monkeypatch.setattr("advisor.launch.files.launch_of", stand_in)
+    (tmp_path / "steps").write_text("".join(json.dumps(record) + "\n" for record in records))
+    script = LaunchFile("run.sh", lambda: f"cat steps >> log.jsonl; exit {code}\n")
+    monkeypatch.setattr("advisor.launch.files.launch_of", lambda *_: Launch((), {}, (script,)))
 
     result = run(*ONE_PLAN, "--out", str(tmp_path), "--run")
 

@@ -194,11 +194,21 @@ def test_deepspeed_understands_its_arguments_and_its_hostfile(tmp_path: Path) ->
 
 @given(chosen=zero_plans())
 @settings(deadline=None, max_examples=20)
-def test_deepspeed_starts_the_processes_of_one_machine(chosen: Plan) -> None:
-    script = next(file.text for file in launch_by("deepspeed", chosen).files if file.name == "run.sh")
+def test_one_machine_needs_no_hostfile(chosen: Plan) -> None:
+    launch = launch_by("deepspeed", chosen)
 
-    assert f"--num_gpus={chosen.gpus} " in script
-    assert "hostfile" not in script
+    assert [file.name for file in launch.files] == ["ds_config.json", "train.py", "run.sh"]
+    assert "hostfile" not in launch.files[-1].text
+
+
+def test_deepspeed_takes_the_gpus_that_it_is_told_to_see(tmp_path: Path) -> None:
+    launch = launch_by("deepspeed", plan(Strategy.ZERO2))
+
+    assert Started(tmp_path, launch).arguments[:2] == ["--no_local_rank", "--num_gpus=2"]
+    chosen = Started(tmp_path, launch, CUDA_VISIBLE_DEVICES="4,5")
+    assert chosen.arguments[0] == "--no_local_rank"
+    assert chosen.arguments[1].endswith("/train.py")
+    assert chosen.environment()["CUDA_VISIBLE_DEVICES"] == "4,5"
 
 
 def test_deepspeeds_launcher_starts_no_other_framework() -> None:

@@ -71,13 +71,13 @@ def test_a_measured_run_stands_beside_its_prediction(capsys: pytest.CaptureFixtu
 
     lines = compared(capsys, half).splitlines()
 
-    assert lines[1] == "Predicted beside measured over 19 steps"
+    assert lines[1] == "Predicted for 4 × A100-80GB beside measured over 19 steps"
     assert [line.split()[-2:] for line in lines[-3:]] == [["+100.0", "%"], ["+0.0", "%"], ["-50.0", "%"]]
 
 
 def test_a_run_without_a_gpu_says_nothing_of_memory(capsys: pytest.CaptureFixture[str]) -> None:
     text = compared(capsys, Measured(steps=1, peak_allocated_bytes=0, peak_reserved_bytes=0, tokens_per_s=5.0))
 
-    assert "over 1 step\n" in text
+    assert "beside measured without a GPU over 1 step\n" in text
     assert "tokens per s" in text
     assert "peak" not in text
