@@ -61,8 +61,9 @@ def _ended(process: subprocess.Popen[bytes]) -> int:
 
 
 def _lines(folder: Path) -> list[str]:
+    """The whole lines of the log: a training that was killed may have left half of one."""
     try:
-        return (folder / LOG).read_text(encoding="utf-8").splitlines()
+        return (folder / LOG).read_text(encoding="utf-8").split("\n")[:-1]
     except FileNotFoundError:
         return []
 

@@ -103,6 +103,15 @@ def test_an_earlier_run_s_log_is_not_this_run_s(tmp_path: Path) -> None:
     assert silent is None
 
 
+def test_half_a_line_is_no_step(tmp_path: Path) -> None:
+    cut = json.dumps(step(1)) + "\n" + json.dumps(step(2))[:20]
+
+    _, measured = start(lies_in(tmp_path, f"open({LOG!r}, 'w').write({cut!r})"), tmp_path)
+
+    assert measured
+    assert measured.steps == 1
+
+
 def test_an_interruption_is_left_to_the_training(tmp_path: Path) -> None:
     """It gets the terminal's signal too; what it then does decides."""
     child = (
