@@ -93,6 +93,8 @@ def test_other_launchers_set_what_accelerates_would(job: Job, strategy: Strategy
     ours = accelerate_environment(model(), job, chosen)
 
     assert {name: expected.get(name) for name in ours} == ours
+    frameworks = {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"}
+    assert ours.keys() & frameworks == expected.keys() & frameworks
     if strategy.is_fsdp:
         assert plugin_of(ours) == plugin_of(expected)
 
