@@ -43,13 +43,13 @@ def recommend(
       advisor recommend --model Qwen2.5-1.5B --gpus 4
       advisor recommend --model Llama-3.1-8B --gpus 8 --gpu H100 --out run
     """
-    from advisor.launch.files import write
+    from advisor.launch.files import launch_of, write
     from advisor.search.recommend import recommend as search
 
     form = form_of(as_json, as_csv)
     with traced_first(question["trace"]):
         answer = search(**given(context, question))
-    launch = _launch(answer)
+    launch = launch_of(answer.best) if answer.best else None
     written = write(launch, out, force) if launch and out else ()
     notes(answer.warnings)
     print_answer(
@@ -66,16 +66,6 @@ def recommend(
         if out:
             note(f"Nothing is written to {out}, since nothing fits.")
         context.exit(NOTHING_FITS)
-
-
-def _launch(answer: Recommendation) -> Launch | None:
-    from advisor.launch.files import render
-
-    best = answer.best
-    if not best:
-        return None
-    weights_from = next((str(each.value) for each in best.inputs if each.name == "model"), None)
-    return render(best.model, best.job, best.plan, best.cluster, weights_from=weights_from, inputs=best.inputs)
 
 
 def _whole(answer: Recommendation, launch: Launch | None) -> Mapping[str, object]:

@@ -1,10 +1,14 @@
-"""A plan as accelerate's YAML: how many processes, and which strategy wraps the model."""
+"""A plan for accelerate's launcher: how many processes, and which strategy wraps the model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+from advisor.launch.deepspeed import deepspeed_json
+from advisor.launch.run_script import ALLOCATOR_SETTING, run_script
+from advisor.launch.training import Launch, LaunchFile, Training, training_program
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
@@ -51,6 +55,57 @@ WHOLE_IN_EVERY_PROCESS = frozenset({"deepseek_v3"})
 that FSDP does not shard (the routers' score correction)."""
 
 
+def launch(training: Training) -> Launch:
+    """``accelerate launch`` with its YAML; by way of run.sh where it has to ask the machine."""
+    model, job, plan, cluster = training.model, training.job, training.plan, training.cluster
+    files = [LaunchFile("accelerate.yaml", partial(accelerate_yaml, model, job, plan, cluster, training.comments))]
+    if plan.strategy.zero_stage is not None:
+        files.append(LaunchFile("ds_config.json", partial(deepspeed_json, job, plan)))
+    files += [training_program(), LaunchFile("run.sh", partial(_run_script, training))]
+    # run.sh asks each machine for what only that machine knows: its rank, and its cores for an optimizer on the CPU.
+    if cluster.nodes > 1 or plan.offload.optimizer:
+        return Launch(("bash", "run.sh"), {}, tuple(files))
+    command = ("accelerate", "launch", "--config_file", "accelerate.yaml", "train.py", *training.arguments)
+    return Launch(command, dict([ALLOCATOR_SETTING]), tuple(files))
+
+
+def _run_script(training: Training) -> str:
+    words = ['--config_file "$here/accelerate.yaml"']
+    if training.plan.strategy.zero_stage is not None:
+        words.append('--deepspeed_config_file "$here/ds_config.json"')
+    if training.cluster.nodes > 1:
+        words += [
+            '--machine_rank "$NODE_RANK"',
+            '--main_process_ip "$MAIN_ADDRESS"',
+            '--main_process_port "$MAIN_PORT"',
+        ]
+    return run_script(training, "accelerate launch", words)
+
+
+def accelerate_environment(model: ModelSpec, job: Job, plan: Plan) -> dict[str, str]:
+    """What ``accelerate launch`` sets for its processes, for launchers that start train.py without it.
+
+    Names: accelerate 1.15, utils/launch.py ``prepare_multi_gpu_env`` and ``prepare_deepspeed_cmd_env``. Paths are
+    relative to the folder of the files.
+    """
+    if plan.strategy.zero_stage is not None:
+        return {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds_config.json",
+            "ACCELERATE_DEEPSPEED_ZERO3_INIT": _word(plan.strategy is Strategy.ZERO3),
+        }
+    environment = {"ACCELERATE_MIXED_PRECISION": _mixed_precision(job)}
+    if plan.strategy.is_fsdp:
+        environment["ACCELERATE_USE_FSDP"] = "true"
+        for key, value in _fsdp(model, plan).items():
+            environment[key.replace("transformer_layer_cls", "transformer_cls").upper()] = _word(value)
+    return environment
+
+
+def _word(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def accelerate_yaml(model: ModelSpec, job: Job, plan: Plan, cluster: Cluster, comments: Sequence[str]) -> str:
     """The text of ``accelerate.yaml``. Keys: accelerate 1.15, commands/config/config_args.py and commands/launch.py."""
     import yaml
@@ -67,7 +122,7 @@ def accelerate_yaml(model: ModelSpec, job: Job, plan: Plan, cluster: Cluster, co
     if cluster.nodes > 1:
         settings |= {"main_process_port": 29500, "rdzv_backend": "static", "same_network": True}
         comments = [*comments, "run.sh passes machine_rank and the address of machine 0 on each machine."]
-    if plan.strategy.zero_stage:
+    if plan.strategy.zero_stage is not None:
         # mixed_precision must not stand beside a DeepSpeed JSON: accelerate refuses the pair.
         settings["deepspeed_config"] = _deepspeed(plan, cluster)
     else:
@@ -79,7 +134,7 @@ def accelerate_yaml(model: ModelSpec, job: Job, plan: Plan, cluster: Cluster, co
 
 
 def _distributed_type(plan: Plan) -> str:
-    if plan.strategy.zero_stage:
+    if plan.strategy.zero_stage is not None:
         return "DEEPSPEED"
     if plan.strategy.is_fsdp:
         return "FSDP"

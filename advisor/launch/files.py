@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import os
-import shlex
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from advisor.cost.estimate import plan_of
 from advisor.errors import SpecError, WriteError
-from advisor.launch.accelerate import FSDP_REFUSES, accelerate_yaml
-from advisor.launch.deepspeed import deepspeed_json
-from advisor.launch.run_script import (
-    ALLOCATOR_SETTING,
-    attention_kernel,
-    holds_no_weights,
-    run_script,
-    train_arguments,
-)
+from advisor.launch.accelerate import FSDP_REFUSES
+from advisor.launch.run_script import attention_kernel, holds_no_weights, train_arguments
+from advisor.launch.targets import TARGETS, Target
+from advisor.launch.training import Launch, LaunchFile, Training
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
@@ -34,42 +27,18 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from advisor.cost.estimate import PlanWords
+    from advisor.cost.results import Estimate
+
+__all__ = ["Launch", "LaunchFile", "launch_files", "launch_of", "render", "write"]
 
 
-@dataclass(frozen=True, eq=False)
-class LaunchFile:
-    """A file by name and whole text, which is put together when it is first read."""
+def launch_files(
+    model: str, *, strategy: str | None = None, target: Target = "accelerate", **words: Unpack[PlanWords]
+) -> Launch:
+    """The files and the command that train *model* by the plan that the words of :func:`advisor.estimate` describe.
 
-    name: str
-    put_together: Callable[[], str] = field(repr=False)
-
-    @cached_property
-    def text(self) -> str:
-        return self.put_together()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, LaunchFile) and (self.name, self.text) == (other.name, other.text)
-
-    def __hash__(self) -> int:
-        return hash((self.name, self.text))
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """What starts a plan: the files, and the command to give in their folder."""
-
-    command: tuple[str, ...]
-    environment: Mapping[str, str] = field(hash=False)
-    files: tuple[LaunchFile, ...]
-
-    def shell(self) -> str:
-        """The command as one line to paste into a shell."""
-        settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
-        return " ".join([*settings, shlex.join(self.command)])
-
-
-def launch_files(model: str, *, strategy: str | None = None, **words: Unpack[PlanWords]) -> Launch:
-    """The files and the command that train *model* by the plan that the words of :func:`advisor.estimate` describe."""
+    *target* is what starts it.
+    """
     question, plan = plan_of(model, strategy=strategy, **words)
     return render(
         question.model,
@@ -78,6 +47,21 @@ def launch_files(model: str, *, strategy: str | None = None, **words: Unpack[Pla
         question.cluster,
         weights_from=question.weights_from,
         inputs=question.inputs,
+        target=target,
+    )
+
+
+def launch_of(estimate: Estimate, target: Target = "accelerate", more_arguments: Sequence[str] = ()) -> Launch:
+    """The files and the command by which *target* trains what was priced."""
+    return render(
+        estimate.model,
+        estimate.job,
+        estimate.plan,
+        estimate.cluster,
+        weights_from=next((str(each.value) for each in estimate.inputs if each.name == "model"), None),
+        inputs=estimate.inputs,
+        target=target,
+        more_arguments=more_arguments,
     )
 
 
@@ -89,29 +73,36 @@ def render(
     *,
     weights_from: str | None = None,
     inputs: Sequence[Input] = (),
+    target: Target = "accelerate",
+    more_arguments: Sequence[str] = (),
 ) -> Launch:
-    """The files and the command that train *model* by *plan*.
+    """The files and the command by which *target* trains *model* by *plan*.
 
     *weights_from* is what transformers loads: a Hub id, a folder, or a config.json, which holds no weights and so
     starts from random ones; by default the model's name. The assumed ones of *inputs* are named in the files' headers.
+    train.py is given *more_arguments* after the plan's own. Raises SpecError where *target* does not start such a plan.
     """
+    if target not in TARGETS:
+        raise SpecError(f"the target must be one of {', '.join(TARGETS)}, got {target!r}")
     weights_from = model.name if weights_from is None else weights_from
-    _refuse_what_cannot_start(model, job, plan, cluster, weights_from)
-    arguments = train_arguments(model, job, plan, weights_from)
-    comments = _comments(model, job, plan, cluster, weights_from, inputs)
-    files = [LaunchFile("accelerate.yaml", partial(accelerate_yaml, model, job, plan, cluster, comments))]
-    if plan.strategy.zero_stage:
-        files.append(LaunchFile("ds_config.json", partial(deepspeed_json, job, plan)))
-    files.append(LaunchFile("train.py", partial(Path(__file__).with_name("train.py").read_text, encoding="utf-8")))
-    files.append(LaunchFile("run.sh", partial(run_script, plan, cluster, arguments, comments)))
-    # run.sh asks each machine for what only that machine knows: its rank, and its cores for an optimizer on the CPU.
-    if cluster.nodes > 1 or plan.offload.optimizer:
-        return Launch(("bash", "run.sh"), {}, tuple(files))
-    command = ("accelerate", "launch", "--config_file", "accelerate.yaml", "train.py", *arguments)
-    return Launch(command, dict([ALLOCATOR_SETTING]), tuple(files))
+    _refuse_what_cannot_start(model, job, plan, cluster)
+    _refuse_what_no_command_line_holds("model", weights_from, "rename its folder")
+    for argument in more_arguments:
+        _refuse_what_no_command_line_holds("argument", argument, "leave it out")
+    training = Training(
+        model=model,
+        job=job,
+        plan=plan,
+        cluster=cluster,
+        arguments=(*train_arguments(model, job, plan, weights_from), *more_arguments),
+        comments=_comments(model, job, plan, cluster, weights_from, inputs),
+    )
+    launch = import_module(f"advisor.launch.{TARGETS[target]}").launch(training)
+    assert isinstance(launch, Launch)
+    return launch
 
 
-def _refuse_what_cannot_start(model: ModelSpec, job: Job, plan: Plan, cluster: Cluster, weights_from: str) -> None:
+def _refuse_what_cannot_start(model: ModelSpec, job: Job, plan: Plan, cluster: Cluster) -> None:
     if int(plan.gpus) != cluster.gpus:
         raise SpecError(f"the plan uses {plan.gpus} GPUs, but the cluster has {cluster.gpus}: plan for all of them")
     if job.precision == "bf16" and not cluster.gpu.has_bf16:
@@ -120,12 +111,15 @@ def _refuse_what_cannot_start(model: ModelSpec, job: Job, plan: Plan, cluster: C
         raise SpecError(
             f"accelerate's FSDP cannot shard {model.family} models with their tied parameters; use ddp or zero2"
         )
+
+
+def _refuse_what_no_command_line_holds(what: str, word: str, remedy: str) -> None:
     try:
-        encoded = weights_from.encode()
+        encoded = word.encode()
     except UnicodeEncodeError:
         encoded = b"\0"
     if b"\0" in encoded or not encoded:
-        raise SpecError(f"the model {weights_from!r} cannot be written on a command line; rename its folder")
+        raise SpecError(f"the {what} {word!r} cannot be written on a command line; {remedy}")
 
 
 def _comments(
@@ -162,13 +156,14 @@ def _one_line(text: str) -> str:
 def write(launch: Launch, folder: str | os.PathLike[str], force: bool = False) -> tuple[Path, ...]:
     """Write the files of *launch* into *folder*, which is created if need be: all of them, or none.
 
-    Existing files stay as they are unless *force* is given.
+    Existing files stay as they are unless *force* is given; without it, those of other content are refused.
     """
     target = Path(folder)
     with _explained(target):
         _refuse_what_is_in_the_way(launch, target, force)
         with _created(target):
-            return _place(launch, target, force)
+            _place([file for file in launch.files if force or not _holds(target, file)], target, force)
+    return tuple(target / file.name for file in launch.files)
 
 
 @contextmanager
@@ -187,8 +182,14 @@ def _refuse_what_is_in_the_way(launch: Launch, target: Path, force: bool) -> Non
         path = target / file.name
         if path.is_dir():
             raise WriteError(f"{path} is a folder, where a file of that name would stand; give another folder")
-        if os.path.lexists(path) and not force:
+        if os.path.lexists(path) and not force and not _holds(target, file):
             raise WriteError(f"{path} exists; give --force to overwrite it, or another folder")
+
+
+def _holds(target: Path, file: LaunchFile) -> bool:
+    """Whether the very *file* lies in *target* already."""
+    path = target / file.name
+    return path.is_file() and path.read_bytes() == file.text.encode()
 
 
 @contextmanager
@@ -205,12 +206,12 @@ def _created(target: Path) -> Iterator[None]:
         raise
 
 
-def _place(launch: Launch, target: Path, force: bool) -> tuple[Path, ...]:
+def _place(files: Sequence[LaunchFile], target: Path, force: bool) -> None:
     """Write every file under another name first, and rename them only when all are whole."""
     staged: dict[Path, Path] = {}
     placed: list[Path] = []
     try:
-        for file in launch.files:
+        for file in files:
             destination = target / file.name
             staged[destination] = target / f".{file.name}.{os.urandom(8).hex()}"
             _write_new(staged[destination], file.text)
@@ -222,7 +223,6 @@ def _place(launch: Launch, target: Path, force: bool) -> tuple[Path, ...]:
         for leftover in (*staged.values(), *([] if force else placed)):
             leftover.unlink(missing_ok=True)
         raise
-    return tuple(placed)
 
 
 def _write_new(path: Path, text: str) -> None:

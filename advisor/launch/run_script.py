@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from advisor.specs.hardware import Cluster
+from advisor.launch.training import Training
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
 from advisor.specs.plan import Plan
@@ -17,7 +17,7 @@ a word (pytorch issue 183387)."""
 
 def train_arguments(model: ModelSpec, job: Job, plan: Plan, weights_from: str) -> tuple[str, ...]:
     """What train.py is given, each argument as one word, so that no value can be taken for a flag."""
-    built_in = job.precision if plan.strategy.zero_stage else job.parameter_format
+    built_in = job.precision if plan.strategy.zero_stage is not None else job.parameter_format
     flags = {
         "model": weights_from,
         "objective": model.objective,
@@ -47,39 +47,43 @@ def holds_no_weights(weights_from: str) -> bool:
     return weights_from.endswith(".json")
 
 
-def run_script(plan: Plan, cluster: Cluster, arguments: Sequence[str], comments: Sequence[str]) -> str:
-    """The text of ``run.sh``. Paths that its user adds stay relative to the user's folder: it never changes folder."""
-    launcher = ['--config_file "$here/accelerate.yaml"']
-    if plan.strategy.zero_stage:
-        launcher.append('--deepspeed_config_file "$here/ds_config.json"')
+def run_script(training: Training, launcher: str, words: Sequence[str], settings: str = "") -> str:
+    """The text of ``run.sh``, which starts train.py by *launcher* with *words* before it, after *settings*, in bash.
+
+    Paths that its user adds stay relative to the user's folder: it never changes folder.
+    """
+    nodes, plan = training.cluster.nodes, training.plan
     usage = ["Usage: bash run.sh [more arguments of train.py, such as --dataset=FILE --steps=1000 --output=FOLDER]"]
-    if cluster.nodes > 1:
+    if nodes > 1:
         usage.append("On each machine, set NODE_RANK to its number, from 0, and MAIN_ADDRESS to the host of machine 0.")
-        launcher += [
-            '--machine_rank "$NODE_RANK"',
-            '--main_process_ip "$MAIN_ADDRESS"',
-            '--main_process_port "$MAIN_PORT"',
-        ]
-    words = [*launcher, '"$here/train.py"', *map(shlex.quote, arguments), '"$@"']
+    started = [*words, '"$here/train.py"', *map(shlex.quote, training.arguments), '"$@"']
     parts = [
-        "#!/usr/bin/env bash\n" + "".join(f"# {line}\n" for line in (*comments, *usage)),
-        _PREAMBLE,
-        _several_machines(cluster.nodes) if cluster.nodes > 1 else "",
+        "#!/usr/bin/env bash\n" + header((*training.comments, *usage)),
+        _preamble(launcher.split()[0]),
+        _several_machines(nodes) if nodes > 1 else "",
         _ALLOCATOR,
-        _cpu_threads(cluster.gpus_per_node) if plan.offload.optimizer else "",
-        "exec accelerate launch \\\n  " + " \\\n  ".join(words) + "\n",
+        _cpu_threads(training.cluster.gpus_per_node) if plan.offload.optimizer else "",
+        settings,
+        f"exec {launcher} \\\n  " + " \\\n  ".join(started) + "\n",
     ]
     return "\n".join(part for part in parts if part)
 
 
-_PREAMBLE = """\
+def header(lines: Sequence[str]) -> str:
+    """*lines*, none of which holds a line break, as comments."""
+    return "".join(f"# {line}\n" for line in lines)
+
+
+def _preamble(program: str) -> str:
+    return f"""\
 set -euo pipefail
-here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
-command -v accelerate > /dev/null || {
-  echo "run.sh: accelerate is not installed; pip install torch transformers accelerate deepspeed" >&2
+here="$(cd -- "$(dirname -- "${{BASH_SOURCE[0]}}")" && pwd)"
+command -v {program} > /dev/null || {{
+  echo "run.sh: {program} is not installed; pip install torch transformers accelerate deepspeed" >&2
   exit 1
-}
+}}
 """
+
 
 _ALLOCATOR = f"""\
 # Let torch's allocator grow its segments in place. Fixed ones leave gaps between tensors of different sizes, and memory
@@ -98,7 +102,7 @@ MAIN_PORT="${{MAIN_PORT:-29500}}"
 
 def _cpu_threads(processes: int) -> str:
     return f"""\
-# The CPU runs the optimizer, and accelerate would give each process a single thread: share the cores instead.
+# The CPU runs the optimizer, and launchers give each process a single thread or all: share the cores instead.
 if [[ -z "${{OMP_NUM_THREADS:-}}" ]]; then
   threads=$(( $(nproc) / {processes} ))
   export OMP_NUM_THREADS=$(( threads > 0 ? threads : 1 ))

@@ -83,6 +83,20 @@ def recommendation_object(recommendation: Recommendation, launch: Launch | None)
     }
 
 
+def launch_object(estimate: Estimate, launch: Launch) -> Json:
+    """What starts one priced plan."""
+    return {
+        "schema": SCHEMA,
+        "inputs": inputs_object(estimate.inputs),
+        "model": _model(estimate.model),
+        "plan": plan_object(estimate.plan),
+        "verdict": estimate.verdict,
+        "why": estimate.why,
+        "launch": _launch(launch),
+        "warnings": list(estimate.warnings),
+    }
+
+
 def gpu_row(gpu: Gpu) -> Json:
     """One GPU as flat columns; rates the GPU does not have are null."""
     return {

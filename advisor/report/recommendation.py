@@ -15,7 +15,7 @@ from rich.text import Text
 from advisor.cost.results import Estimate
 from advisor.report.numbers import GB, GIB, aligned, gib, percent, rate
 from advisor.report.question import assumed_line, question_line, sentence
-from advisor.report.tables import INDENT, Column, faint, fitting, list_of, natural_width, section, table_of
+from advisor.report.tables import INDENT, Column, faint, fitting, list_of, natural_width, section, table_of, verbatim
 from advisor.search.results import Recommendation, Rejected
 from advisor.specs.plan import Plan
 
@@ -134,7 +134,7 @@ def _launch(launch: Launch, nodes: int, width: int, written: Sequence[Path]) -> 
     else:
         explanation = f"Give --out FOLDER to write {names}. In that folder:"
         command = shell_lines(launch, width - INDENT)
-    return section("To start it", Text(explanation), Text(), Text(command, no_wrap=True, overflow="ignore"))
+    return [*section("To start it", Text(explanation), Text()), verbatim(command)]
 
 
 def shell_lines(launch: Launch, width: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -93,6 +94,11 @@ def list_of(entries: Iterable[Sequence[str]]) -> Table:
 def section(title: str, *content: RenderableType) -> list[RenderableType]:
     """A blank line, a title, and *content* set in under it."""
     return [Text(), Text(title, style="bold"), *(Padding(part, (0, 0, 0, INDENT)) for part in content)]
+
+
+def verbatim(text: str) -> Text:
+    """*text* to be copied, set in like a section's content: its lines stay whole however narrow the page."""
+    return Text(textwrap.indent(text, " " * INDENT), no_wrap=True, overflow="ignore")
 
 
 def faint(text: str) -> Text:

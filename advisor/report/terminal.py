@@ -67,9 +67,14 @@ def results() -> Console:
 
 
 def show(parts: Iterable[RenderableType], console: Console) -> None:
-    """Print *parts* one below the other, without the spaces that fill lines up: they would break a pasted command."""
+    """Print *parts* one below the other, without the spaces that fill lines up: they would break a pasted command.
+
+    Lines that may not wrap stay whole, longer than the page where they are.
+    """
+    from rich.text import Text
+
     with console.capture() as capture:
         for part in parts:
-            console.print(part)
+            console.print(part, soft_wrap=isinstance(part, Text) and part.no_wrap)
     sys.stdout.write(re.sub(r" +$", "", capture.get(), flags=re.MULTILINE))
     sys.stdout.flush()

@@ -106,6 +106,7 @@ PLANS_OF_EVERY_KIND = {
     "ddp": plan(),
     "fsdp": plan(Strategy.FSDP),
     "fsdp-grad-op": plan(Strategy.FSDP_GRAD_OP),
+    "zero0": plan(Strategy.ZERO0),
     "zero1": plan(Strategy.ZERO1),
     "zero2": plan(Strategy.ZERO2),
     "zero3": plan(Strategy.ZERO3),

@@ -147,6 +147,18 @@ def test_nothing_is_overwritten_without_force(launch: Launch, tmp_path: Path) ->
     assert (tmp_path / "run.sh").read_text() == text_of(launch, "run.sh")
 
 
+def test_the_same_files_may_lie_there_already(launch: Launch, tmp_path: Path) -> None:
+    write(launch, tmp_path)
+    (tmp_path / "train.py").unlink()
+    before = (tmp_path / "run.sh").stat()
+
+    written = write(launch, tmp_path)
+
+    assert [path.name for path in written] == ALL_FILES
+    assert all(path.is_file() for path in written)
+    assert (tmp_path / "run.sh").stat() == before
+
+
 def test_a_dangling_link_counts_as_existing(launch: Launch, tmp_path: Path) -> None:
     (tmp_path / "run.sh").symlink_to(tmp_path / "nowhere")
 

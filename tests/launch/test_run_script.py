@@ -18,41 +18,7 @@ from advisor.launch.run_script import train_arguments
 from advisor.specs.job import Job
 from advisor.specs.plan import Checkpointing, Offload, Plan, Strategy
 from launch.examples import PLANS_OF_EVERY_KIND, cluster, hostile_text, jobs, model, plan
-
-RECORDER = """\
-#!/bin/sh
-printf '%s\\0' "$@" > "$RECORD/arguments"
-printf '%s' "$PYTORCH_CUDA_ALLOC_CONF" > "$RECORD/allocator"
-printf '%s' "${OMP_NUM_THREADS:-unset}" > "$RECORD/threads"
-"""
-
-
-class Started:
-    """One run of run.sh with a stand-in for accelerate that records what it is given."""
-
-    def __init__(self, folder: Path, launch: Launch, *words: str, **environment: str) -> None:
-        tools, self.record, self.elsewhere = folder / "tools", folder / "record", folder / "elsewhere"
-        for made in (tools, self.record, self.elsewhere):
-            made.mkdir(parents=True, exist_ok=True)
-        (tools / "accelerate").write_text(RECORDER)
-        (tools / "accelerate").chmod(0o755)
-        self.files = folder / "launch 'files' $HOME"
-        write(launch, self.files, force=True)
-        known = {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "RECORD": str(self.record)}
-        self.result = subprocess.run(
-            ["bash", str(self.files / "run.sh"), *words],
-            cwd=self.elsewhere,
-            env=known | environment,
-            capture_output=True,
-            text=True,
-        )
-
-    @property
-    def arguments(self) -> list[str]:
-        return (self.record / "arguments").read_bytes().decode().split("\0")[:-1]
-
-    def recorded(self, name: str) -> str:
-        return (self.record / name).read_text()
+from launch.started import Started
 
 
 def launch_of(chosen: Plan, *, nodes: int = 1, weights_from: str = "tiny") -> Launch:
@@ -184,7 +150,7 @@ def test_arguments_repeat_job_and_plan(job: Job, checkpointing: Checkpointing) -
         assert f"--attention={job.attention}" in arguments
         assert (f"--loss={job.loss}" in arguments) == (job.loss != "full")
         assert f"--optimizer={job.optimizer}" in arguments
-        held = job.precision if strategy.zero_stage else job.parameter_format
+        held = job.precision if strategy.zero_stage is not None else job.parameter_format
         assert f"--weights={held}" in arguments
 
 

@@ -1,4 +1,4 @@
-"""The written files really start two ranks that train together: ``run.sh``, accelerate's launcher, train.py, on gloo.
+"""The written files really start two ranks that train together: ``run.sh``, a launcher, train.py, on gloo.
 
 An exit code proves nothing here, so each case checks the number of processes, the classes that ran, and the loss.
 """
@@ -18,6 +18,7 @@ import pytest
 
 from advisor.launch.deepspeed import GRADIENT_CLIPPING
 from advisor.launch.files import render, write
+from advisor.launch.targets import Target
 from advisor.specs.job import Job
 from advisor.specs.plan import Checkpointing, Strategy
 from launch.examples import cluster, model, plan, write_tiny_qwen2
@@ -35,13 +36,21 @@ ARGUMENTS = (
 )
 HARNESS = Path(__file__).with_name("cpu_ranks.py")
 
-# Stands in for the accelerate command: the same launcher, with the harness between it and train.py.
-ACCELERATE = f"""\
+LAUNCHERS = {
+    "accelerate": "accelerate.commands.accelerate_cli",
+    "deepspeed": "deepspeed.launcher.runner",
+    "torchrun": "torch.distributed.run",
+}
+
+
+def stand_in(program: str) -> str:
+    """The same launcher by the name of its command, with the harness between it and train.py."""
+    return f"""\
 #!{sys.executable}
 import os, sys
 words = sys.argv[1:]
 at = next(index for index, word in enumerate(words) if word.endswith("train.py"))
-launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
+launcher = [sys.executable, "-m", {LAUNCHERS[program]!r}]
 os.execv(sys.executable, [*launcher, *words[:at], {str(HARNESS)!r}, *words[at:]])
 """
 
@@ -52,6 +61,7 @@ class Expected:
     distributed_type: str
     engine: str
     optimizer: str
+    target: Target = "accelerate"
 
 
 @pytest.fixture(scope="module")
@@ -98,16 +108,19 @@ def expected_losses(checkpoint: Path) -> list[float]:
         Expected(Strategy.ZERO1, "DEEPSPEED", "DeepSpeedEngine", "DeepSpeedZeroOptimizer"),
         Expected(Strategy.ZERO2, "DEEPSPEED", "DeepSpeedEngine", "DeepSpeedZeroOptimizer"),
         Expected(Strategy.ZERO3, "DEEPSPEED", "DeepSpeedEngine", "DeepSpeedZeroOptimizer_Stage3"),
+        Expected(Strategy.ZERO0, "DEEPSPEED", "DeepSpeedEngine", "FP16_UnfusedOptimizer", "deepspeed"),
     ],
-    ids=lambda expected: expected.strategy.value,
+    ids=lambda expected: f"{expected.target}-{expected.strategy.value}",
 )
 def test_two_ranks_of_the_planned_kind_train_as_one_would(
     expected: Expected, checkpoint: Path, expected_losses: list[float], tmp_path: Path
 ) -> None:
-    if expected.strategy.zero_stage:
+    if expected.strategy.zero_stage is not None:
         pytest.importorskip("deepspeed")
     chosen = plan(expected.strategy, checkpointing=Checkpointing.FULL)
-    launch = render(model(), Job(sequence_length=32), chosen, cluster(), weights_from=str(checkpoint))
+    launch = render(
+        model(), Job(sequence_length=32), chosen, cluster(), weights_from=str(checkpoint), target=expected.target
+    )
     write(launch, tmp_path / "run")
 
     description, *steps = finish(tmp_path / "here", [start(tmp_path, "here")])
@@ -126,10 +139,21 @@ def test_two_ranks_of_the_planned_kind_train_as_one_would(
     assert len(saved.keys() - {"lm_head.weight"}) == 26
 
 
-def test_two_machines_find_each_other(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("target", "strategy", "engine"),
+    [("accelerate", Strategy.ZERO2, "DeepSpeedEngine"), ("torchrun", Strategy.FSDP, "FSDPQwen2ForCausalLM")],
+)
+def test_two_machines_find_each_other(target: Target, strategy: Strategy, engine: str, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     config = write_tiny_qwen2(tmp_path / "model")
-    launch = render(model(), Job(sequence_length=32), plan(Strategy.ZERO2), cluster(nodes=2), weights_from=str(config))
+    launch = render(
+        model(),
+        Job(sequence_length=32),
+        plan(strategy),
+        cluster(nodes=2),
+        weights_from=str(config),
+        target=target,
+    )
     write(launch, tmp_path / "run")
     port = free_port()
 
@@ -141,7 +165,7 @@ def test_two_machines_find_each_other(tmp_path: Path) -> None:
     description, *steps = finish(tmp_path / "machine0", started)
 
     assert description["processes"] == 2
-    assert description["engine"] == "DeepSpeedEngine"
+    assert description["engine"] == engine
     assert len(steps) == 3
     assert not (tmp_path / "machine1" / "log.jsonl").exists()  # only the first process of all keeps the log
 
@@ -149,8 +173,9 @@ def test_two_machines_find_each_other(tmp_path: Path) -> None:
 def start(folder: Path, name: str, **settings: str) -> subprocess.Popen[str]:
     tools = folder / "tools"
     tools.mkdir(exist_ok=True)
-    (tools / "accelerate").write_text(ACCELERATE)
-    (tools / "accelerate").chmod(0o755)
+    for program in LAUNCHERS:
+        (tools / program).write_text(stand_in(program))
+        (tools / program).chmod(0o755)
     own = folder / name
     own.mkdir()
     return subprocess.Popen(

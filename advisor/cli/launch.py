@@ -1,0 +1,122 @@
+"""``advisor launch``: show, write or start the files of one plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from advisor.cli.answer import note, notes, print_answer, traced_first
+from advisor.cli.estimate import plan_options
+from advisor.cli.options import SectionCommand, given, option, question_options, trace_options
+from advisor.launch.targets import TARGETS, Target
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from advisor.cost.results import Estimate
+    from advisor.launch.files import Launch
+
+_LAUNCH = "The launch"
+
+
+@click.command(cls=SectionCommand)
+@question_options
+@trace_options
+@plan_options
+@option(
+    _LAUNCH,
+    "--target",
+    type=click.Choice(list(TARGETS)),
+    default="accelerate",
+    show_default=True,
+    help="The launcher, or the scheduler that starts it.",
+)
+@option(_LAUNCH, "--out", metavar="FOLDER", type=click.Path(path_type=Path), help="Write the files there.")
+@option(_LAUNCH, "--force", is_flag=True, help="Let --out overwrite files that hold something else.")
+@option(_LAUNCH, "--run", is_flag=True, help="Start it in that folder, and exit with its exit code.")
+@option(_LAUNCH, "--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.argument("arguments", nargs=-1, metavar="[-- ARGUMENT]...")
+@click.pass_context
+def launch(
+    context: click.Context,
+    /,
+    *,
+    target: Target,
+    out: Path | None,
+    force: bool,
+    run: bool,
+    as_json: bool,
+    arguments: tuple[str, ...],
+    **question: Any,
+) -> None:
+    """Show, write or start the files that train by one plan.
+
+    Without --out nothing is written. With --run, what the run measured is printed beside the prediction at its end.
+    Words after -- are arguments of train.py, with paths as seen from the folder of the files.
+
+    \b
+    Examples:
+      advisor launch --model Qwen2.5-1.5B --gpus 4 --strategy zero2
+      advisor launch --model gpt2 --gpus 2 --strategy fsdp --target torchrun
+      advisor launch --model gpt2 --strategy ddp --out run --run -- --steps=20
+    """
+    from advisor.cost.estimate import estimate as price
+    from advisor.launch.files import launch_of, write
+
+    _refuse_what_cannot_be_meant(out, run, as_json, arguments)
+    with traced_first(question["trace"]):
+        answer = price(**given(context, question))
+    started = launch_of(answer, target, arguments)
+    if out:
+        write(started, out, force)
+    notes(answer.warnings)
+    print_answer(
+        "json" if as_json else "table",
+        whole=lambda: _whole(answer, started),
+        rows=list,
+        page=lambda width: _page(answer, started, width, out),
+    )
+    if answer.verdict == "no":
+        note(f"Note: it is predicted not to fit: {answer.why}")
+    if out and run:
+        context.exit(_run(answer, started, out))
+
+
+def _refuse_what_cannot_be_meant(out: Path | None, run: bool, as_json: bool, arguments: tuple[str, ...]) -> None:
+    if run and not out:
+        raise click.UsageError("--run starts what lies in a folder; give --out FOLDER too")
+    if run and as_json:
+        raise click.UsageError("--run prints what the training prints; leave --json out")
+    if arguments and not arguments[0].startswith("--"):
+        raise click.UsageError(f"{arguments[0]!r} is no argument of train.py; those follow --, such as -- --steps=20")
+    if run and any(word.partition("=")[0] == "--log" for word in arguments):
+        raise click.UsageError("--run keeps the log itself, in log.jsonl; leave --log out")
+
+
+def _run(answer: Estimate, started: Launch, folder: Path) -> int:
+    from advisor.launch.start import start
+    from advisor.report.launch import comparison_report
+    from advisor.report.terminal import results, show
+
+    code, measured = start(started, folder)
+    if measured:
+        console = results()
+        show(comparison_report(answer, measured), console)
+    elif not started.submits:
+        note("Nothing to compare with the prediction: no step was logged.")
+    return code
+
+
+def _whole(answer: Estimate, started: Launch) -> Mapping[str, object]:
+    from advisor.report.machine import launch_object
+
+    return launch_object(answer, started)
+
+
+def _page(answer: Estimate, started: Launch, width: int, out: Path | None) -> Iterable[RenderableType]:
+    from advisor.report.launch import launch_report
+
+    return launch_report(answer, started, width=width, out=out)

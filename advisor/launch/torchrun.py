@@ -1,0 +1,49 @@
+"""A plan for PyTorch's launcher, which starts the processes and leaves the strategy to their environment."""
+
+from __future__ import annotations
+
+import shlex
+from functools import partial
+
+from advisor.launch.accelerate import accelerate_environment
+from advisor.launch.deepspeed import deepspeed_json
+from advisor.launch.run_script import run_script
+from advisor.launch.training import Launch, LaunchFile, Training, training_program
+
+
+def launch(training: Training) -> Launch:
+    """``torchrun``, by way of run.sh, which sets what accelerate's launcher would."""
+    files = [training_program(), LaunchFile("run.sh", partial(_run_script, training))]
+    if training.plan.strategy.zero_stage is not None:
+        files.insert(0, LaunchFile("ds_config.json", partial(deepspeed_json, training.job, training.plan)))
+    return Launch(("bash", "run.sh"), {}, tuple(files))
+
+
+def _run_script(training: Training) -> str:
+    """Options: torch 2.13, distributed/run.py."""
+    cluster = training.cluster
+    words = [f"--nproc-per-node={cluster.gpus_per_node}"]
+    if cluster.nodes == 1:
+        words.insert(0, "--standalone")
+    else:
+        words += [
+            f"--nnodes={cluster.nodes}",
+            '--node-rank="$NODE_RANK"',
+            "--rdzv-backend=c10d",
+            "--rdzv-id=advisor",
+            '--rdzv-endpoint="$MAIN_ADDRESS:$MAIN_PORT"',
+            # Said, because torchrun's own guess compares host names, which containers and aliases mislead.
+            '--rdzv-conf="is_host=$(( NODE_RANK == 0 ))"',
+        ]
+    # Else torchrun takes arguments of train.py that begin like two of its own options for a mistake: --log does.
+    words.append("--")
+    return run_script(training, "torchrun", words, exports(training))
+
+
+def exports(training: Training) -> str:
+    """What accelerate's launcher would set, as lines of run.sh, which knows its folder as ``$here``."""
+    settings = accelerate_environment(training.model, training.job, training.plan)
+    words = {name: shlex.quote(value) for name, value in settings.items()}
+    if training.plan.strategy.zero_stage is not None:
+        words["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = '"$here/ds_config.json"'
+    return "".join(f"export {name}={word}\n" for name, word in words.items())

@@ -1,0 +1,142 @@
+"""``advisor launch``: what it shows, writes and starts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from advisor.launch.files import Launch, LaunchFile
+from cli.conftest import Api, Run
+
+ONE_PLAN = ("launch", "--model", "Qwen2.5-1.5B", "--gpus", "4", "--strategy", "zero1")
+
+
+def test_by_default_nothing_is_written(api: Api, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    result = run(*ONE_PLAN)
+
+    assert result.exit_code == 0
+    assert result.stdout.startswith("Fits: ")
+    assert "--config_file accelerate.yaml" in result.stdout
+    assert result.stderr == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_words_of_an_estimate_reach_it(api: Api, run: Run) -> None:
+    run(*ONE_PLAN, "--micro-batch", "2", "--checkpointing", "full", "--target", "torchrun", "--json")
+
+    assert api.asked == [
+        {
+            "model": "Qwen2.5-1.5B",
+            "gpus": 4,
+            "strategy": "zero1",
+            "micro_batch": 2,
+            "checkpointing": "full",
+        }
+    ]
+
+
+def test_json_is_one_object_with_every_file(api: Api, run: Run) -> None:
+    answer = json.loads(run(*ONE_PLAN, "--target", "slurm", "--json").stdout)
+
+    assert answer["schema"] == "advisor/1"
+    assert answer["plan"]["strategy"] == "zero1"
+    assert answer["launch"]["command"] == ["sbatch", "job.sbatch"]
+    assert [file["name"] for file in answer["launch"]["files"]] == [
+        "accelerate.yaml",
+        "ds_config.json",
+        "train.py",
+        "run.sh",
+        "job.sbatch",
+    ]
+
+
+def test_the_files_are_written_once_and_the_same_again(api: Api, run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = (*ONE_PLAN, "--out", str(out), "--", "--steps=20", "--output=a $(folder)")
+
+    first = run(*words)
+    written = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()}
+    second = run(*words)
+
+    assert (first.exit_code, second.exit_code) == (0, 0)
+    assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()} == written
+    assert b"--steps=20 \\\n  '--output=a $(folder)' \\\n" in written["run.sh"][0]
+    assert f"  cd {out} && bash run.sh\n" in first.stdout
+
+
+def test_files_of_other_content_stay_without_force(api: Api, run: Run, tmp_path: Path) -> None:
+    words = (*ONE_PLAN, "--out", str(tmp_path))
+    run(*words, "--", "--steps=20")
+
+    refused = run(*words)
+    forced = run(*words, "--force")
+
+    assert refused.exit_code == 1
+    assert "run.sh exists; give --force to overwrite it" in refused.stderr
+    assert forced.exit_code == 0
+    assert "--steps=20" not in (tmp_path / "run.sh").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--run"], "--run starts what lies in a folder; give --out FOLDER too"),
+        (["--run", "--out", "x", "--json"], "leave --json out"),
+        (["20"], "'20' is no argument of train.py; those follow --, such as -- --steps=20"),
+        (["--run", "--out", "x", "--", "--log=mine"], "--run keeps the log itself, in log.jsonl; leave --log out"),
+    ],
+)
+def test_what_cannot_be_meant_is_wrong_usage(api: Api, run: Run, words: list[str], complaint: str) -> None:
+    result = run(*ONE_PLAN, *words)
+
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert complaint in result.stderr
+    assert api.asked == []
+
+
+def test_a_plan_that_does_not_fit_is_written_with_a_warning(api: Api, run: Run, tmp_path: Path) -> None:
+    api.estimate = replace(api.estimate, verdict="no", why="3.0 GiB short")
+
+    result = run(*ONE_PLAN, "--out", str(tmp_path))
+
+    assert result.exit_code == 0
+    assert result.stderr == "Note: it is predicted not to fit: 3.0 GiB short\n"
+    assert (tmp_path / "run.sh").is_file()
+
+
+STEPS = [
+    {"step": number, "tokens_per_s": 56_700.0, "peak_allocated_bytes": 0, "peak_reserved_bytes": 0}
+    for number in (1, 2, 3)
+]
+
+
+@pytest.mark.parametrize(
+    ("records", "code", "said"),
+    [
+        ([{"processes": 2}, *STEPS], 0, "beside measured without a GPU over 2 steps"),
+        ([], 5, "Nothing to compare with the prediction: no step was logged."),
+    ],
+)
+def test_a_run_is_compared_and_its_exit_code_is_passed_on(
+    api: Api,
+    run: Run,
+    records: list[dict[str, Any]],
+    code: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "steps").write_text("".join(json.dumps(record) + "\n" for record in records))
+    script = LaunchFile("run.sh", lambda: f"cat steps >> log.jsonl; exit {code}\n")
+    monkeypatch.setattr("advisor.launch.files.launch_of", lambda *_: Launch((), {}, (script,)))
+
+    result = run(*ONE_PLAN, "--out", str(tmp_path), "--run")
+
+    assert result.exit_code == code
+    assert said in result.output
