@@ -17,7 +17,7 @@ def launch(training: Training) -> Launch:
 
 
 def _job(training: Training) -> str:
-    """Options and variables: Slurm 24.05, sbatch(1) and srun(1)."""
+    """Options and variables: Slurm 22.05, sbatch(1) and srun(1)."""
     cluster = training.cluster
     options = {
         "job-name": _name(training.model.name),

@@ -189,7 +189,9 @@ def test_a_score_says_how_far_how_often_and_where() -> None:
     job, plan = Job(), Plan(strategy=Strategy.ZERO2, gpus=8, micro_batch=1)
     near, far = (Case(name, {}, job, plan) for name in ("near", "far"))
 
-    *others, peak = score("runs", [(near, measured(peak=100)), (far, measured(peak=125))])
+    scores = score("runs", [(near, measured(peak=100)), (far, measured(peak=125))])
+    peak = next(each for each in scores if each.counter == "peak")
+    others = [each for each in scores if each is not peak]
 
     assert (peak.truth, peak.counter, peak.count, peak.worst) == ("runs", "peak", 2, far.title)
     assert (peak.mean_error, peak.max_error) == (pytest.approx(0.1), pytest.approx(0.2))
