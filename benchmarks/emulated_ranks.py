@@ -3,8 +3,7 @@
     python benchmarks/emulated_ranks.py                     # all 60 recorded real runs, minutes
     python benchmarks/emulated_ranks.py --launcher torchrun
 
-A record holds the rank that held most, so every rank is emulated and the fullest compared. One difference is known:
-in backward gloo's reduce-scatter copied what it was given when ZeRO-3 and FSDP were recorded, which no GPU does.
+A record holds the rank that held most, so every rank is emulated and the fullest compared.
 """
 
 from __future__ import annotations
