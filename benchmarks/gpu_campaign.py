@@ -186,8 +186,7 @@ def record_of(
 
 def truth_of(one: GpuCase, device: str) -> str:
     """The group under which the accuracy is given."""
-    strategy = one.case.plan.strategy
-    framework = "DeepSpeed" if strategy.zero_stage is not None else strategy.value.split("-")[0].upper()
+    framework = one.case.plan.framework_title
     if one.emulated:
         return f"One rank of 4 to 64 emulated on {device}, {framework}"
     return f"{device} alone" + ("" if framework == "DDP" else f", {framework}")

@@ -8,14 +8,13 @@ says only what was measured, and leaves the rest to the one that it is based on.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from advisor.catalog.profiles import profiles_folder
+from advisor.catalog.profiles import own_data, profiles_folder
 from advisor.catalog.table import unknown_name
 from advisor.errors import ConfigError
 from advisor.specs.calibration import Calibration
@@ -28,12 +27,7 @@ ORIGINS = ("measured", "published", "inferred", "assumed")
 
 def own_folder() -> Path:
     """The folder of this user's calibrations."""
-    named = os.environ.get(CALIBRATIONS_VARIABLE)
-    if named:
-        return Path(named).expanduser()
-    from platformdirs import user_data_path
-
-    return user_data_path("advisor", appauthor=False) / "calibrations"
+    return own_data(CALIBRATIONS_VARIABLE, "calibrations")
 
 
 def find_calibration(name: str = "default") -> Calibration:

@@ -22,11 +22,14 @@ _FORMATS = ("fp32", "tf32", "fp16", "bf16", "fp8")
 
 def find_gpu(name: str) -> Gpu:
     """The GPU called *name*: its name or an alias, whatever its case, spaces, dashes or vendor."""
-    key = plain(name)
-    found = _by_plain_name()
-    if key in found:
-        return found[key]
+    if found := known_gpu(name):
+        return found
     raise unknown_name("GPU", name, (each for gpu in all_gpus() for each in (gpu.name, *gpu.aliases)), "`advisor gpus`")
+
+
+def known_gpu(name: str) -> Gpu | None:
+    """The same; None where there is none."""
+    return _by_plain_name().get(plain(name))
 
 
 def gpu_names() -> tuple[str, ...]:

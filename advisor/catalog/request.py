@@ -79,9 +79,9 @@ def resolve(model: str, *, describe: Describe = by_formulas, **words: Unpack[Wor
         gpu=gpu,
         gpus=gpus,
         nodes=nodes,
-        link=_measured(find_link(link or gpu.link), calibration),
-        host_link=_measured(find_link(gpu.host_link), calibration),
-        network=_measured(find_link(network or DEFAULT_NETWORK, gpus_per_node), calibration),
+        link=as_measured(find_link(link or gpu.link), calibration),
+        host_link=as_measured(find_link(gpu.host_link), calibration),
+        network=as_measured(find_link(network or DEFAULT_NETWORK, gpus_per_node), calibration),
         host_memory_bytes=host_memory_bytes,
         cpu_memory_bandwidth_bytes_per_s=calibration.host_bandwidth_bytes_per_s_per_gpu * gpus_per_node,
         nvme_bytes=calibration.nvme_bytes_per_gpu * gpus_per_node,
@@ -156,7 +156,7 @@ def _calibration(name: str | None, gpu: Gpu, gpu_origin: Origin) -> tuple[Calibr
     return (calibration_of(gpu.name) if gpu_origin == "found" else find_calibration()), "found"
 
 
-def _measured(link: Link, calibration: Calibration) -> Link:
+def as_measured(link: Link, calibration: Calibration) -> Link:
     """*link* with the bandwidth that the calibration measured, if it did."""
     bandwidth = calibration.link_bandwidth_bytes_per_s.get(link.name)
     if bandwidth is None:

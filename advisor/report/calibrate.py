@@ -123,7 +123,7 @@ def calibration_object(found: Calibrated) -> Json:
         "seconds": found.seconds,
         "path": str(found.path),
         "constants": {
-            each.name: {"value": each.value, "before": each.before, "origin": each.origin, "source": each.source}
+            each.name: {"value": each.value, "before": each.before, "origin": "measured", "source": each.source}
             for each in found.constants
         },
         "fits": [

@@ -14,7 +14,7 @@ from advisor.report.tables import INDENT, Column, faint, fitting, natural_width,
 from advisor.report.trace import signed_percent
 from advisor.validation.accuracy import COUNTERS, Comparison, Counter
 from advisor.validation.campaign import Check, Validation
-from advisor.validation.measured import Measured, Messages
+from advisor.validation.measured import Messages
 from advisor.validation.planned import title_of
 from advisor.validation.recorded import tokens_per_s
 
@@ -89,7 +89,7 @@ def _title(check: Check) -> str:
 
 def _plans(checks: Sequence[Check], width: int) -> RenderableType:
     ranks = [check.record.execution.ranks if check.record.execution else () for check in checks]
-    timed = [_timed(check) for check in checks]
+    timed = [check.record.timed_ranks for check in checks]
     speeds = [tokens_per_s(each) for each in timed]
     steps = [max((rank.median_step_s for rank in each), default=None) for each in timed]
     expected = [check.predicted_step_s for check in checks]
@@ -109,12 +109,6 @@ def _plans(checks: Sequence[Check], width: int) -> RenderableType:
     ]
     kept, _ = fitting(columns, width - INDENT)
     return table_of(kept)
-
-
-def _timed(check: Check) -> Sequence[Measured]:
-    """The ranks whose times mean something: an emulated one waits for nobody."""
-    ranks = check.record.execution.ranks if check.record.execution else ()
-    return ranks if len(ranks) == int(check.record.case.plan.gpus) else ()
 
 
 def _outcome(check: Check) -> str:
@@ -210,8 +204,8 @@ def _run(check: Check) -> Json:
         "rank": record.case.rank,
         "counters": [_counter(check.comparison, counter) for counter in _known(check.comparison)],
         "predicted_step_s": check.predicted_step_s,
-        "step_s": [list(rank.step_s) for rank in _timed(check)],
-        "tokens_per_s": tokens_per_s(_timed(check)),
+        "step_s": [list(rank.step_s) for rank in check.record.timed_ranks],
+        "tokens_per_s": tokens_per_s(check.record.timed_ranks),
         "host_peak_bytes": [rank.host_peak_bytes for rank in ranks],
         "communication": [
             {

@@ -204,6 +204,11 @@ class Plan:
         return "fsdp" if self.strategy.is_fsdp else "ddp"
 
     @property
+    def framework_title(self) -> str:
+        """The same as people write it."""
+        return "DeepSpeed" if self.framework == "deepspeed" else self.framework.upper()
+
+    @property
     def global_batch(self) -> Count:
         """Sequences per optimizer step over all GPUs."""
         return self.gpus * self.micro_batch * self.accumulation_steps

@@ -16,18 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from advisor.catalog.calibrations import find_calibration, own_folder
-from advisor.catalog.gpus import find_gpu
-from advisor.catalog.request import resolve, usual_cluster
-from advisor.errors import RunError, UnknownNameError, WriteError
+from advisor.catalog.gpus import known_gpu
+from advisor.catalog.request import as_measured, resolve
+from advisor.errors import RunError, WriteError
 from advisor.specs.calibration import Calibration
 from advisor.specs.hardware import Gpu
 from advisor.specs.question import Question
 from advisor.tracing.real_model import needs_torch
 from advisor.validation import rates
 from advisor.validation.conformal import COVERAGE, least_count, ranges
-from advisor.validation.fitting import Fit, attentions, errors, from_records, products, residuals, share_of_peak
+from advisor.validation.fitting import Fit, errors, from_records, operations, residuals, share_of_peak
 from advisor.validation.machine import ADAM_PARAMETERS, COPY_BYTES, sections
 from advisor.validation.rates import Rate
+from advisor.validation.record import write_whole
 from advisor.validation.store import own, own_path
 
 BUDGET_S = 60.0
@@ -41,7 +42,6 @@ class Constant:
     name: str
     value: Any
     before: Any
-    origin: str
     source: str
 
 
@@ -87,7 +87,7 @@ def calibrate(
     started = time.monotonic()
     used = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     named = torch.cuda.get_device_name(0) if used.type == "cuda" else "cpu"
-    gpu = _known(named) if used.type == "cuda" else None
+    gpu = known_gpu(named) if used.type == "cuda" else None
     question = resolve(model, gpu=gpu.name if gpu else "A100-80GB", gpus=1)
     found: list[Rate] = []
     skipped: list[str] = []
@@ -107,8 +107,7 @@ def calibrate(
     constants = _constants(found, gpu, gpus, before)
     fits: list[Fit] = []
     if gpu:
-        fitted, ranged = _by_records(gpu, _with(before, constants), question)
-        fits += fitted
+        fits, ranged = _by_records(gpu, _with(before, constants), question)
         constants = _merged(constants, [*map(_fitted(before), fits), *_ranged(ranged, before)])
     label = name or (gpu.name.lower() if gpu else "host")
     path = own_folder() / f"{label}.json"
@@ -123,13 +122,6 @@ def calibrate(
         seconds=time.monotonic() - started,
         path=path,
     )
-
-
-def _known(name: str) -> Gpu | None:
-    try:
-        return find_gpu(name)
-    except UnknownNameError:
-        return None
 
 
 def _constants(found: Sequence[Rate], gpu: Gpu | None, gpus: int, before: Calibration) -> list[Constant]:
@@ -152,7 +144,7 @@ def _constants(found: Sequence[Rate], gpu: Gpu | None, gpus: int, before: Calibr
     if gpu:
         values |= _of_gpu(by_kind, gpu, before)
     return [
-        Constant(name=name, value=_rounded(value), before=getattr(before, name), origin="measured", source=source)
+        Constant(name=name, value=_rounded(value), before=getattr(before, name), source=source)
         for name, (value, source) in values.items()
     ]
 
@@ -166,13 +158,13 @@ def _of_gpu(by_kind: Mapping[str, list[Rate]], gpu: Gpu, before: Calibration) ->
         values["bandwidth_efficiency"] = share, "a copy of 1 GiB within device memory"
     if by_kind.get("launch"):
         values["kernel_launch_s"] = by_kind["launch"][0].seconds, "additions of one number, one after the other"
-    for name, kinds, timed_by in (
-        ("matmul_efficiency", ("product",), products),
-        ("attention_efficiency", ("attention forward", "attention backward"), attentions),
+    for name, kinds in (
+        ("matmul_efficiency", ("product",)),
+        ("attention_efficiency", ("attention forward", "attention backward")),
     ):
         some = [each for kind in kinds for each in by_kind.get(kind, [])]
         if some:
-            timed = timed_by(gpu, some)
+            timed = operations(gpu, some)
             fitted = share_of_peak(timed, share)
             missed = errors(timed, fitted, share)
             said = f"{len(some)} operations, errors mean {missed.mean():.1%}, max {missed.max():.1%}"
@@ -212,29 +204,21 @@ def _by_records(
     gpu: Gpu, calibration: Calibration, question: Question
 ) -> tuple[list[Fit], dict[str, dict[str, list[float]]]]:
     """What this user's runs on *gpu* say beside that."""
-    ran = [each for each in own(own_path())[0] if each.true and _known(each.device) == gpu]
-    cluster = replace(question.cluster, **_links(gpu, calibration))
+    ran = [each for each in own(own_path())[0] if each.true and known_gpu(each.device) == gpu]
+    cluster = replace(
+        question.cluster,
+        link=as_measured(question.cluster.link, calibration),
+        host_link=as_measured(question.cluster.host_link, calibration),
+    )
     fits = from_records(ran, gpu, cluster, calibration)
     fitted = _with(calibration, [_fitted(calibration)(each) for each in fits])
-    return fits, dict(residuals(ran, cluster, fitted))
-
-
-def _links(gpu: Gpu, calibration: Calibration) -> dict[str, Any]:
-    measured = calibration.link_bandwidth_bytes_per_s
-    usual = usual_cluster(gpu, 1)
-    found = {"link": usual.link, "host_link": usual.host_link}
-    return {
-        which: replace(link, bandwidth_bytes_per_s=measured.get(link.name, link.bandwidth_bytes_per_s))
-        for which, link in found.items()
-    }
+    return fits, residuals(ran, cluster, fitted)
 
 
 def _fitted(before: Calibration) -> Callable[[Fit], Constant]:
     def constant(fit: Fit) -> Constant:
         said = f"{fit.runs} recorded runs, errors left out mean {fit.mean_error:.1%}, max {fit.max_error:.1%}"
-        return Constant(
-            name=fit.constant, value=fit.value, before=getattr(before, fit.constant), origin="measured", source=said
-        )
+        return Constant(name=fit.constant, value=fit.value, before=getattr(before, fit.constant), source=said)
 
     return constant
 
@@ -244,13 +228,12 @@ def _ranged(found: Mapping[str, Mapping[str, Sequence[float]]], before: Calibrat
     return [
         Constant(
             name=name,
-            value={like: list(each) for like, each in ranges(residuals).items() if like != "default"},
+            value={like: list(each) for like, each in own_ranges.items() if like != "default"},
             before=getattr(before, name),
-            origin="measured",
             source=said,
         )
         for name, residuals in found.items()
-        if ranges(residuals)
+        if (own_ranges := ranges(residuals))
     ]
 
 
@@ -269,15 +252,13 @@ def _write(
         "device": gpu.name if gpu else None,
         "based_on": "default",
         "constants": {
-            each.name: {"value": each.value, "origin": each.origin, "source": f"{each.source}, {made[:10]}"}
+            each.name: {"value": each.value, "origin": "measured", "source": f"{each.source}, {made[:10]}"}
             for each in constants
         },
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".part")
-        beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        beside.replace(path)
+        write_whole(path, json.dumps(content, indent=2) + "\n")
         rates.write(path.with_suffix(".rates"), device, found)
     except OSError as error:
         raise WriteError(f"cannot write {path}: {error.strerror}; ADVISOR_CALIBRATIONS names another folder") from error

@@ -15,9 +15,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from advisor.catalog.gpus import find_gpu
+from advisor.catalog.gpus import known_gpu
 from advisor.cost.estimate import price
-from advisor.errors import SpecError, UnknownNameError
+from advisor.errors import SpecError
 from advisor.specs.job import Job
 from advisor.specs.plan import Plan
 from advisor.tracing.real_model import needs_torch
@@ -184,7 +184,9 @@ def _made(
     finished = start(ask, watcher)
     measured = finished.measured
     fullest = max(range(len(measured)), key=lambda each: measured[each].peak_allocated_bytes, default=None)
-    device = "cpu" if campaign.device == "cpu" else _known_gpu(measured[0].device if measured else gpu, gpu)
+    # A GPU that the catalog does not hold goes by the name of that which was planned for.
+    found = known_gpu(measured[0].device) if measured else None
+    device = "cpu" if campaign.device == "cpu" else found.name if found else gpu
     return Record(
         truth=truth_of(case.plan, run.launcher, device),
         case=case if fullest is None else replace(case, rank=run.rank or fullest),
@@ -206,21 +208,11 @@ def _made(
     )
 
 
-def _known_gpu(found: str, planned: str) -> str:
-    """The catalog's name for the GPU *found*, or for one that it does not hold, of that which was *planned* for."""
-    try:
-        return find_gpu(found).name
-    except UnknownNameError:
-        return planned
-
-
 def truth_of(plan: Plan, launcher: Launcher, device: str) -> str:
     """The group under which a real run's accuracy is given."""
-    strategy = plan.strategy
-    framework = "DeepSpeed" if strategy.zero_stage is not None else strategy.value.split("-")[0].upper()
     if launcher == "emulated":
-        return f"One rank emulated on {device}, {framework}"
-    return f"Real ranks on {'gloo' if device == 'cpu' else device}, {framework} by {launcher}"
+        return f"One rank emulated on {device}, {plan.framework_title}"
+    return f"Real ranks on {'gloo' if device == 'cpu' else device}, {plan.framework_title} by {launcher}"
 
 
 class _Watcher:

@@ -145,10 +145,12 @@ def _keep_own_part(rank: int) -> None:
     """
     import torch.distributed as distributed
 
+    from advisor.validation.engines import keep_own_part
+
     reduce_scatter = distributed.reduce_scatter_tensor
 
     def with_own_part(output: Any, input: Any, *arguments: Any, **words: Any) -> Any:
-        output.copy_(input.detach().flatten()[rank * output.numel() :][: output.numel()].view_as(output))
+        keep_own_part(output, input, rank)
         return reduce_scatter(output, input, *arguments, **words)
 
     distributed.reduce_scatter_tensor = with_own_part

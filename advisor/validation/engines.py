@@ -138,6 +138,11 @@ def communication_logged() -> Iterator[list[Messages]]:
         )
 
 
+def keep_own_part(output: torch.Tensor, whole: torch.Tensor, rank: int) -> None:
+    """Write *rank*'s part of *whole* into *output*, as a reduce-scatter does; nothing is allocated."""
+    output.copy_(whole.detach().flatten()[rank * output.numel() :][: output.numel()].view_as(output))
+
+
 def use_collectives_of_torch() -> None:
     """Keep DeepSpeed from compiling its shared-memory collectives, which takes minutes and can wait on a dead lock."""
     backend: Any = import_module("deepspeed.comm.torch")  # as an attribute of deepspeed.comm, that name is torch itself

@@ -62,23 +62,11 @@ def errors(timed: Timed, share: float, bandwidth_share: float) -> Numbers:
     return found
 
 
-def products(gpu: Gpu, found: Sequence[Rate]) -> Timed:
-    """Matrix products on *gpu*."""
-    flop, moved, seconds = _columns(found)
-    zero = np.zeros_like(flop)
-    return Timed(gpu, Work(flop, zero, flop, moved, zero), seconds)
-
-
-def attentions(gpu: Gpu, found: Sequence[Rate]) -> Timed:
-    """Attention on *gpu*, forward and backward."""
-    flop, moved, seconds = _columns(found)
-    zero = np.zeros_like(flop)
-    return Timed(gpu, Work(zero, flop, flop, moved, zero), seconds)
-
-
-def _columns(found: Sequence[Rate]) -> tuple[Numbers, Numbers, Numbers]:
-    columns = np.array([(each.flop, each.moved_bytes, each.seconds) for each in found]).T
-    return columns[0], columns[1], columns[2]
+def operations(gpu: Gpu, found: Sequence[Rate]) -> Timed:
+    """Matrix products and attention on *gpu*."""
+    linear = np.array([each.flop * (each.kind == "product") for each in found])
+    flop, moved, seconds = np.array([(each.flop, each.moved_bytes, each.seconds) for each in found]).T
+    return Timed(gpu, Work(linear, flop - linear, flop, moved, np.zeros_like(flop)), seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,20 +140,12 @@ def _outside(constant: str, records: Sequence[Record], before: float, known: flo
     ]
     if len(samples) < LEAST_RUNS:
         return []
-    found = [value for value, _ in samples]
-    missed = [
-        abs(statistics.median(found[:at] + found[at + 1 :]) - value) / used for at, (value, used) in enumerate(samples)
-    ]
-    return [
-        Fit(
-            constant=constant,
-            value=round(statistics.median(found)),
-            runs=len(found),
-            mean_error=statistics.mean(missed),
-            max_error=max(missed),
-            mean_error_before=statistics.mean(abs(before - value) / used for value, used in samples),
-        )
-    ]
+
+    def missed(at: int, constant: float) -> float:
+        value, used = samples[at]
+        return abs(constant - value) / used
+
+    return [_fit(constant, [value for value, _ in samples], missed, before, digits=None)]
 
 
 def _timed(
@@ -180,21 +160,28 @@ def _timed(
     if len(runs) < LEAST_RUNS:
         return []
 
-    def missed(record: Record, step: Node, seconds: float, value: float) -> float:
-        return abs(_predicted_seconds(step, record, cluster, with_value(value)) / seconds - 1)
+    def missed(at: int, share: float) -> float:
+        record, step, seconds = runs[at]
+        return abs(_predicted_seconds(step, record, cluster, with_value(share)) / seconds - 1)
 
     found = [_solved(record, step, seconds, cluster, with_value) for record, step, seconds in runs]
-    left_out = [missed(*run, statistics.median(found[:at] + found[at + 1 :])) for at, run in enumerate(runs)]
-    return [
-        Fit(
-            constant=constant,
-            value=round(statistics.median(found), 3),
-            runs=len(runs),
-            mean_error=statistics.mean(left_out),
-            max_error=max(left_out),
-            mean_error_before=statistics.mean(missed(*run, before) for run in runs),
-        )
-    ]
+    return [_fit(constant, found, missed, before, digits=3)]
+
+
+def _fit(
+    constant: str, found: list[float], missed: Callable[[int, float], float], before: float, digits: int | None
+) -> Fit:
+    """The median of what each run would have the constant be; *missed* is a run's error by a value of it."""
+    places = range(len(found))
+    left_out = [missed(at, statistics.median(found[:at] + found[at + 1 :])) for at in places]
+    return Fit(
+        constant=constant,
+        value=round(statistics.median(found), digits),
+        runs=len(found),
+        mean_error=statistics.mean(left_out),
+        max_error=max(left_out),
+        mean_error_before=statistics.mean(missed(at, before) for at in places),
+    )
 
 
 def _solved(
@@ -212,11 +199,8 @@ def _solved(
 
 
 def _seconds(record: Record) -> float | None:
-    """A step of the slowest rank; None where times mean nothing, as those of a rank that is emulated alone."""
-    ranks = record.execution.ranks if record.execution else ()
-    if len(ranks) != int(record.case.plan.gpus):
-        return None
-    return max((rank.median_step_s for rank in ranks if rank.step_s), default=None)
+    """A step of the slowest rank; None where times mean nothing."""
+    return max((rank.median_step_s for rank in record.timed_ranks if rank.step_s), default=None)
 
 
 def _step(record: Record) -> Node:

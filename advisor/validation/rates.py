@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from advisor.errors import ConfigError
 from advisor.specs.job import FORMAT_BYTES, Optimizer
 from advisor.step.program import Node, blocks
-from advisor.validation.record import from_plain, plain, versions
+from advisor.validation.record import from_plain, plain, versions, write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -279,9 +279,7 @@ def write(path: Path, device_name: str, found: Sequence[Rate]) -> None:
     """Write the rates of one device, replacing the file as a whole."""
     head = json.dumps({"schema": SCHEMA, "device": device_name, "versions": versions()}).removesuffix("}")
     rows = ",\n".join(json.dumps(plain(each)) for each in found)
-    beside = path.with_suffix(".part")
-    beside.write_text(f'{head}, "rates": [\n{rows}\n]}}\n', encoding="utf-8")
-    beside.replace(path)
+    write_whole(path, f'{head}, "rates": [\n{rows}\n]}}\n')
 
 
 def read(path: Path) -> tuple[str, tuple[Rate, ...]]:

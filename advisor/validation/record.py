@@ -74,6 +74,12 @@ class Record:
         return self.execution.device if self.execution else "cpu"
 
     @property
+    def timed_ranks(self) -> tuple[Measured, ...]:
+        """The ranks whose times mean something: one that is emulated alone waits for nobody."""
+        ranks = self.execution.ranks if self.execution else ()
+        return ranks if len(ranks) == int(self.case.plan.gpus) else ()
+
+    @property
     def model_name(self) -> str:
         """Of the model that was meant, where the case's stands for it."""
         return (self.execution and self.execution.stands_for) or self.case.name
@@ -122,8 +128,13 @@ def line(record: Record) -> str:
 
 def write(path: Path, records: Iterable[Record]) -> None:
     """Write *records*, replacing the file as a whole."""
+    write_whole(path, "".join(line(record) + "\n" for record in records))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Put *text* at *path*, as a whole or not at all."""
     beside = path.with_suffix(".part")
-    beside.write_text("".join(line(record) + "\n" for record in records), encoding="utf-8")
+    beside.write_text(text, encoding="utf-8")
     beside.replace(path)
 
 

@@ -72,7 +72,7 @@ def read_records(
 def _row(record: Record) -> dict[str, str | int | float | None]:
     case, run, compared = record.case, record.execution, record.comparison() if record.true else None
     plan, ranks = case.plan, record.execution.ranks if record.execution else ()
-    timed = ranks if len(ranks) == int(plan.gpus) else ()  # an emulated rank waits for nobody
+    timed = record.timed_ranks
     return {
         "id": run.id if run else None,
         "started": run.started if run else None,

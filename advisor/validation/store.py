@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from advisor.catalog.profiles import profiles_folder
+from advisor.catalog.profiles import own_data, profiles_folder
 from advisor.errors import ConfigError, WriteError
 from advisor.validation.record import Record, line, parsed, read
 
@@ -20,12 +20,7 @@ RECORDS_VARIABLE = "ADVISOR_RECORDS"
 
 def own_path() -> Path:
     """The file of this user's records."""
-    named = os.environ.get(RECORDS_VARIABLE)
-    if named:
-        return Path(named).expanduser()
-    from platformdirs import user_data_path
-
-    return user_data_path("advisor", appauthor=False) / "records.jsonl"
+    return own_data(RECORDS_VARIABLE, "records.jsonl")
 
 
 def append(record: Record, path: Path) -> None:

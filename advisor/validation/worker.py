@@ -30,6 +30,7 @@ from advisor.validation.engines import (
     built_model,
     by_deepspeed,
     by_torch,
+    keep_own_part,
     leave_out_cpu_adam,
     optimizer_of,
     use_collectives_of_torch,
@@ -37,7 +38,7 @@ from advisor.validation.engines import (
 from advisor.validation.loop import random_tokens, record_of, train
 from advisor.validation.measured import STEPS
 from advisor.validation.meter import meter_of
-from advisor.validation.record import from_plain
+from advisor.validation.record import from_plain, write_whole
 
 GLOO_THREAD_S = 0.003
 """Sleep in which a gloo thread gets its turn."""
@@ -134,8 +135,7 @@ def reduce_scatter_in_place() -> None:
 
     def in_place(output: Any, input: Any, op: Any = distributed.ReduceOp.SUM, group: Any = None, **words: Any) -> Any:
         work = distributed.all_reduce(input, op, group)
-        rank = distributed.get_rank(group)
-        output.copy_(input.detach().flatten()[rank * output.numel() :][: output.numel()].view_as(output))
+        keep_own_part(output, input, distributed.get_rank(group))
         return work
 
     collectives: Any = distributed
@@ -148,9 +148,8 @@ def _device(name: str) -> torch.device:
 
 
 def write(path: Path, held: object) -> None:
-    """*held* as JSON, there as a whole or not at all."""
-    path.with_suffix(".part").write_text(json.dumps(held))
-    path.with_suffix(".part").replace(path)
+    """*held* as JSON."""
+    write_whole(path, json.dumps(held))
 
 
 def end_with(timeout_s: float) -> None:
