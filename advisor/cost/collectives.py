@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from advisor.errors import SpecError
 from advisor.specs.hardware import Cluster, Link
-from advisor.specs.plan import Count
+from advisor.specs.plan import Count, Group
 from advisor.step.program import Amount, CollectiveKind
 
 ROUNDS: dict[CollectiveKind, int] = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "broadcast": 1}
@@ -38,14 +38,15 @@ class Ring:
     """Whether the network, not the link inside a machine, is the slowest stretch."""
 
 
-def ring(cluster: Cluster, ranks: Count) -> Ring:
-    """The ring through *ranks* GPUs of *cluster*, machine after machine.
+def ring(cluster: Cluster, group: Group) -> Ring:
+    """The ring through the ranks of each *group* in *cluster*, machine after machine.
 
     Over several machines one ring per GPU leaves each machine, so that together they use all its network cards: the
     bus bandwidth is that of the link, or of the network times the GPUs of a machine where that is less. Each step then
     has the network's latency. One GPU per machine uses the network alone.
     """
-    per_machine = np.minimum(ranks, cluster.gpus_per_node)
+    ranks = group.size
+    per_machine = np.minimum(ranks, np.maximum(cluster.gpus_per_node // group.stride, 1))
     crosses = np.asarray(ranks) > per_machine
     inside = np.where(per_machine > 1, cluster.link.bandwidth_bytes_per_s, np.inf)
     outside = np.where(crosses, cluster.network.bandwidth_bytes_per_s * per_machine, np.inf)

@@ -107,7 +107,7 @@ class StepTimes:
 
 def step_time(step: Node, job: Job, plan: Plan, cluster: Cluster, calibration: Calibration) -> StepTimes:
     """Times of one optimizer step for every plan that *step* was built for."""
-    at, over = rates(cluster.gpu, job.precision, calibration), ring(cluster, plan.gpus)
+    at, over = rates(cluster.gpu, job.precision, calibration), ring(cluster, plan.group("data"))
     compute: Amount = 0.0
     exposed: Amount = 0.0
     optimizer: Amount = 0.0

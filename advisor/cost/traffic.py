@@ -8,7 +8,7 @@ import numpy as np
 
 from advisor.cost.collectives import Ring, collective_seconds, copy_seconds, nvme_seconds, ring, sent_bytes
 from advisor.specs.hardware import Cluster
-from advisor.specs.plan import Count
+from advisor.specs.plan import Count, Group
 from advisor.step.program import Amount, Block, Collective, CollectiveKind, Copy, CopyKind, Node, Repeat, read_once
 
 
@@ -30,7 +30,7 @@ Counted = tuple[tuple[Collective | Copy, Amount], ...]
 
 def traffic(program: Node, cluster: Cluster, ranks: Count) -> tuple[Flow, ...]:
     """Everything that one of *ranks* GPUs sends and copies while *program* runs once, outside of its init phase."""
-    return flows(program, ring(cluster, ranks), cluster)
+    return flows(program, ring(cluster, Group(ranks)), cluster)
 
 
 def flows(node: Node, over: Ring, cluster: Cluster) -> tuple[Flow, ...]:

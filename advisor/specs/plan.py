@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,18 @@ OffloadPlace = Literal["cpu", "nvme"]
 
 Count = int | NDArray[Any]
 """A whole number, or many of them side by side."""
+
+
+GroupName = Literal["data"]
+"""Which ranks a message goes round. Data: those that hold the same part of the model and see different sequences."""
+
+
+class Group(NamedTuple):
+    """Ranks that talk to each other."""
+
+    size: Count
+    stride: Count = 1
+    """How far neighbours stand apart in the numbering of all ranks, which goes through machine after machine."""
 
 
 class Strategy(Enum):
@@ -212,6 +224,10 @@ class Plan:
     def global_batch(self) -> Count:
         """Sequences per optimizer step over all GPUs."""
         return self.gpus * self.micro_batch * self.accumulation_steps
+
+    def group(self, name: GroupName) -> Group:
+        """The ranks of each group called *name*."""
+        return Group(self.gpus)
 
     @property
     def title(self) -> str:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advisor.errors import SpecError
+from advisor.specs.plan import GroupName
 
 if TYPE_CHECKING:
     from advisor.step.tape import Event
@@ -54,6 +55,7 @@ class Collective(NamedTuple):
     """How many calls share the payload."""
     waits: bool
     """Whether the work after it cannot start before it ends."""
+    group: GroupName = "data"
 
 
 class Copy(NamedTuple):

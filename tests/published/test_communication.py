@@ -14,7 +14,7 @@ from advisor.cost.collectives import collective_seconds, ring
 from advisor.cost.traffic import traffic
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
-from advisor.specs.plan import Plan, Strategy
+from advisor.specs.plan import Group, Plan, Strategy
 from advisor.step.build import build
 from advisor.step.program import Block, Collective, CollectiveKind, Node, phase
 
@@ -128,7 +128,7 @@ def test_large_collectives_take_as_long_as_measured(
     rounds = 2 if kind == "all-reduce" else 1
     measured_s = rounds * (gpus - 1) / gpus * payload_gib * GIB / (bus_gb_per_s * 1e9)
 
-    found = collective_seconds(kind, payload_gib * GIB, 1, ring(machines(gpu, gpus, nodes, network), gpus))
+    found = collective_seconds(kind, payload_gib * GIB, 1, ring(machines(gpu, gpus, nodes, network), Group(gpus)))
 
     assert float(found) == pytest.approx(measured_s, rel=0.06)
 
@@ -136,6 +136,6 @@ def test_large_collectives_take_as_long_as_measured(
 # The same tables: a 32 KiB all-reduce takes 43.8 us on 8 A100, and 32 KiB at 1.44 GB/s on 8 H200.
 @pytest.mark.parametrize(("gpu", "measured_s"), [("A100-80GB", 43.83e-6), ("H200", 1.75 * 2**15 / 1.44e9)])
 def test_small_collectives_take_their_latency(gpu: str, measured_s: float) -> None:
-    found = collective_seconds("all-reduce", 2**15, 1, ring(machines(gpu, 8, 1), 8))
+    found = collective_seconds("all-reduce", 2**15, 1, ring(machines(gpu, 8, 1), Group(8)))
 
     assert float(found) == pytest.approx(measured_s, rel=0.05)
