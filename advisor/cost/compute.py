@@ -103,11 +103,28 @@ def _is_zero(amount: Amount) -> bool:
     return isinstance(amount, int) and amount == 0
 
 
-def compute_seconds(done: Work, at: Rates) -> Amount:
-    """Time of *done*: the GPU's own, or that of launching its kernels one by one in eager mode if that is longer."""
-    gpu = (
+def kernels(node: Node) -> Amount:
+    """How many kernels one run of *node* launches in eager mode, outside of its init phase."""
+    return work(node).kernels
+
+
+def busy_seconds(node: Node, at: Rates) -> Amount:
+    """How long the GPU itself is busy with one run of *node*, outside of its init phase.
+
+    What launching the kernels costs the CPU is not in it (:func:`kernels`).
+    """
+    return gpu_seconds(work(node), at)
+
+
+def gpu_seconds(done: Work, at: Rates) -> Amount:
+    """The GPU's own time of *done*."""
+    return (
         done.linear_flop / at.linear_flop_per_s
         + done.attention_flop / at.attention_flop_per_s
         + done.moved_bytes / at.moved_bytes_per_s
     )
-    return np.maximum(gpu, done.kernels * at.kernel_launch_s)
+
+
+def compute_seconds(node: Node, at: Rates) -> Amount:
+    """Time of *node*: the GPU's own, or that of launching its kernels one by one in eager mode if that is longer."""
+    return np.maximum(busy_seconds(node, at), kernels(node) * at.kernel_launch_s)

@@ -116,7 +116,7 @@ def step_time(step: Node, job: Job, plan: Plan, cluster: Cluster, calibration: C
     for phase, times in _phases(step, 1):
         done = work(phase)
         sent = flows(phase, over, cluster)
-        seconds = compute_seconds(done, at)
+        seconds = compute_seconds(phase, at)
         if phase.phase == "step":
             optimizer = optimizer + times * (seconds + _host_update_seconds(phase, over, cluster, calibration))
         else:

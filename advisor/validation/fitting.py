@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from advisor.cost.compute import Rates, Work, compute_seconds
+from advisor.cost.compute import Rates, Work, gpu_seconds
 from advisor.cost.schedule import step_time
 from advisor.specs.calibration import Calibration, likeness
 from advisor.specs.hardware import Cluster, Gpu
@@ -58,7 +58,7 @@ def errors(timed: Timed, share: float, bandwidth_share: float) -> Numbers:
         moved_bytes_per_s=gpu.memory_bandwidth_bytes_per_s * bandwidth_share,
         kernel_launch_s=0.0,
     )
-    found: Numbers = np.abs(compute_seconds(timed.work, at) / timed.seconds - 1)
+    found: Numbers = np.abs(gpu_seconds(timed.work, at) / timed.seconds - 1)
     return found
 
 

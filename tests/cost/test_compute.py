@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from advisor.cost.compute import Work, compute_seconds, rates, work
+from advisor.cost.compute import Work, busy_seconds, compute_seconds, gpu_seconds, kernels, rates, work
 from advisor.errors import SpecError
 from advisor.step.program import Block, Matmul, phase, repeat, then
 
@@ -54,13 +55,21 @@ def test_what_happens_before_training_is_not_work_of_a_step() -> None:
 def test_products_and_moved_bytes_add_up() -> None:
     done = Work(linear_flop=200e12, attention_flop=50e12, whole_flop=300e12, moved_bytes=0.25e12, kernels=10)
 
-    assert compute_seconds(done, AT) == pytest.approx(1 + 0.5 + 0.25)
+    assert gpu_seconds(done, AT) == pytest.approx(1 + 0.5 + 0.25)
 
 
 def test_many_small_kernels_take_as_long_as_launching_them() -> None:
-    done = Work(linear_flop=1e9, attention_flop=0, whole_flop=1e9, moved_bytes=1e6, kernels=5000)
+    small = repeat(Block("small", "activations", moved_bytes=200, kernels=1), 5000)
 
-    assert compute_seconds(done, AT) == pytest.approx(5000 * 1e-5)
+    assert kernels(small) == 5000
+    assert compute_seconds(small, AT) == pytest.approx(5000 * 1e-5)
+    assert busy_seconds(small, AT) == pytest.approx(5000 * 200 / 1e12)
+
+
+def test_a_repeat_is_busy_as_often_as_it_repeats() -> None:
+    once, three_times = busy_seconds(LINEAR, AT), busy_seconds(repeat(LINEAR, np.array([3, 5])), AT)
+
+    assert list(np.asarray(three_times) / once) == pytest.approx([3, 5])
 
 
 @given(amounts, amounts, amounts, st.floats(1, 100))
@@ -69,7 +78,7 @@ def test_a_faster_gpu_is_never_slower(linear: float, attention: float, moved: fl
     peaks = {name: rate * times for name, rate in GPU.peak_flop_per_s.items()}
     faster = replace(GPU, peak_flop_per_s=peaks, memory_bandwidth_bytes_per_s=2e12 * times)
 
-    assert compute_seconds(done, rates(faster, "bf16", CALIBRATION)) <= compute_seconds(done, AT)
+    assert gpu_seconds(done, rates(faster, "bf16", CALIBRATION)) <= gpu_seconds(done, AT)
 
 
 @given(st.integers(1, 8192), st.integers(1, 8192), st.integers(1, 8192))
@@ -78,7 +87,7 @@ def test_a_product_never_exceeds_its_share_of_the_peak_and_larger_ones_come_clos
         rows, columns, inner = scale * m, scale * n, scale * k
         moved = 2 * (rows * inner + inner * columns + rows * columns)
         flop = 2 * rows * columns * inner
-        return flop / float(compute_seconds(Work(flop, 0, flop, moved, 0), AT))
+        return flop / float(gpu_seconds(Work(flop, 0, flop, moved, 0), AT))
 
     assert rate(1) <= rate(2) * (1 + 1e-12)
     assert rate(2) <= AT.linear_flop_per_s * (1 + 1e-12)
