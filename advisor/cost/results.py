@@ -84,10 +84,13 @@ class StepTime:
     low_s: float
     high_s: float
     compute_s: float
+    """What the GPU is busy for in forward and backward."""
+    launch_s: float
+    """What it stands still for because kernels are launched slower than it runs them."""
     exposed_communication_s: float
     """Collectives and host copies that nothing hides."""
     optimizer_s: float
-    """Update on the GPU or the CPU; part of neither of the two above."""
+    """Update on the GPU or the CPU; part of none of the three above."""
     tokens_per_s: float
     """Over all GPUs."""
     tokens_per_s_per_gpu: float

@@ -1,31 +1,29 @@
-"""How long an optimizer step takes: compute, what communication adds to it, and the update.
+"""How long an optimizer step takes: compute, what launches and communication add to it, and the update.
 
-The rule of overlap: a transfer that later work waits for costs its full time. The others hide behind the compute of
-the phase they are in (one micro-step's forward, loss or backward), all links together: of the time in which both run,
-``overlap_share`` is saved and the rest is lost to their slowing each other down. What is longer than the compute stands
-out in full. So hiding never makes a step shorter than its compute.
+Two extremes bound it. On idle streams, what can hide hides in full (:mod:`advisor.cost.streams`). On streams that only
+take turns, nothing does. In between lies a GPU whose transfers take multiprocessors and bandwidth from the kernels
+they run beside: of what could hide, ``overlap_share`` does. So hiding never makes a step shorter than its compute.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from advisor.cost.collectives import Ring, ring
-from advisor.cost.compute import compute_seconds, rates, work
+from advisor.cost.compute import busy_seconds, kernels, rates, work
 from advisor.cost.results import StepTime, TrafficLine
-from advisor.cost.traffic import Flow, flows
+from advisor.cost.streams import LAUNCHES, Costs, waits
+from advisor.cost.traffic import Flow, Ways, flows
 from advisor.specs.calibration import Calibration, Range, likeness
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
-from advisor.specs.plan import Plan
-from advisor.step.program import Amount, Block, Node, Sequence, blocks
+from advisor.specs.plan import Count, Plan
+from advisor.step.program import Amount, Block, Node, Sequence, blocks, read_once
 
-NVME = "NVMe"
-"""What transfers to and from it are said to go over."""
 MODEL_FLOP_PER_FORWARD = 3
 """Forward, and twice as much for the gradients of inputs and weights."""
 
@@ -33,12 +31,7 @@ MODEL_FLOP_PER_FORWARD = 3
 class TimedFlow(NamedTuple):
     """Transfers of one purpose over a whole step."""
 
-    what: str
-    collective: str
-    link: str | None
-    """The host link's name, or the NVMe; None for the ring, whose slowest stretch depends on the plan."""
-    sent_bytes: Amount
-    seconds: Amount
+    flow: Flow
     exposed_seconds: Amount
 
 
@@ -49,6 +42,7 @@ class StepTimes:
     tokens: Amount
     """Tokens of one optimizer step over all GPUs."""
     compute_s: Amount
+    launch_s: Amount
     exposed_communication_s: Amount
     optimizer_s: Amount
     model_flop: Amount
@@ -57,14 +51,14 @@ class StepTimes:
     embedding lookups, and the whole score matrix under a causal mask."""
     peak_flop_per_s: float
     timed_flows: tuple[TimedFlow, ...]
-    over: Ring
-    cluster: Cluster
+    gpus: Count
+    ways: Ways
     range: Range
     """Where the measured time may lie, as shares of the predicted."""
 
     @property
     def step_s(self) -> Amount:
-        return self.compute_s + self.exposed_communication_s + self.optimizer_s
+        return self.compute_s + self.launch_s + self.exposed_communication_s + self.optimizer_s
 
     @property
     def tokens_per_s(self) -> Amount:
@@ -79,84 +73,84 @@ class StepTimes:
             low_s=step_s * self.range[0],
             high_s=step_s * self.range[1],
             compute_s=_pick(self.compute_s, index),
+            launch_s=_pick(self.launch_s, index),
             exposed_communication_s=_pick(self.exposed_communication_s, index),
             optimizer_s=_pick(self.optimizer_s, index),
             tokens_per_s=rate,
-            tokens_per_s_per_gpu=rate / _pick(self.over.ranks, index),
+            tokens_per_s_per_gpu=rate / _pick(self.gpus, index),
             mfu=flop_per_s / self.peak_flop_per_s,
             flop_per_s_per_gpu=flop_per_s,
         )
 
     def traffic_at(self, index: int) -> tuple[TrafficLine, ...]:
         """What one rank of the plan at *index* sends and copies; nothing where it has nobody to talk to."""
-        limited_by_network = bool(_pick(self.over.network_limits, index))
-        way = self.cluster.network.name if limited_by_network else self.cluster.link.name
         lines = (
             TrafficLine(
                 what=flow.what,
-                collective=flow.collective,
-                link=flow.link or way,
+                collective=flow.kind,
+                link=self.ways.link(flow, index),
                 bytes_per_step=round(_pick(flow.sent_bytes, index)),
                 seconds=_pick(flow.seconds, index),
-                exposed_seconds=_pick(flow.exposed_seconds, index),
+                exposed_seconds=_pick(exposed_seconds, index),
             )
-            for flow in self.timed_flows
+            for flow, exposed_seconds in self.timed_flows
         )
         return tuple(line for line in lines if line.bytes_per_step)
 
 
 def step_time(step: Node, job: Job, plan: Plan, cluster: Cluster, calibration: Calibration) -> StepTimes:
     """Times of one optimizer step for every plan that *step* was built for."""
-    at, over = rates(cluster.gpu, job.precision, calibration), ring(cluster, plan.group("data"))
+    at, ways = rates(cluster.gpu, job.precision, calibration), Ways(cluster, plan)
+    host = partial(_host_update_seconds, plan.gpus, cluster, calibration)
     compute: Amount = 0.0
-    exposed: Amount = 0.0
     optimizer: Amount = 0.0
     model_flop: Amount = 0.0
-    timed: dict[tuple[str, str], TimedFlow] = {}
     for phase, times in _phases(step, 1):
-        done = work(phase)
-        sent = flows(phase, over, cluster)
-        seconds = compute_seconds(phase, at)
         if phase.phase == "step":
-            optimizer = optimizer + times * (seconds + _host_update_seconds(phase, over, cluster, calibration))
+            optimizer = optimizer + times * (busy_seconds(phase, at) + host(phase))
         else:
-            compute = compute + times * seconds
+            compute = compute + times * busy_seconds(phase, at)
         if phase.phase == "forward":
-            model_flop = model_flop + times * MODEL_FLOP_PER_FORWARD * done.whole_flop
-        stands_out = _exposed_share(sent, seconds, calibration.overlap_share)
-        for flow in sent:
-            lost = flow.seconds if flow.waits else flow.seconds * stands_out
-            exposed = exposed + times * lost
-            _add(timed, flow, times, lost, cluster)
+            model_flop = model_flop + times * MODEL_FLOP_PER_FORWARD * work(phase).whole_flop
+    waited = waits(
+        step,
+        Costs(
+            busy_s=lambda node: busy_seconds(node, at) + host(node),
+            launch_s=lambda node: kernels(node) * at.kernel_launch_s,
+            transfer_s=ways.seconds,
+        ),
+    )
+    serial = 1 - calibration.overlap_share
+    timed = tuple(
+        TimedFlow(flow, calibration.overlap_share * waited.get(flow[:2], 0.0) + serial * flow.seconds)
+        for flow in flows(step, ways)
+    )
     return StepTimes(
         tokens=plan.global_batch * job.sequence_length,
         compute_s=compute,
-        exposed_communication_s=exposed,
+        launch_s=waited.get(LAUNCHES, 0.0),
+        exposed_communication_s=sum((flow.exposed_seconds for flow in timed), 0.0),
         optimizer_s=optimizer,
         model_flop=model_flop,
         peak_flop_per_s=at.peak_flop_per_s,
-        timed_flows=tuple(timed.values()),
-        over=over,
-        cluster=cluster,
+        timed_flows=timed,
+        gpus=plan.gpus,
+        ways=ways,
         range=calibration.time_range(likeness(plan, cluster.gpu.compute_capability)),
     )
 
 
-def _exposed_share(sent: tuple[Flow, ...], compute_s: Amount, overlap_share: float) -> Amount:
-    """Which share of the transfers that nothing waits for compute of *compute_s* does not hide."""
-    if all(flow.waits for flow in sent):
-        return 0.0
-    hideable = sum((flow.seconds for flow in sent if not flow.waits), 0.0)
-    hidden = overlap_share * np.minimum(hideable, compute_s)
-    return 1 - np.divide(hidden, hideable, out=np.zeros_like(hidden), where=np.asarray(hideable) > 0)
-
-
-def _host_update_seconds(phase: Node, over: Ring, cluster: Cluster, calibration: Calibration) -> Amount:
+def _host_update_seconds(gpus: Count, cluster: Cluster, calibration: Calibration, node: Node) -> Amount:
     """An optimizer on the CPU streams its states through host memory, which the ranks of a machine share."""
-    parameters = sum((runs * block.host_updated_parameters for _, block, runs in blocks(phase)), 0.0)
-    sharers = np.minimum(over.ranks, cluster.gpus_per_node)
-    moved = parameters * calibration.cpu_adam_bytes_per_parameter * sharers
+    parameters = _host_updated(node)
+    moved = parameters * calibration.cpu_adam_bytes_per_parameter * np.minimum(gpus, cluster.gpus_per_node)
     return moved / cluster.cpu_memory_bandwidth_bytes_per_s
+
+
+@read_once
+def _host_updated(node: Node) -> Amount:
+    """Parameters that an optimizer on the CPU updates in *node*."""
+    return sum((runs * block.host_updated_parameters for _, block, runs in blocks(node)), 0.0)
 
 
 def _phases(node: Node, times: Amount) -> Iterator[tuple[Sequence, Amount]]:
@@ -171,22 +165,6 @@ def _phases(node: Node, times: Amount) -> Iterator[tuple[Sequence, Amount]]:
     else:
         for each in node.steps:
             yield from _phases(each, times)
-
-
-def _add(timed: dict[tuple[str, str], TimedFlow], flow: Flow, times: Amount, lost: Amount, cluster: Cluster) -> None:
-    key = flow.what, flow.kind
-    link = {
-        "host-to-device": cluster.host_link.name,
-        "device-to-host": cluster.host_link.name,
-        "nvme-to-host": NVME,
-        "host-to-nvme": NVME,
-    }.get(flow.kind)
-    before = timed.get(key, TimedFlow(*key, link, 0.0, 0.0, 0.0))
-    timed[key] = before._replace(
-        sent_bytes=before.sent_bytes + times * flow.sent_bytes,
-        seconds=before.seconds + times * flow.seconds,
-        exposed_seconds=before.exposed_seconds + times * lost,
-    )
 
 
 def _pick(amount: Amount, index: int) -> float:

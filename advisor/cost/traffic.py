@@ -8,8 +8,14 @@ import numpy as np
 
 from advisor.cost.collectives import Ring, collective_seconds, copy_seconds, nvme_seconds, ring, sent_bytes
 from advisor.specs.hardware import Cluster
-from advisor.specs.plan import Count, Group
+from advisor.specs.plan import GroupName, Plan
 from advisor.step.program import Amount, Block, Collective, CollectiveKind, Copy, CopyKind, Node, Repeat, read_once
+
+Transfer = Collective | Copy
+
+NVME = "NVMe"
+"""What transfers to and from it are said to go over."""
+NVME_KINDS = ("nvme-to-host", "host-to-nvme")
 
 
 class Flow(NamedTuple):
@@ -17,70 +23,80 @@ class Flow(NamedTuple):
 
     what: str
     kind: CollectiveKind | CopyKind
-    waits: bool
-    """Whether the work after each transfer cannot start before it ends."""
+    group: GroupName | None
+    """Whom the messages go round; None for copies."""
     sent_bytes: Amount
     seconds: Amount
     """Time on an idle link."""
 
 
-Counted = tuple[tuple[Collective | Copy, Amount], ...]
-"""Transfers, each with how often it runs."""
+class Ways:
+    """What the transfers of a plan go over on a cluster, and how long each takes there."""
+
+    def __init__(self, cluster: Cluster, plan: Plan) -> None:
+        self.cluster, self.plan = cluster, plan
+        self._paths: dict[GroupName, Ring] = {}
+        self._known: dict[int, tuple[Transfer, Amount]] = {}
+
+    def path(self, group: GroupName) -> Ring:
+        """What the messages of each *group* go over."""
+        if group not in self._paths:
+            self._paths[group] = ring(self.cluster, self.plan.group(group))
+        return self._paths[group]
+
+    def link(self, flow: Flow, index: int) -> str:
+        """What *flow* goes over, of the plan at *index*; of a ring its slowest stretch."""
+        if flow.group is None:
+            return NVME if flow.kind in NVME_KINDS else self.cluster.host_link.name
+        limits = self.path(flow.group).network_limits
+        by_network = limits.reshape(-1)[index if limits.ndim else 0]
+        return self.cluster.network.name if by_network else self.cluster.link.name
+
+    def seconds(self, transfer: Transfer) -> Amount:
+        """Time of *transfer* on an idle link."""
+        if id(transfer) not in self._known:
+            self._known[id(transfer)] = transfer, self._seconds(transfer)
+        return self._known[id(transfer)][1]
+
+    def _seconds(self, transfer: Transfer) -> Amount:
+        if isinstance(transfer, Collective):
+            over = self.path(transfer.group)
+            return collective_seconds(transfer.kind, transfer.payload_bytes, transfer.messages, over)
+        if transfer.kind in NVME_KINDS:
+            return nvme_seconds(transfer.moved_bytes, self.plan.gpus, self.cluster)
+        return copy_seconds(transfer.moved_bytes, np.asarray(transfer.moved_bytes) > 0, self.cluster.host_link)
+
+    def sent_bytes(self, transfer: Transfer) -> Amount:
+        """What one rank sends or copies."""
+        if isinstance(transfer, Collective):
+            return sent_bytes(transfer.kind, transfer.payload_bytes, self.path(transfer.group).ranks)
+        return transfer.moved_bytes
 
 
-def traffic(program: Node, cluster: Cluster, ranks: Count) -> tuple[Flow, ...]:
-    """Everything that one of *ranks* GPUs sends and copies while *program* runs once, outside of its init phase."""
-    return flows(program, ring(cluster, Group(ranks)), cluster)
-
-
-def flows(node: Node, over: Ring, cluster: Cluster) -> tuple[Flow, ...]:
-    """The transfers of *node*, those of one purpose and kind together."""
-    # Payload and number of calls by purpose; the time of both is linear, so they can be summed first.
-    sums: dict[tuple[str, CollectiveKind | CopyKind, bool], tuple[Amount, Amount]] = {}
+def flows(node: Node, ways: Ways) -> tuple[Flow, ...]:
+    """Everything that one rank sends and copies while *node* runs once, outside of its init phase."""
+    found: dict[tuple[str, str], Flow] = {}
     for each, runs in _transfers(node):
-        size, calls = _size_and_calls(each)
-        key = (each.what, each.kind, each.waits)
-        before_bytes, before_calls = sums.get(key, (0, 0))
-        sums[key] = before_bytes + runs * size, before_calls + runs * calls
-    return tuple(_flow(*key, size, calls, over, cluster) for key, (size, calls) in sums.items())
+        group = each.group if isinstance(each, Collective) else None
+        before = found.get((each.what, each.kind), Flow(each.what, each.kind, group, 0.0, 0.0))
+        found[each.what, each.kind] = before._replace(
+            sent_bytes=before.sent_bytes + runs * ways.sent_bytes(each),
+            seconds=before.seconds + runs * ways.seconds(each),
+        )
+    return tuple(found.values())
 
 
 @read_once
-def _transfers(node: Node) -> Counted:
-    """The transfers of *node* outside of its init phase."""
+def _transfers(node: Node) -> tuple[tuple[Transfer, Amount], ...]:
+    """The transfers of *node* outside of its init phase, each with how often it runs."""
     if isinstance(node, Block):
         return tuple((each, 1) for each in node.transfers)
     if isinstance(node, Repeat):
         return tuple((each, node.times * runs) for each, runs in _transfers(node.body))
     if node.phase == "init":
         return ()
-    found: list[tuple[Collective | Copy, Amount]] = []
+    found: dict[int, tuple[Transfer, Amount]] = {}
     for step in node.steps:
-        if not isinstance(step, Block):
-            found += _transfers(step)
-        elif step.transfers:
-            found += ((each, 1) for each in step.transfers)
-    return tuple(found)
-
-
-def _size_and_calls(transfer: Collective | Copy) -> tuple[Amount, Amount]:
-    if isinstance(transfer, Collective):
-        return transfer.payload_bytes, transfer.messages
-    return transfer.moved_bytes, np.asarray(transfer.moved_bytes) > 0
-
-
-def _flow(
-    what: str,
-    kind: CollectiveKind | CopyKind,
-    waits: bool,
-    size_bytes: Amount,
-    calls: Amount,
-    over: Ring,
-    cluster: Cluster,
-) -> Flow:
-    if kind == "host-to-device" or kind == "device-to-host":
-        return Flow(what, kind, waits, size_bytes, copy_seconds(size_bytes, calls, cluster.host_link))
-    if kind == "nvme-to-host" or kind == "host-to-nvme":
-        return Flow(what, kind, waits, size_bytes, nvme_seconds(size_bytes, over.ranks, cluster))
-    seconds = collective_seconds(kind, size_bytes, calls, over)
-    return Flow(what, kind, waits, sent_bytes(kind, size_bytes, over.ranks), seconds)
+        for each, runs in _transfers(step):
+            found[id(each)] = each, runs + found[id(each)][1] if id(each) in found else runs
+    return tuple(found.values())

@@ -152,17 +152,19 @@ def _traffic(traffic: Sequence[TrafficLine], width: int) -> list[RenderableType]
 
 
 def _time(time: StepTime) -> RenderableType:
-    step, compute, waiting, optimizer = _durations(
-        [time.step_s, time.compute_s, time.exposed_communication_s, time.optimizer_s]
-    )
-    numbers = _right([f"{step} s", f"{compute} s", f"{waiting} s", f"{optimizer} s", rate(time.tokens_per_s)])
-    step, compute, waiting, optimizer, tokens = numbers
+    parts = [
+        ("step", time.step_s, f"a real run may take {seconds(time.low_s)} to {seconds(time.high_s)}"),
+        ("  computing", time.compute_s, ""),
+        ("  launching", time.launch_s, "kernels one by one, slower than the GPU runs them"),
+        ("  waiting", time.exposed_communication_s, "for other GPUs and the host"),
+        ("  optimizer", time.optimizer_s, "updating the weights"),
+    ]
+    shown = [part for part in parts if part[1] or part[0] != "  launching"]
+    durations = [f"{each} s" for each in _durations([duration_s for _, duration_s, _ in shown])]
+    *durations, tokens = _right([*durations, rate(time.tokens_per_s)])
     return list_of(
         [
-            ("step", step, f"a real run may take {seconds(time.low_s)} to {seconds(time.high_s)}"),
-            ("  computing", compute, ""),
-            ("  waiting", waiting, "for other GPUs and the host"),
-            ("  optimizer", optimizer, "updating the weights"),
+            *((name, duration, note) for (name, _, note), duration in zip(shown, durations, strict=True)),
             ("tokens per second", tokens, f"{rate(time.tokens_per_s_per_gpu)} per GPU"),
             (
                 "MFU",

@@ -205,6 +205,7 @@ def _time(time: StepTime) -> Json:
         "low_s": time.low_s,
         "high_s": time.high_s,
         "compute_s": time.compute_s,
+        "launch_s": time.launch_s,
         "exposed_comm_s": time.exposed_communication_s,
         "optimizer_s": time.optimizer_s,
         "tokens_per_s": time.tokens_per_s,

@@ -49,7 +49,7 @@ class DataParallel(Scheme):
             return ()
         payload = part.numel * self.job.parameter_bytes
         messages = max(1, payload // BUCKET_BYTES)
-        reduce = Collective("gradients", "all-reduce", payload, messages, waits=part.kind == "embedding")
+        reduce = Collective("gradients", "all-reduce", payload, messages, waits=False)
         return (Block("gradient all-reduce", "temporaries", moved_bytes=2 * payload, transfers=(reduce,)),)
 
     def _sizes(self) -> Iterator[int]:

@@ -96,7 +96,7 @@ class ZeroTwoFp32Gradients(ZeroTwo):
             # The rank's own slices are not joined with their neighbours, so several of them alone are copied too.
             alone = gathered_from(lambda ranks, each=reduction: self._all_own(each, ranks), self.plan.gpus, self.rank)  # type: ignore[misc]
             copy = (self._copied(reduction) + alone) * half
-            found[reduction] = (scratch("flat copy of a bucket", copy + slices * FP32_BYTES),)
+            found[reduction] = (self.all_reduce(reduction, copy + slices * FP32_BYTES),)
         return found
 
     def _slices(self, reduction: Reduction, ranks: int) -> np.ndarray:
@@ -140,7 +140,6 @@ class ZeroTwoFp32Gradients(ZeroTwo):
         return (
             *self.reduce(self.reductions[-1], micro),
             hold("fp32 gradients, rank's share", "gradients", late),
-            self.all_reduce(),
             release("gradient buckets", "buffers", self.buckets * self.bucket_bytes),
             release("gradients", "gradients", left),
         )

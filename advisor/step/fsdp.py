@@ -211,7 +211,7 @@ class FullyShardedDataParallel(Sharded):
     def _gather(self, group: Group) -> Block:
         """The rank's share, cast where formats differ, is copied into the buffer and gathered in place."""
         size, cast = self._whole(group), self._share(group) * self.job.compute_bytes * self.casts
-        gather = Collective("weights", "all-gather", size, 1, waits=False)
+        gather = Collective("weights", "all-gather", size, 1, waits=True, ahead=1)
         return Block("gather buffer", "buffers", size, size + cast, moved_bytes=2 * size, transfers=(gather,))
 
 

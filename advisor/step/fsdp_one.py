@@ -88,16 +88,17 @@ class FullyShardedDataParallelOne(Sharded):
         return {**gathers, "gradients, rank's share": "post-backward"}
 
     def begin_forward(self) -> Nodes:
-        return self._gather(self.root, "root")
+        return self._gather(self.root, "root", ahead=1)
 
     def before_forward(self, part: Part) -> Nodes:
-        return self._gather(part.parameters, "layer") if part.kind == "layer" else ()
+        return self._gather(part.parameters, "layer", ahead=1) if part.kind == "layer" else ()
 
     def after_forward(self, part: Part) -> Nodes:
         return (self._free(part.parameters, "layer"),) if part.kind == "layer" and self.reshards else ()
 
     def before_backward(self, part: Part, micro: MicroStep) -> Nodes:
-        return self._gather(part.parameters, "layer") if part.kind == "layer" and self.reshards else ()
+        # NO_PREFETCH, accelerate's default: asked for after the layer before it was reduced, on the same communicator.
+        return self._gather(part.parameters, "layer", ahead=0) if part.kind == "layer" and self.reshards else ()
 
     def gradient(self, part: Part, parameter: Parameter, size_bytes: int, micro: MicroStep) -> Nodes:
         return (hold("gradients of a unit", "gradients", size_bytes),)
@@ -139,10 +140,10 @@ class FullyShardedDataParallelOne(Sharded):
             yield from self._unit(layer.parameters).pieces
         yield from outside[len(self.model.embedding) :]
 
-    def _gather(self, parameters: tuple[Parameter, ...], name: str) -> Nodes:
+    def _gather(self, parameters: tuple[Parameter, ...], name: str, ahead: int) -> Nodes:
         """The rank's share is cast, and gathered into the flat tensor that the parameters are views of."""
         size, cast = self._whole(parameters), self._unit(parameters).share * self.job.compute_bytes * self.casts
-        gather = Collective("weights", "all-gather", size, 1, waits=True)
+        gather = Collective("weights", "all-gather", size, 1, waits=True, ahead=ahead)
         return (
             Block(
                 f"gathered {name}", "parameters", size, size + cast, "buffers", moved_bytes=size, transfers=(gather,)

@@ -260,7 +260,7 @@ class SwappedZeroThree(OffloadedZeroThree):
         if not self.plan.offload.parameters:
             return ()
         share = self._weights("read") * (part.numel / self.model.parameter_count)
-        read = Copy("weights", "nvme-to-host", share, waits=False)
+        read = Copy("weights", "nvme-to-host", share, waits=True, ahead=self.ahead(part))
         return (Block("weights from the NVMe", "temporaries", transfers=(read,)), *super().fetch(part))
 
     def end_backward(self, micro: MicroStep) -> Nodes:

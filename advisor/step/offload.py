@@ -120,7 +120,7 @@ class OffloadedFlat(ZeroFlat):
         """What the last micro-step's reductions take."""
         return {
             reduction: (
-                scratch("flat copy of a bucket", self._copied(reduction) * self.job.compute_bytes),
+                self.all_reduce(reduction, self._copied(reduction) * self.job.compute_bytes),
                 self.norms[reduction],
             )
             for reduction in self.reductions
@@ -220,7 +220,6 @@ class OffloadedZeroTwo(OffloadedFlat, ZeroTwo):
             copies.insert(0, self.to_host())
         return (
             *self.reduce(self.reductions[-1], micro),
-            self.all_reduce(),
             Block("gradients to the host", "temporaries", transfers=tuple(copies)),
             release("gradient buckets", "buffers", self.buckets * self.bucket_bytes),
         )

@@ -5,6 +5,8 @@ deepspeed 0.19.8, runtime/zero/stage3.py and partition_parameters.py.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from advisor.step.flat_partition import Reduction
@@ -60,7 +62,15 @@ class OffloadedZeroThree(ZeroThree):
                 "workspace",
                 peak_bytes=-(-largest // self.plan.gpus) * half,
                 excess_category="workspace",
-                transfers=(Copy("weights", "host-to-device", -(-part.numel // self.plan.gpus) * half, waits=False),),
+                transfers=(
+                    Copy(
+                        "weights",
+                        "host-to-device",
+                        -(-part.numel // self.plan.gpus) * half,
+                        waits=True,
+                        ahead=self.ahead(part),
+                    ),
+                ),
             ),
         )
 
@@ -70,9 +80,20 @@ class OffloadedZeroThree(ZeroThree):
         assert isinstance(copied, Block)
         shares = -(-max(self.sizes[tensor] for tensor in reduction.tensors) // self.plan.gpus)
         back = hold("rank's share of a gradient back on the GPU", "workspace", shares * self.job.compute_bytes)
-        flat = hold(copied.label, "temporaries", copied.peak_bytes)
+        moved = replace(back, transfers=self._copies(reduction, micro))
+        flat = replace(copied, net_bytes=copied.peak_bytes)
         taken = self.taken_in_last(reduction) if micro.last else ()
-        return (flat, back, *taken, released(back), released(flat), *dropped)
+        return (flat, moved, *taken, released(back), released(flat), *dropped)
+
+    def _copies(self, reduction: Reduction, micro: MicroStep) -> tuple[Copy, ...]:
+        """Of the rank's shares: to the host and back in the half format, and in the end in the optimizer's."""
+        share = sum(-(-self.sizes[tensor] // self.plan.gpus) for tensor in reduction.tensors)
+        half = share * self.job.compute_bytes
+        there = Copy("accumulated gradients", "device-to-host", half, waits=False)
+        back = Copy("accumulated gradients", "host-to-device", half, waits=False)
+        if not micro.last:
+            return there, back
+        return there, back, Copy("gradients", "device-to-host", share * self.state_bytes, waits=False)
 
     def taken_in_last(self, reduction: Reduction) -> Nodes:
         """In the last micro-step the norm of each share is taken, and the share cast to the optimizer's format."""
@@ -80,19 +101,6 @@ class OffloadedZeroThree(ZeroThree):
         share = -(-max(self.sizes[tensor] for tensor in reduction.tensors) // self.plan.gpus)
         cast = np.maximum(NORM_BYTES * np.minimum(share, NORM_ELEMENTS), self.state_bytes * share)
         return (Block("gradient norms in fp64", "gradients", kept, kept + cast),)
-
-    def end_backward(self, micro: MicroStep) -> Nodes:
-        half = self.shard * self.job.compute_bytes
-        copies = [
-            Copy("accumulated gradients", "device-to-host", half, waits=False),
-            Copy("accumulated gradients", "host-to-device", half, waits=False),
-        ]
-        if micro.last:
-            copies.append(Copy("gradients", "device-to-host", self.shard * self.state_bytes, waits=False))
-        return (
-            *super().end_backward(micro),
-            Block("gradients to the host", "temporaries", transfers=tuple(copies)),
-        )
 
     def update(self) -> Nodes:
         payload = self.persistent * self.job.compute_bytes

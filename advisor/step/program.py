@@ -54,8 +54,10 @@ class Collective(NamedTuple):
     messages: Amount
     """How many calls share the payload."""
     waits: bool
-    """Whether the work after it cannot start before it ends."""
+    """Whether the work after it cannot start before it ends; else only the end of the phase waits for it."""
     group: GroupName = "data"
+    ahead: Amount = 0
+    """How many parts of the model earlier, up to one, it may start where the work after it waits for it."""
 
 
 class Copy(NamedTuple):
@@ -65,6 +67,8 @@ class Copy(NamedTuple):
     kind: CopyKind
     moved_bytes: Amount
     waits: bool
+    ahead: Amount = 0
+    """As a collective's."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,6 +7,7 @@ which tensors its partition touches, so a step is laid out for one rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -142,7 +143,7 @@ class ZeroFlat(Zero):
         first = self._of_rank("first_reduction")
         return {
             reduction: (
-                scratch("flat copy of a bucket", self._copied(reduction) * self.job.compute_bytes),
+                self.all_reduce(reduction, self._copied(reduction) * self.job.compute_bytes),
                 hold("gradients of the rank's partition", "gradients", self.owned_bytes * (first == number)),
             )
             for number, reduction in enumerate(self.reductions)
@@ -165,12 +166,15 @@ class ZeroFlat(Zero):
         """Whether *tensor* is too large for the bucket."""
         return self.sizes[tensor] > self.plan.zero.reduce_bucket
 
-    def all_reduce(self) -> Block:
-        # reduce_scatter with use_multi_rank_bucket_allreduce (both defaults) sends an all-reduce per bucket.
-        payload = self.model.parameter_count * self.job.compute_bytes
+    def all_reduce(self, reduction: Reduction, copied_bytes: Amount) -> Block:
+        """The bucket is sent, of which *copied_bytes* are copied meanwhile.
+
+        ``reduce_scatter`` with ``use_multi_rank_bucket_allreduce`` (both defaults) is an all-reduce.
+        """
+        payload = sum(self.sizes[tensor] for tensor in reduction.tensors) * self.job.compute_bytes
         waits = not self.plan.zero.overlap_communication
-        reduce = Collective("gradients", "all-reduce", payload, len(self.reductions), waits)
-        return Block("gradient all-reduce", "temporaries", moved_bytes=4 * payload, transfers=(reduce,))
+        reduce = Collective("gradients", "all-reduce", payload, 1, waits)
+        return replace(scratch("flat copy of a bucket", copied_bytes), moved_bytes=4 * payload, transfers=(reduce,))
 
     def update(self) -> Nodes:
         shard, half, size = self.shard, self.job.compute_bytes, self.state_bytes
@@ -225,7 +229,6 @@ class ZeroOne(ZeroFlat):
         return [
             *nodes,
             hold("padding of the partition", "gradients", self.padding_bytes),
-            self.all_reduce(),
             release("gradients", "gradients", left),
             release("gradient buckets", "buffers", self.buckets * self.bucket_bytes),
         ]
@@ -297,7 +300,6 @@ class ZeroTwo(ZeroFlat):
         return (
             *self.reduce(self.reductions[-1], micro),
             hold("padding of the partition", "gradients", padding),
-            self.all_reduce(),
             release("gradient buckets", "buffers", self.buckets * self.bucket_bytes),
             # A later micro-step adds its own copy to the one that stays.
             release("gradients of the rank's partition", "gradients", self.owned_bytes * again),

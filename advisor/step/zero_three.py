@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -187,11 +188,15 @@ class ZeroThree(Zero):
         half = self.job.compute_bytes
         return Block("gathered weights", "parameters", move.net * half, max(move.peak, move.net, 0) * half, "buffers")
 
+    def ahead(self, part: Part) -> float:
+        """How much of the part before is still to come when the prefetching of *part* begins, at most all of it."""
+        return min(1.0, self.plan.zero.prefetch_bucket / max(part.numel, 1))
+
     def _gather(self, part: Part) -> Block:
         payload = part.numel * self.job.compute_bytes
         at_once = self.plan.zero.prefetch_bucket
         messages = max(1, part.numel // at_once) if at_once else len(part.parameters)
-        gather = Collective("weights", "all-gather", payload, messages, waits=False)
+        gather = Collective("weights", "all-gather", payload, messages, waits=True, ahead=self.ahead(part))
         return Block("gather of weights", "temporaries", moved_bytes=payload, transfers=(gather,))
 
     def gradient(self, part: Part, parameter: Parameter, size_bytes: int, micro: MicroStep) -> Nodes:
@@ -277,16 +282,18 @@ class ZeroThree(Zero):
         copies = 1 * (len(sizes) > 1 or padded != sizes[0])
         alone = sizes[0] > self.plan.zero.reduce_bucket
         half = self.job.compute_bytes
+        reduce = Collective("gradients", "reduce-scatter", padded * half, 1, waits=False)
         return (
-            scratch("flat copy of a bucket", padded * half * copies),
+            replace(
+                scratch("flat copy of a bucket", padded * half * copies),
+                moved_bytes=4 * padded * half,
+                transfers=(reduce,),
+            ),
             release("gradients", "gradients", sizes[0] * half if alone else 0),
         )
 
     def after_backward(self, part: Part, micro: MicroStep) -> Nodes:
-        payload = part.numel * self.job.compute_bytes
-        reduce = Collective("gradients", "reduce-scatter", payload, 1, waits=False)
-        kept = (self._output_matrix,) if part.kind == "head" and self.job.loss == "fused" else ()
-        return (Block("gradient reduce-scatter", "temporaries", moved_bytes=4 * payload, transfers=(reduce,)), *kept)
+        return (self._output_matrix,) if part.kind == "head" and self.job.loss == "fused" else ()
 
     @property
     def _output_matrix(self) -> Block:

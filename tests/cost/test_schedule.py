@@ -46,27 +46,27 @@ def test_what_later_work_waits_for_stands_out_in_full() -> None:
     assert found.step_s == pytest.approx(1.5)
 
 
-def test_the_rest_hides_behind_compute_by_the_overlap_share() -> None:
-    found = timed(phase("forward", ONE_SECOND, sends("weights", 0.5, waits=False)))
+def test_what_nothing_waits_for_hides_behind_the_compute_after_it_by_the_overlap_share() -> None:
+    found = timed(phase("backward", sends("gradients", 0.5, waits=False), ONE_SECOND))
 
     assert found.exposed_communication_s == pytest.approx(0.5 - 0.8 * 0.5)
 
 
-def test_what_is_longer_than_the_compute_stands_out() -> None:
-    found = timed(phase("forward", ONE_SECOND, sends("weights", 3, waits=False)))
+def test_what_is_longer_than_the_compute_after_it_stands_out() -> None:
+    found = timed(phase("backward", sends("gradients", 3, waits=False), ONE_SECOND))
 
     assert found.exposed_communication_s == pytest.approx(3 - 0.8 * 1)
 
 
-def test_communication_hides_only_in_its_own_phase() -> None:
-    found = timed(then(phase("forward", ONE_SECOND), phase("backward", sends("gradients", 0.5, waits=False))))
+def test_what_comes_when_a_phase_ends_stands_out() -> None:
+    found = timed(then(phase("backward", ONE_SECOND, sends("gradients", 0.5, waits=False)), phase("step", ONE_SECOND)))
 
     assert found.exposed_communication_s == pytest.approx(0.5)
 
 
 def test_a_last_micro_step_hides_no_more_than_its_own_compute() -> None:
     reduce = sends("gradients", 2, waits=False)
-    found = timed(then(repeat(phase("backward", ONE_SECOND), 3), phase("backward", ONE_SECOND, reduce)))
+    found = timed(then(repeat(phase("backward", ONE_SECOND), 3), phase("backward", reduce, ONE_SECOND)))
 
     assert found.compute_s == pytest.approx(4)
     assert found.exposed_communication_s == pytest.approx(2 - 0.8 * 1)
@@ -76,7 +76,7 @@ def test_a_last_micro_step_hides_no_more_than_its_own_compute() -> None:
 def test_hiding_never_makes_a_step_shorter_than_its_compute(waited: float, hidden: float, compute: float) -> None:
     work = repeat(ONE_SECOND, compute)
     found = timed(
-        phase("backward", work, sends("weights", waited, waits=True), sends("gradients", hidden, waits=False))
+        phase("backward", sends("weights", waited, waits=True), sends("gradients", hidden, waits=False), work)
     )
 
     assert found.step_s >= found.compute_s

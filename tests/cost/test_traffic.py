@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from advisor.cost.traffic import Flow, traffic
+from advisor.cost.traffic import Flow, Ways, flows
+from advisor.specs.plan import Plan, Strategy
 from advisor.step.program import Block, Collective, Copy, Node, phase, repeat, then
 
 from .machines import cluster
@@ -15,8 +16,13 @@ REDUCE = Block("reduce", "buffers", transfers=(Collective("gradients", "all-redu
 FETCH = Block("fetch", "buffers", transfers=(Copy("weights", "host-to-device", 1e9, waits=False),))
 
 
+def traffic(program: Node, ranks: int = 8) -> tuple[Flow, ...]:
+    plan = Plan(strategy=Strategy.DDP, gpus=ranks, micro_batch=1)
+    return flows(program, Ways(cluster(8, fast=200), plan))
+
+
 def by_purpose(program: Node, ranks: int = 8) -> dict[tuple[str, str], Flow]:
-    return {(flow.what, flow.kind): flow for flow in traffic(program, cluster(8, fast=200), ranks)}
+    return {(flow.what, flow.kind): flow for flow in traffic(program, ranks)}
 
 
 def test_repeats_multiply_bytes_and_time() -> None:
@@ -39,7 +45,7 @@ def test_each_purpose_and_kind_has_its_own_line() -> None:
 
 
 def test_what_happens_before_training_is_not_traffic_of_a_step() -> None:
-    assert traffic(phase("init", GATHER), cluster(), 8) == ()
+    assert traffic(phase("init", GATHER)) == ()
 
 
 def test_one_rank_copies_but_sends_nothing() -> None:
@@ -57,9 +63,9 @@ def test_many_plans_are_read_as_each_alone() -> None:
         sent = Collective("gradients", "all-reduce", size, 1, waits=True)  # type: ignore[arg-type]
         return phase("backward", repeat(Block("reduce", "buffers", transfers=(sent,)), count))  # type: ignore[arg-type]
 
-    (together,) = traffic(program(sizes, times), cluster(), 8)
+    (together,) = traffic(program(sizes, times))
 
     for index, (size, count) in enumerate(zip(sizes.tolist(), times.tolist(), strict=True)):
-        (alone,) = traffic(program(size, count), cluster(), 8)
+        (alone,) = traffic(program(size, count))
         assert np.asarray(together.sent_bytes)[index] == pytest.approx(alone.sent_bytes)
         assert np.asarray(together.seconds)[index] == pytest.approx(alone.seconds)

@@ -11,7 +11,7 @@ from advisor.catalog.gpus import find_gpu
 from advisor.catalog.links import find_link
 from advisor.catalog.models import find_model
 from advisor.cost.collectives import collective_seconds, ring
-from advisor.cost.traffic import traffic
+from advisor.cost.traffic import Ways, flows
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
 from advisor.specs.plan import Group, Plan, Strategy
@@ -41,7 +41,8 @@ def machines(gpu_name: str, gpus: int, nodes: int, network: str = "ib-hdr") -> C
 
 def elements_sent(program: Node, element_bytes: int, parameters: int) -> float:
     """Elements that a rank sends in multiples of *parameters*, as the paper counts: with (N - 1)/N as one."""
-    sent = sum(np.asarray(flow.sent_bytes) for flow in traffic(program, machines("A100-80GB", RANKS, 8), RANKS))
+    ways = Ways(machines("A100-80GB", RANKS, 8), Plan(strategy=Strategy.DDP, gpus=RANKS, micro_batch=1))
+    sent = sum(np.asarray(flow.sent_bytes) for flow in flows(program, ways))
     return float(sent) * RANKS / (RANKS - 1) / element_bytes / parameters
 
 

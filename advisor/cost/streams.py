@@ -1,0 +1,302 @@
+"""When each stretch of a step runs: streams that wait for each other, played event by event.
+
+A GPU computes on one stream; the messages of each group of ranks, and the copies in each direction, run on streams of
+their own, each stream one thing after another; the process that launches kernels is one more. Every rule is a sum or a
+maximum of times:
+
+- *compute* runs when the kernels before it are done, when what it waits for is there, and when it was launched;
+- a transfer that is *waited for* starts when compute reaches it, or up to ``ahead`` parts earlier where it is
+  prefetched (torch 2.13, fsdp/_fully_shard/_fsdp_param_group.py: an all-gather starts once the one before was copied
+  out);
+- any other starts when compute has reached it, behind the gather that was prefetched meanwhile, and is done when the
+  phase ends: DDP's buckets, reduce-scatters, copies of gradients to the host.
+
+A repeat is not unrolled. It is played until its clocks would move on in its last run as they did in the one just
+played: all between are the same then, as clocks that move at constant rates and are in order at both ends always are.
+
+Left out: how early a bucket fills within a layer, and prefetching by more than one part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advisor.step.program import Amount, Block, Collective, Copy, Node, Repeat, read_once, then
+
+Transfer = Collective | Copy
+Cause = tuple[str, str]
+"""What a transfer carries, and its kind."""
+
+LAUNCHES: Cause = ("kernel launches", "")
+
+JOINING_PHASES = ("backward", "step")
+"""At whose end compute waits for all transfers."""
+SAME_S = 1e-12
+"""Below which two times are the same; a GPU's shortest kernels take a million times as long."""
+
+
+class Loop(NamedTuple):
+    """*items*, *times* times in a row."""
+
+    items: tuple[Item, ...]
+    times: Amount
+
+
+class End(NamedTuple):
+    """The end of a phase, at which transfers have to be done."""
+
+
+Item = Node | Transfer | Loop | End
+"""Nodes without transfers, transfers, repeats with transfers in them, and ends of phases, one after another."""
+
+
+@read_once
+def items(node: Node) -> tuple[Item, ...]:
+    """What follows one another in *node*, outside of its init phase."""
+    if isinstance(node, Block):
+        return (node, *node.transfers)
+    if isinstance(node, Repeat):
+        inside = items(node.body)
+        if not any(map(_stands_alone, inside)):
+            return (node,)
+        if isinstance(node.times, int) and node.times < 2:
+            return inside * node.times
+        return (Loop(inside, node.times),)
+    if node.phase == "init":
+        return ()
+    found: list[Item] = []
+    quiet: list[Node] = []
+    for step in node.steps:
+        for each in items(step):
+            if not isinstance(each, Transfer | Loop | End):
+                quiet.append(each)
+                continue
+            if quiet:
+                found.append(then(*quiet))
+                quiet = []
+            found.append(each)
+    if quiet:
+        found.append(then(*quiet))
+    if node.phase in JOINING_PHASES:
+        found.append(End())
+    return tuple(found)
+
+
+def _stands_alone(item: Item) -> bool:
+    return isinstance(item, Transfer | Loop | End)
+
+
+class Costs(NamedTuple):
+    """What the items of a program take on a machine."""
+
+    busy_s: Callable[[Node], Amount]
+    launch_s: Callable[[Node], Amount]
+    """Time in which the process launches a node's kernels."""
+    transfer_s: Callable[[Transfer], Amount]
+
+
+def waits(node: Node, costs: Costs) -> dict[Cause, Amount]:
+    """How long compute stands still while *node* runs once on an idle machine, by what it waits for."""
+    of = (*items(node), End())
+    score = _Score(costs, tuple(_transfers(of)))
+    events = score.events(of)
+    clocks = np.zeros((score.rows, *score.shape))
+    _play(events, clocks)
+    return {cause: clocks[row] for cause, row in score.causes.items()}
+
+
+def _transfers(of: Iterable[Item]) -> Iterator[Transfer]:
+    for item in of:
+        if isinstance(item, Loop):
+            yield from _transfers(item.items)
+        elif isinstance(item, Transfer):
+            yield item
+
+
+def _stream(transfer: Transfer) -> str:
+    return transfer.group if isinstance(transfer, Collective) else transfer.kind
+
+
+def _cause(transfer: Transfer) -> Cause:
+    return transfer.what, transfer.kind
+
+
+Clocks = NDArray[np.float64]
+"""One row for each time, each with an entry for every plan."""
+
+COMPUTE, LAUNCHED, FIRST_ROW = 0, 1, 2
+"""Rows: when compute is done with what it was given, and when the last kernel was launched; then those of streams."""
+
+
+class Stream(NamedTuple):
+    """Rows of a stream."""
+
+    free: int
+    """When it is done with what it carries."""
+    part: int
+    """When the part began whose gather it carried last."""
+    ready: int
+    """From when on it may carry what waits behind the next gather."""
+    pending: int
+    """How long that takes."""
+
+
+Event = Callable[[Clocks], None]
+"""Moves the clocks on, in place."""
+
+
+class _Score:
+    """Turns the items of a program into events on the rows of its clocks."""
+
+    def __init__(self, costs: Costs, transfers: tuple[Transfer, ...]) -> None:
+        self.costs = costs
+        self.shape: tuple[int, ...] = ()
+        self.streams: dict[str, Stream] = {}
+        self.rows = FIRST_ROW
+        for name in map(_stream, transfers):
+            if name not in self.streams:
+                self.streams[name] = Stream(*range(self.rows, self.rows + len(Stream._fields)))
+                self.rows += len(Stream._fields)
+        self.beside = {_stream(each): _cause(each) for each in transfers if not each.waits}
+        """By stream, what runs on it that nothing waits for at once."""
+        self.causes: dict[Cause, int] = {}
+        """The row that sums up how long each was waited for."""
+        self._loops: dict[int, tuple[Loop, Event]] = {}
+
+    def events(self, of: Iterable[Item]) -> tuple[Event, ...]:
+        found = map(self._event, of)
+        return tuple(event for event in found if event is not None)
+
+    def _event(self, item: Item) -> Event | None:
+        if isinstance(item, Transfer):
+            return self._transfer(item)
+        if isinstance(item, Loop):
+            return self._loop(item)
+        if isinstance(item, End):
+            running = [(self.streams[name], self._row(cause)) for name, cause in self.beside.items()]
+            return _end(list(self.streams.values()), running)
+        busy_s, launch_s = self.costs.busy_s(item), self.costs.launch_s(item)
+        if _is_zero(busy_s) and _is_zero(launch_s):
+            return None
+        self._see(busy_s, launch_s)
+        return _run(busy_s, launch_s, self._row(LAUNCHES))
+
+    def _loop(self, loop: Loop) -> Event:
+        """One event for a loop that stands at several places."""
+        if id(loop) not in self._loops:
+            events = self.events(loop.items)
+            self._see(loop.times)
+            self._loops[id(loop)] = loop, partial(_repeat, events, loop.times)
+        return self._loops[id(loop)][1]
+
+    def _transfer(self, transfer: Transfer) -> Event | None:
+        takes_s = self.costs.transfer_s(transfer)
+        if _is_zero(takes_s):
+            return None
+        self._see(takes_s, transfer.ahead)
+        stream = self.streams[_stream(transfer)]
+        if not transfer.waits:
+            return _send(stream, takes_s)
+        beside = self.beside.get(_stream(transfer), _cause(transfer))
+        return _fetch(stream, takes_s, transfer.ahead, self._row(_cause(transfer)), self._row(beside))
+
+    def _row(self, cause: Cause) -> int:
+        if cause not in self.causes:
+            self.causes[cause] = self.rows
+            self.rows += 1
+        return self.causes[cause]
+
+    def _see(self, *amounts: Amount) -> None:
+        self.shape = np.broadcast_shapes(self.shape, *map(np.shape, amounts))
+
+
+def _run(busy_s: Amount, launch_s: Amount, launches: int) -> Event:
+    def run(clocks: Clocks) -> None:
+        clocks[LAUNCHED] += launch_s
+        done = clocks[COMPUTE] + busy_s
+        clocks[COMPUTE] = np.maximum(done, clocks[LAUNCHED])
+        clocks[launches] += clocks[COMPUTE] - done
+
+    return run
+
+
+def _send(stream: Stream, takes_s: Amount) -> Event:
+    """What nothing waits for now stands behind the next gather."""
+
+    def send(clocks: Clocks) -> None:
+        _carry_pending(clocks, stream)
+        clocks[stream.ready], clocks[stream.pending] = clocks[COMPUTE], takes_s
+
+    return send
+
+
+def _fetch(stream: Stream, takes_s: Amount, ahead: Amount, cause: int, beside: int) -> Event:
+    """What the work after it waits for; time beyond its own is put down to what runs *beside* on its stream."""
+    in_order = _is_zero(ahead)
+
+    def fetch(clocks: Clocks) -> None:
+        if in_order:
+            _carry_pending(clocks, stream)
+        now = clocks[COMPUTE].copy()
+        done = np.maximum(clocks[stream.free], now - ahead * (now - clocks[stream.part])) + takes_s
+        waited = np.maximum(done - now, 0)
+        own = np.minimum(waited, takes_s)
+        clocks[cause] += own
+        clocks[beside] += waited - own
+        clocks[stream.free] = done
+        clocks[COMPUTE] = clocks[stream.part] = now + waited
+        if not in_order:
+            _carry_pending(clocks, stream)
+
+    return fetch
+
+
+def _carry_pending(clocks: Clocks, stream: Stream) -> None:
+    starts = np.maximum(clocks[stream.free], clocks[stream.ready])
+    clocks[stream.free] = np.where(clocks[stream.pending] > 0, starts + clocks[stream.pending], clocks[stream.free])
+    clocks[stream.pending] = 0
+
+
+def _end(streams: list[Stream], running: list[tuple[Stream, int]]) -> Event:
+    """Compute waits for what is *running*, given with its cause, and nothing is prefetched across."""
+
+    def end(clocks: Clocks) -> None:
+        for stream, cause in running:
+            _carry_pending(clocks, stream)
+            waited = np.maximum(clocks[stream.free] - clocks[COMPUTE], 0)
+            clocks[cause] += waited
+            clocks[COMPUTE] += waited
+        for stream in streams:
+            clocks[stream.part] = clocks[COMPUTE]
+
+    return end
+
+
+def _play(events: tuple[Event, ...], clocks: Clocks) -> None:
+    for event in events:
+        event(clocks)
+
+
+def _repeat(events: tuple[Event, ...], times: Amount, clocks: Clocks) -> None:
+    """Plays *events* as often as each plan has it, in as few runs as show how the rest goes on."""
+    left = np.broadcast_to(np.asarray(times, dtype=float), clocks.shape[1:])
+    while np.any(left > 0):
+        before = clocks.copy()
+        _play(events, clocks)
+        moved = clocks - before
+        last = before + np.maximum(left - 1, 0) * moved
+        ended = last.copy()
+        _play(events, ended)
+        alike = np.abs(ended - last - moved) <= SAME_S * np.maximum(1, np.abs(ended))
+        settled = alike.all(axis=0) | (left <= 1)
+        clocks[...] = np.where(left > 0, np.where(settled, last + np.minimum(left, 1) * moved, clocks), before)
+        left = np.where(settled, 0, left - 1)
+
+
+def _is_zero(amount: Amount) -> bool:
+    return np.ndim(amount) == 0 and amount == 0
