@@ -8,6 +8,7 @@ maximum of times:
 - a transfer that is *waited for* starts when compute reaches it, or up to ``ahead`` parts earlier where it is
   prefetched (torch 2.13, fsdp/_fully_shard/_fsdp_param_group.py: an all-gather starts once the one before was copied
   out);
+- what a later block *awaits* starts when compute has reached it, in the order in which it was asked for;
 - any other starts when compute has reached it, behind the gather that was prefetched meanwhile, and is done when the
   phase ends: DDP's buckets, reduce-scatters, copies of gradients to the host.
 
@@ -26,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from advisor.step.program import Amount, Block, Collective, Copy, Node, Repeat, read_once, then
+from advisor.step.program import Amount, Block, Collective, Copy, Node, Repeat, Sequence, read_once, then
 
 Transfer = Collective | Copy
 Cause = tuple[str, str]
@@ -47,19 +48,25 @@ class Loop(NamedTuple):
     times: Amount
 
 
+class Await(NamedTuple):
+    """What has to be there before the next item."""
+
+    what: str
+
+
 class End(NamedTuple):
     """The end of a phase, at which transfers have to be done."""
 
 
-Item = Node | Transfer | Loop | End
-"""Nodes without transfers, transfers, repeats with transfers in them, and ends of phases, one after another."""
+Item = Node | Transfer | Await | Loop | End
+"""Nodes without transfers, transfers and waiting for them, repeats with those in them, and ends of phases."""
 
 
 @read_once
 def items(node: Node) -> tuple[Item, ...]:
     """What follows one another in *node*, outside of its init phase."""
     if isinstance(node, Block):
-        return (node, *node.transfers)
+        return (*([Await(node.awaits)] if node.awaits else ()), node, *node.transfers)
     if isinstance(node, Repeat):
         inside = items(node.body)
         if not any(map(_stands_alone, inside)):
@@ -73,7 +80,7 @@ def items(node: Node) -> tuple[Item, ...]:
     quiet: list[Node] = []
     for step in node.steps:
         for each in items(step):
-            if not isinstance(each, Transfer | Loop | End):
+            if isinstance(each, Block | Sequence | Repeat):
                 quiet.append(each)
                 continue
             if quiet:
@@ -88,7 +95,7 @@ def items(node: Node) -> tuple[Item, ...]:
 
 
 def _stands_alone(item: Item) -> bool:
-    return isinstance(item, Transfer | Loop | End)
+    return not isinstance(item, Block | Sequence | Repeat)
 
 
 class Costs(NamedTuple):
@@ -103,18 +110,19 @@ class Costs(NamedTuple):
 def waits(node: Node, costs: Costs) -> dict[Cause, Amount]:
     """How long compute stands still while *node* runs once on an idle machine, by what it waits for."""
     of = (*items(node), End())
-    score = _Score(costs, tuple(_transfers(of)))
+    score = _Score(costs, tuple(_leaves(of)))
     events = score.events(of)
     clocks = np.zeros((score.rows, *score.shape))
     _play(events, clocks)
     return {cause: clocks[row] for cause, row in score.causes.items()}
 
 
-def _transfers(of: Iterable[Item]) -> Iterator[Transfer]:
+def _leaves(of: Iterable[Item]) -> Iterator[Item]:
+    """The items that are no loops."""
     for item in of:
         if isinstance(item, Loop):
-            yield from _transfers(item.items)
-        elif isinstance(item, Transfer):
+            yield from _leaves(item.items)
+        else:
             yield item
 
 
@@ -144,6 +152,10 @@ class Stream(NamedTuple):
     """From when on it may carry what waits behind the next gather."""
     pending: int
     """How long that takes."""
+    arrives: int
+    """When what is awaited is there."""
+    carried: int
+    """How long that took by itself."""
 
 
 Event = Callable[[Clocks], None]
@@ -153,8 +165,12 @@ Event = Callable[[Clocks], None]
 class _Score:
     """Turns the items of a program into events on the rows of its clocks."""
 
-    def __init__(self, costs: Costs, transfers: tuple[Transfer, ...]) -> None:
+    def __init__(self, costs: Costs, leaves: tuple[Item, ...]) -> None:
         self.costs = costs
+        transfers = [each for each in leaves if isinstance(each, Transfer)]
+        awaited = {each.what for each in leaves if isinstance(each, Await)}
+        self.awaited = {each.what: each for each in transfers if not each.waits and each.what in awaited}
+        """By what it carries, one of the transfers that are awaited."""
         self.shape: tuple[int, ...] = ()
         self.streams: dict[str, Stream] = {}
         self.rows = FIRST_ROW
@@ -162,7 +178,7 @@ class _Score:
             if name not in self.streams:
                 self.streams[name] = Stream(*range(self.rows, self.rows + len(Stream._fields)))
                 self.rows += len(Stream._fields)
-        self.beside = {_stream(each): _cause(each) for each in transfers if not each.waits}
+        self.beside = {_stream(each): _cause(each) for each in transfers if not each.waits and each.what not in awaited}
         """By stream, what runs on it that nothing waits for at once."""
         self.causes: dict[Cause, int] = {}
         """The row that sums up how long each was waited for."""
@@ -175,6 +191,8 @@ class _Score:
     def _event(self, item: Item) -> Event | None:
         if isinstance(item, Transfer):
             return self._transfer(item)
+        if isinstance(item, Await):
+            return self._await(item)
         if isinstance(item, Loop):
             return self._loop(item)
         if isinstance(item, End):
@@ -200,10 +218,18 @@ class _Score:
             return None
         self._see(takes_s, transfer.ahead)
         stream = self.streams[_stream(transfer)]
-        if not transfer.waits:
-            return _send(stream, takes_s)
+        if transfer.waits:
+            return _fetch(stream, takes_s, transfer.ahead, *self._blamed(transfer))
+        return _ask(stream, takes_s) if transfer.what in self.awaited else _send(stream, takes_s)
+
+    def _await(self, item: Await) -> Event | None:
+        sent = self.awaited.get(item.what)
+        return None if sent is None else _await(self.streams[_stream(sent)], *self._blamed(sent))
+
+    def _blamed(self, transfer: Transfer) -> tuple[int, int]:
+        """What waiting for *transfer* is put down to: itself, and beyond that what runs beside it on its stream."""
         beside = self.beside.get(_stream(transfer), _cause(transfer))
-        return _fetch(stream, takes_s, transfer.ahead, self._row(_cause(transfer)), self._row(beside))
+        return self._row(_cause(transfer)), self._row(beside)
 
     def _row(self, cause: Cause) -> int:
         if cause not in self.causes:
@@ -235,25 +261,49 @@ def _send(stream: Stream, takes_s: Amount) -> Event:
     return send
 
 
+def _ask(stream: Stream, takes_s: Amount) -> Event:
+    """What a later block awaits is carried in the order in which it was asked for."""
+
+    def ask(clocks: Clocks) -> None:
+        _carry_pending(clocks, stream)
+        clocks[stream.free] = np.maximum(clocks[stream.free], clocks[COMPUTE]) + takes_s
+        clocks[stream.arrives], clocks[stream.carried] = clocks[stream.free], takes_s
+
+    return ask
+
+
+def _await(stream: Stream, cause: int, beside: int) -> Event:
+    def wait(clocks: Clocks) -> None:
+        waited = np.maximum(clocks[stream.arrives] - clocks[COMPUTE], 0)
+        _blame(clocks, waited, clocks[stream.carried], cause, beside)
+        clocks[COMPUTE] += waited
+
+    return wait
+
+
 def _fetch(stream: Stream, takes_s: Amount, ahead: Amount, cause: int, beside: int) -> Event:
-    """What the work after it waits for; time beyond its own is put down to what runs *beside* on its stream."""
+    """What the work after it waits for."""
     in_order = _is_zero(ahead)
 
     def fetch(clocks: Clocks) -> None:
         if in_order:
             _carry_pending(clocks, stream)
         now = clocks[COMPUTE].copy()
-        done = np.maximum(clocks[stream.free], now - ahead * (now - clocks[stream.part])) + takes_s
-        waited = np.maximum(done - now, 0)
-        own = np.minimum(waited, takes_s)
-        clocks[cause] += own
-        clocks[beside] += waited - own
-        clocks[stream.free] = done
+        clocks[stream.free] = np.maximum(clocks[stream.free], now - ahead * (now - clocks[stream.part])) + takes_s
+        waited = np.maximum(clocks[stream.free] - now, 0)
+        _blame(clocks, waited, takes_s, cause, beside)
         clocks[COMPUTE] = clocks[stream.part] = now + waited
         if not in_order:
             _carry_pending(clocks, stream)
 
     return fetch
+
+
+def _blame(clocks: Clocks, waited: Amount, takes_s: Amount, cause: int, beside: int) -> None:
+    """Waiting longer than a transfer takes is put down to what ran before it."""
+    own = np.minimum(waited, takes_s)
+    clocks[cause] += own
+    clocks[beside] += waited - own
 
 
 def _carry_pending(clocks: Clocks, stream: Stream) -> None:

@@ -12,6 +12,7 @@ in the half format. There is no autocast. Left out: the caching allocator's late
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 
 from advisor.specs.model import AnyLayer, Parameter
@@ -23,6 +24,8 @@ from advisor.step.states import row_shards
 Group = tuple[Parameter, ...]
 """Parameters that are gathered and reduced together."""
 
+WEIGHTS = "weights"
+"""What gathers carry."""
 NORM_IN_ROOT = frozenset({"llama4", "llama4_text"})
 """Families whose final norm accelerate does not find: their ``base_model_prefix`` names no module of theirs."""
 
@@ -147,19 +150,19 @@ class FullyShardedDataParallel(Sharded):
 
     def logits_gradient(self, micro: MicroStep) -> Nodes:
         """The tail is whole, and the last layer's gather is sent ahead."""
-        return (self._gather(self.model.layers[-1].parameters),) if self.reshards else ()
+        return (self._send_ahead(self.model.layers[-1].parameters),) if self.reshards else ()
 
     def before_backward(self, part: Part, micro: MicroStep) -> Nodes:
         if not self.reshards or part.kind == "head" or (part.kind == "embedding" and self.model.tied_embeddings):
             return ()
         group = self._group(part)
         copied = (
-            hold(f"gathered {self._name(part)}", "parameters", self._whole(group)),
+            replace(hold(f"gathered {self._name(part)}", "parameters", self._whole(group)), awaits=WEIGHTS),
             release("gather buffer", "buffers", self._whole(group)),
         )
         ahead = self._gathered_before(part)
         sends = part.kind == "layer" and (part.number != 0 or not self.model.tied_embeddings)
-        return (*copied, self._gather(ahead)) if sends else copied
+        return (*copied, self._send_ahead(ahead)) if sends else copied
 
     def gradient(self, part: Part, parameter: Parameter, size_bytes: int, micro: MicroStep) -> Nodes:
         kept = 1 if self.plan.fsdp.syncs_each_micro_batch else micro.first
@@ -209,10 +212,18 @@ class FullyShardedDataParallel(Sharded):
         return (self._share((parameter,)) for parameter in self.model.parameters())
 
     def _gather(self, group: Group) -> Block:
-        """The rank's share, cast where formats differ, is copied into the buffer and gathered in place."""
+        """The rank's share, cast where formats differ, is copied into the buffer and gathered in place.
+
+        In forward that begins as soon as the buffer of the group before has been copied out.
+        """
         size, cast = self._whole(group), self._share(group) * self.job.compute_bytes * self.casts
-        gather = Collective("weights", "all-gather", size, 1, waits=True, ahead=1)
+        gather = Collective(WEIGHTS, "all-gather", size, 1, waits=True, ahead=1)
         return Block("gather buffer", "buffers", size, size + cast, moved_bytes=2 * size, transfers=(gather,))
+
+    def _send_ahead(self, group: Group) -> Block:
+        """The same in backward, which asks for the group while the one before it is at work."""
+        gather = self._gather(group)
+        return replace(gather, transfers=tuple(each._replace(waits=False, ahead=0) for each in gather.transfers))
 
 
 def _differ(neighbour: AnyLayer | None, expected: AnyLayer) -> bool:

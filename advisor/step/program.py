@@ -54,7 +54,8 @@ class Collective(NamedTuple):
     messages: Amount
     """How many calls share the payload."""
     waits: bool
-    """Whether the work after it cannot start before it ends; else only the end of the phase waits for it."""
+    """Whether the work after it cannot start before it ends; else the block that ``awaits`` it does, or where no block
+    does, the end of the phase."""
     group: GroupName = "data"
     ahead: Amount = 0
     """How many parts of the model earlier, up to one, it may start where the work after it waits for it."""
@@ -107,6 +108,8 @@ class Block:
     kernels: Amount = 0
     """How many kernels it launches."""
     transfers: tuple[Collective | Copy, ...] = ()
+    awaits: str = ""
+    """What was sent before and has to be there when the block begins; nothing if empty."""
     host_updated_parameters: Amount = 0
     """Parameters that an optimizer on the CPU updates."""
     events: tuple[Event, ...] = ()

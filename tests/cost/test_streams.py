@@ -91,6 +91,23 @@ def test_a_gather_that_was_not_prefetched_waits_for_the_reduction_before_it() ->
     }
 
 
+def ask(takes_s: float) -> Block:
+    return Block("ask", "buffers", transfers=(Collective("weights", "all-gather", takes_s, 1, waits=False),))
+
+
+ARRIVED = Block("copied out", "parameters", awaits="weights")
+
+
+def test_what_is_awaited_stands_behind_what_was_reduced_before() -> None:
+    """Two seconds of gathering after three of reducing fit into the five of the layer in between, but not into four."""
+    roomy, tight = (
+        phase("backward", compute(5), reduce(3), ask(2), compute(between), ARRIVED, compute(9)) for between in (5, 4)
+    )
+
+    assert waits(roomy, IDLE) == {LAUNCHES: 0, ("weights", "all-gather"): 0, ("gradients", "reduce-scatter"): 0}
+    assert waits(tight, IDLE) == {LAUNCHES: 0, ("weights", "all-gather"): 1, ("gradients", "reduce-scatter"): 0}
+
+
 def test_copies_and_messages_run_beside_each_other() -> None:
     both = phase("backward", reduce(3), copy(4), compute(5))
 
@@ -116,6 +133,8 @@ blocks = st.one_of(
     st.builds(gather, amounts, st.sampled_from([0, 0.5, 1])),
     amounts.map(reduce),
     amounts.map(copy),
+    amounts.map(ask),
+    st.just(ARRIVED),
 )
 bodies = st.lists(blocks, min_size=1, max_size=5).map(lambda steps: then(*steps))
 LAUNCHING = IDLE._replace(launch_s=lambda node: 1.5 if busy_s(node) else 0.0)
