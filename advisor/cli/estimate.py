@@ -107,6 +107,12 @@ plan_options = options(
         show_default=True,
         help="PyTorch's FSDP: 2 cuts each tensor by rows, 1 all of a layer as one.",
     ),
+    option(
+        "The plan",
+        "--shard-ranks",
+        type=click.IntRange(min=2),
+        help="GPUs that HSDP cuts states over.  [default: those of a machine]",
+    ),
 )
 
 rank_option = option("The plan", "--rank", type=int, help="Whose memory to show.  [default: the fullest rank's]")

@@ -14,6 +14,7 @@ from advisor.cost.question import ask, program
 from advisor.cost.results import Estimate, Memory, Verdict
 from advisor.cost.schedule import step_time
 from advisor.errors import SpecError
+from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
 from advisor.specs.plan import (
@@ -56,6 +57,8 @@ class PlanWords(Words, total=False):
     grad_accum_dtype: str | None
     """DeepSpeed's ``data_types.grad_accum_dtype``; None for the format that the model computes in."""
     fsdp_version: int
+    shard_ranks: int | None
+    """GPUs that HSDP cuts states over; None for those of a machine."""
     config: str | None
     """A DeepSpeed JSON, accelerate YAML or launch script to read; the other words win over it."""
     trace: bool
@@ -70,9 +73,9 @@ def estimate(
     """One plan for *model*, priced for *rank*, or for the rank that holds most.
 
     Words: those of :func:`advisor.recommend`, and ``offload``, ``offload_to``, ``nvme``, ``micro_batch``,
-    ``grad_accum``, ``checkpointing``, ``bucket_size``, ``grad_accum_dtype``, ``fsdp_version``, ``config``, ``trace``,
-    ``trust_remote_code``. Raises SpecError for a plan that contradicts itself or the job, ConfigError for a
-    configuration that cannot be read.
+    ``grad_accum``, ``checkpointing``, ``bucket_size``, ``grad_accum_dtype``, ``fsdp_version``, ``shard_ranks``,
+    ``config``, ``trace``, ``trust_remote_code``. Raises SpecError for a plan that contradicts itself or the job,
+    ConfigError for a configuration that cannot be read.
     """
     return price(*plan_of(model, strategy=strategy, **words), rank)
 
@@ -112,7 +115,10 @@ def plan_of(
         offload_to=to,
         offload_settings=_offload_settings(question.model, question.cluster.gpus, nvme),
         zero=zero_settings(kind, words.get("bucket_size"), _gradient_format(words.get("grad_accum_dtype"))),
-        fsdp=FsdpSettings(version=words.get("fsdp_version", 2)),
+        fsdp=FsdpSettings(
+            version=words.get("fsdp_version", 2),
+            shard_ranks=_shard_ranks(kind, words.get("shard_ranks"), question.cluster),
+        ),
     )
 
 
@@ -180,6 +186,15 @@ def _with_sources(resolved: tuple[Input, ...], settled: list[Input]) -> tuple[In
     return tuple(by_name.get(each.name, each) for each in resolved) + tuple(
         each for each in settled if each.name not in names
     )
+
+
+def _shard_ranks(strategy: Strategy, given: int | None, cluster: Cluster) -> int | None:
+    """GPUs that HSDP cuts states over: those of a machine, where nobody says; None for another strategy."""
+    if strategy is Strategy.HSDP:
+        return given if given is not None else cluster.gpus_per_node
+    if given is not None:
+        raise SpecError(f"--shard-ranks is for hsdp; {strategy.title} cuts states over all GPUs or none")
+    return None
 
 
 def _gradient_format(name: str | None) -> GradientFormat | None:

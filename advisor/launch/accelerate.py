@@ -99,6 +99,9 @@ def accelerate_environment(model: ModelSpec, job: Job, plan: Plan) -> dict[str, 
         environment["ACCELERATE_USE_FSDP"] = "true"
         for key, value in _fsdp(model, plan).items():
             environment[key.replace("transformer_layer_cls", "transformer_cls").upper()] = _word(value)
+    if plan.strategy is Strategy.HSDP:
+        environment["ACCELERATE_USE_PARALLELISM_CONFIG"] = "true"
+        environment |= {key.upper(): str(value) for key, value in _replicas(plan).items()}
     return environment
 
 
@@ -129,6 +132,8 @@ def accelerate_yaml(model: ModelSpec, job: Job, plan: Plan, cluster: Cluster, co
         settings["mixed_precision"] = _mixed_precision(job)
     if plan.strategy.is_fsdp:
         settings["fsdp_config"] = _fsdp(model, plan)
+    if plan.strategy is Strategy.HSDP:
+        settings["parallelism_config"] = _replicas(plan)
     header = "".join(f"# {line}\n" for line in comments)
     return header + yaml.safe_dump(settings, sort_keys=False)
 
@@ -177,8 +182,20 @@ def _fsdp(model: ModelSpec, plan: Plan) -> dict[str, Any]:
     return settings
 
 
+def _replicas(plan: Plan) -> dict[str, int]:
+    """HSDP's mesh; ``accelerate launch`` starts no process without the sizes that are 1."""
+    shard = int(plan.shard_ranks)
+    return {
+        "parallelism_config_dp_replicate_size": int(plan.gpus) // shard,
+        "parallelism_config_dp_shard_size": shard,
+        "parallelism_config_tp_size": 1,
+        "parallelism_config_cp_size": 1,
+        "parallelism_config_sp_size": 1,
+    }
+
+
 def _version_two(plan: Plan) -> dict[str, Any]:
-    return {"fsdp_reshard_after_forward": plan.strategy is Strategy.FSDP}
+    return {"fsdp_reshard_after_forward": plan.strategy is not Strategy.FSDP_GRAD_OP}
 
 
 def _version_one(plan: Plan, efficient_loading: bool) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from advisor.cost.results import Estimate, Memory
 from advisor.errors import ConfigError
 from advisor.search.results import Rejected
 from advisor.search.sheet import held_by, of_fullest, shortfall
-from advisor.search.space import VARIANTS, Barred, bar, nearest_batch
+from advisor.search.space import Barred, bar, fsdp_settings, nearest_batch, variants
 from advisor.specs.hardware import Cluster
 from advisor.specs.model import ModelSpec
 from advisor.specs.plan import Checkpointing, Count, Offload, Plan, Strategy, zero_settings
@@ -245,6 +245,7 @@ def _leanest(question: Question, strategy: Strategy, offload: Offload, gpus: Cou
         checkpointing=Checkpointing.FULL,
         offload=offload,
         zero=zero_settings(strategy),
+        fsdp=fsdp_settings(strategy, question.cluster),
     )
 
 
@@ -270,7 +271,7 @@ def headline(
         ), None
     missing = [each for each in rejected if each.short_by_bytes > 0]
     nearest = min(missing, key=lambda each: each.short_by_bytes)
-    fewest = fewest_gpus(question, VARIANTS, known)
+    fewest = fewest_gpus(question, variants(question.cluster), known)
     way_out = f"; the fewest that would do: {fewest} GPUs{_with_batch(question, fewest)}" if fewest else ""
     return (
         f"Does not fit: {name} on {where}. Nearest is {nearest.plan.title}, "

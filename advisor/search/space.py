@@ -9,8 +9,9 @@ import numpy as np
 
 from advisor.cost.estimate import unsupported
 from advisor.errors import SpecError
+from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
-from advisor.specs.plan import Checkpointing, Offload, Plan, Strategy, zero_settings
+from advisor.specs.plan import Checkpointing, FsdpSettings, Offload, Plan, Strategy, zero_settings
 from advisor.specs.question import Question
 
 VARIANTS: tuple[tuple[Strategy, Offload], ...] = (
@@ -19,6 +20,7 @@ VARIANTS: tuple[tuple[Strategy, Offload], ...] = (
     (Strategy.ZERO2, Offload.NONE),
     (Strategy.FSDP_GRAD_OP, Offload.NONE),
     (Strategy.FSDP, Offload.NONE),
+    (Strategy.HSDP, Offload.NONE),
     (Strategy.ZERO3, Offload.NONE),
     (Strategy.ZERO2, Offload.OPTIMIZER),
     (Strategy.ZERO3, Offload.OPTIMIZER),
@@ -28,6 +30,17 @@ VARIANTS: tuple[tuple[Strategy, Offload], ...] = (
 
 SEARCHED_CHECKPOINTING = (Checkpointing.NONE, Checkpointing.FULL)
 """Selective checkpointing is priced where it is asked for: no run has yet shown what it costs a GPU in time."""
+
+
+def variants(cluster: Cluster) -> tuple[tuple[Strategy, Offload], ...]:
+    """Those that differ from each other on *cluster*: within one machine, or one GPU in each, HSDP is FSDP or DDP."""
+    differs = 1 < cluster.gpus_per_node < cluster.gpus
+    return tuple(each for each in VARIANTS if differs or each[0] is not Strategy.HSDP)
+
+
+def fsdp_settings(strategy: Strategy, cluster: Cluster) -> FsdpSettings:
+    """Those of a searched plan: HSDP cuts states within a machine."""
+    return FsdpSettings(shard_ranks=cluster.gpus_per_node if strategy is Strategy.HSDP else None)
 
 
 class Barred(NamedTuple):
@@ -41,7 +54,7 @@ class Barred(NamedTuple):
 def sheets(question: Question) -> Iterator[Plan | Barred]:
     """For each strategy and checkpointing one plan whose counts are arrays over the micro-batches."""
     batches, accumulations = micro_batches(question.job, question.cluster.gpus)
-    for strategy, offload in VARIANTS:
+    for strategy, offload in variants(question.cluster):
         reason = bar(question, strategy, offload)
         if reason:
             yield Barred(strategy, offload, reason)
@@ -55,6 +68,7 @@ def sheets(question: Question) -> Iterator[Plan | Barred]:
                 checkpointing=checkpointing,
                 offload=offload,
                 zero=zero_settings(strategy),
+                fsdp=fsdp_settings(strategy, question.cluster),
             )
 
 

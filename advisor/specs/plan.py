@@ -23,8 +23,12 @@ Count = int | NDArray[Any]
 """A whole number, or many of them side by side."""
 
 
-GroupName = Literal["data"]
-"""Which ranks a message goes round. Data: those that hold the same part of the model and see different sequences."""
+GroupName = Literal["data", "shard", "replica"]
+"""Which ranks a message goes round.
+
+Data: those that hold the same part of the model and see different sequences. Shard: those of them that FSDP's states
+are cut over. Replica: those that hold the same cut.
+"""
 
 
 class Group(NamedTuple):
@@ -41,6 +45,7 @@ class Strategy(Enum):
     DDP = "ddp"
     FSDP = "fsdp"
     FSDP_GRAD_OP = "fsdp-grad-op"
+    HSDP = "hsdp"
     ZERO0 = "zero0"
     ZERO1 = "zero1"
     ZERO2 = "zero2"
@@ -53,7 +58,7 @@ class Strategy(Enum):
 
     @property
     def is_fsdp(self) -> bool:
-        return self in (Strategy.FSDP, Strategy.FSDP_GRAD_OP)
+        return self in (Strategy.FSDP, Strategy.FSDP_GRAD_OP, Strategy.HSDP)
 
     @property
     def title(self) -> str:
@@ -61,6 +66,7 @@ class Strategy(Enum):
             "ddp": "DDP",
             "fsdp": "FSDP full shard",
             "fsdp-grad-op": "FSDP grad-op",
+            "hsdp": "HSDP",
             "zero0": "DeepSpeed stage 0",
             "zero1": "ZeRO-1",
             "zero2": "ZeRO-2",
@@ -133,6 +139,10 @@ class FsdpSettings:
     Without it, whole gradients stay on every rank until the last micro-batch.
     """
 
+    shard_ranks: int | None = None
+    """Of HSDP: how many ranks the states are cut over, usually those of a machine; groups of so many hold the same.
+    None: all."""
+
     def __post_init__(self) -> None:
         if self.version not in (1, 2):
             raise SpecError(f"FSDP has versions 1 and 2, got {self.version}")
@@ -189,6 +199,8 @@ class Plan:
         for name in _COUNTS:
             if np.any(np.asarray(getattr(self, name)) < 1):
                 raise SpecError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.strategy is Strategy.HSDP:
+            self._check_shards()
         if self.offload.optimizer and not self.strategy.zero_stage:
             raise SpecError(
                 f"{self.strategy.title} keeps its optimizer on the GPU; offload needs zero1, zero2 or zero3"
@@ -202,6 +214,18 @@ class Plan:
                 f"Adam swaps {ADAM_BUFFERS} tensors at once (weights, gradients, two moments), got "
                 f"{self.offload_settings.optimizer_buffers} buffers; set offload_optimizer.buffer_count higher"
             )
+
+    def _check_shards(self) -> None:
+        shard = self.shard_ranks
+        if np.any(np.asarray(shard) < 1) or np.any(np.asarray(self.gpus) % shard):
+            raise SpecError(f"{self.gpus} GPUs do not divide into groups of {shard} to cut states over")
+        if self.fsdp.version == 1:
+            raise SpecError("HSDP is modelled for FSDP version 2")
+
+    @property
+    def shard_ranks(self) -> Count:
+        """Ranks that FSDP cuts each tensor over."""
+        return self.gpus if self.fsdp.shard_ranks is None else self.fsdp.shard_ranks
 
     @property
     def swaps(self) -> bool:
@@ -227,6 +251,10 @@ class Plan:
 
     def group(self, name: GroupName) -> Group:
         """The ranks of each group called *name*."""
+        if name == "shard":
+            return Group(self.shard_ranks)
+        if name == "replica":
+            return Group(self.gpus // self.shard_ranks, self.shard_ranks)
         return Group(self.gpus)
 
     @property

@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import cached_property
 
 from advisor.specs.model import AnyLayer, Parameter
+from advisor.specs.plan import Strategy
 from advisor.step.program import Amount, Block, Collective, hold, release
 from advisor.step.scheme import MicroStep, Nodes, Part
 from advisor.step.sharded import Sharded
@@ -26,6 +27,7 @@ Group = tuple[Parameter, ...]
 
 WEIGHTS = "weights"
 """What gathers carry."""
+REPLICA_SUMS = "gradients summed over replicas"
 NORM_IN_ROOT = frozenset({"llama4", "llama4_text"})
 """Families whose final norm accelerate does not find: their ``base_model_prefix`` names no module of theirs."""
 
@@ -106,12 +108,12 @@ class FullyShardedDataParallel(Sharded):
 
     @cached_property
     def shard(self) -> Amount:
-        return row_shards(tuple(self.model.parameters()), self.plan.gpus)
+        return row_shards(tuple(self.model.parameters()), self.plan.shard_ranks)
 
     def _share(self, group: Group) -> Amount:
         """Elements of *group* on one rank."""
         if group not in self._shares:
-            self._shares[group] = row_shards(group, self.plan.gpus)
+            self._shares[group] = row_shards(group, self.plan.shard_ranks)
         return self._shares[group]
 
     @cached_property
@@ -120,7 +122,7 @@ class FullyShardedDataParallel(Sharded):
 
     def _whole(self, group: Group) -> Amount:
         """Bytes of *group* when gathered or reduced, padding included."""
-        return self._share(group) * self.plan.gpus * self.job.compute_bytes
+        return self._share(group) * self.plan.shard_ranks * self.job.compute_bytes
 
     def begin_forward(self) -> Nodes:
         return self._gather_in_forward(self.root, (), "root") if self.root else ()
@@ -200,13 +202,29 @@ class FullyShardedDataParallel(Sharded):
             hold("reduce-scatter input", "buffers", size),
             release("unsharded gradients", "gradients", others),
             self.reduced(self._share(group), size, micro),
+            *self._summed_over_replicas(self._share(group)),
             release("unsharded gradients", "gradients", last),
         )
+
+    def _summed_over_replicas(self, share: Amount) -> Nodes:
+        """HSDP: the reduced share is summed in place over the groups that hold the same.
+
+        It stays until backward is over, also where its gradient is a cast of it (_fsdp_param_group.py
+        ``AllReduceState``).
+        """
+        if self.plan.strategy is not Strategy.HSDP:
+            return ()
+        size = share * self.job.compute_bytes
+        reduce = Collective("gradients", "all-reduce", size, 1, waits=False, group="replica")
+        return (replace(hold(REPLICA_SUMS, "buffers", size * self.casts), moved_bytes=2 * size, transfers=(reduce,)),)
 
     def end_backward(self, micro: MicroStep) -> Nodes:
         if not self.reduces(micro):
             return ()
-        return (release("reduce-scatter input", "buffers", self._whole(self.first)),)
+        ended = release("reduce-scatter input", "buffers", self._whole(self.first))
+        if self.plan.strategy is not Strategy.HSDP:
+            return (ended,)
+        return ended, release(REPLICA_SUMS, "buffers", self.shard * self.job.compute_bytes * self.casts)
 
     def sizes(self) -> Iterator[Amount]:
         return (self._share((parameter,)) for parameter in self.model.parameters())
@@ -217,7 +235,7 @@ class FullyShardedDataParallel(Sharded):
         In forward that begins as soon as the buffer of the group before has been copied out.
         """
         size, cast = self._whole(group), self._share(group) * self.job.compute_bytes * self.casts
-        gather = Collective(WEIGHTS, "all-gather", size, 1, waits=True, ahead=1)
+        gather = Collective(WEIGHTS, "all-gather", size, 1, waits=True, group="shard", ahead=1)
         return Block("gather buffer", "buffers", size, size + cast, moved_bytes=2 * size, transfers=(gather,))
 
     def _send_ahead(self, group: Group) -> Block:

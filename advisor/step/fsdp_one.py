@@ -143,7 +143,7 @@ class FullyShardedDataParallelOne(Sharded):
     def _gather(self, parameters: tuple[Parameter, ...], name: str, ahead: int) -> Nodes:
         """The rank's share is cast, and gathered into the flat tensor that the parameters are views of."""
         size, cast = self._whole(parameters), self._unit(parameters).share * self.job.compute_bytes * self.casts
-        gather = Collective("weights", "all-gather", size, 1, waits=True, ahead=ahead)
+        gather = Collective("weights", "all-gather", size, 1, waits=True, group="shard", ahead=ahead)
         return (
             Block(
                 f"gathered {name}", "parameters", size, size + cast, "buffers", moved_bytes=size, transfers=(gather,)

@@ -24,7 +24,7 @@ class Sharded(Scheme, ABC):
     @property
     def reshards(self) -> bool:
         """Whether gathered weights are freed after forward."""
-        return self.plan.strategy is Strategy.FSDP
+        return self.plan.strategy is not Strategy.FSDP_GRAD_OP
 
     @property
     def casts(self) -> bool:
@@ -84,7 +84,7 @@ class Sharded(Scheme, ABC):
         """
         kept, output = share * self.job.parameter_bytes, share * self.job.compute_bytes * self.casts
         first = micro.first if self.plan.fsdp.syncs_each_micro_batch else 1
-        send = Collective("gradients", "reduce-scatter", whole_bytes, 1, waits=False)
+        send = Collective("gradients", "reduce-scatter", whole_bytes, 1, waits=False, group="shard")
         return Block(
             "gradients, rank's share",
             "gradients",

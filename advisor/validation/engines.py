@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as distributed
-from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import _disable_current_modes
 
 from advisor.launch.train import checkpointing_contexts
@@ -25,7 +24,7 @@ from advisor.specs.job import Job
 from advisor.specs.plan import Checkpointing, Plan
 from advisor.tracing.real_model import described, real_model, recompute_layers, settings_of
 from advisor.validation.measured import Messages
-from advisor.validation.sharding import FORMATS, data_parallel_emulated, fully_sharded
+from advisor.validation.sharding import FORMATS, data_parallel_emulated, fully_sharded, mesh_of
 from advisor.validation.trace import adamw, take_loss
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
@@ -172,7 +171,7 @@ def by_torch(model: Any, job: Job, plan: Plan, device: torch.device) -> Engine:
     wrapper, sharded = model, plan.strategy.is_fsdp
     if sharded:
         with _disable_current_modes():  # the mesh's own list of ranks lies on the host, and is not counted
-            mesh = init_device_mesh(device.type, (int(plan.gpus),))
+            mesh = mesh_of(plan, device.type)
         fully_sharded(model, mesh, job, plan)
     elif distributed.get_backend() == "fake":
         wrapper = data_parallel_emulated(model)

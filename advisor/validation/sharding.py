@@ -45,16 +45,25 @@ def ranks_of(plan: Plan) -> Iterator[Any]:
     if count == 1 and not plan.strategy.is_fsdp:
         yield None
         return
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if distributed.is_initialized():
         distributed.destroy_process_group()
     distributed.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
     try:
-        yield init_device_mesh("cpu", (count,))
+        yield mesh_of(plan, "cpu")
     finally:
         distributed.destroy_process_group()
+
+
+def mesh_of(plan: Plan, device_type: str) -> Any:
+    """The device mesh that FSDP2 cuts tensors over: of HSDP the replicas, and the ranks of each."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    count, shard = int(plan.gpus), int(plan.shard_ranks)
+    if plan.strategy is not Strategy.HSDP:
+        return init_device_mesh(device_type, (count,))
+    return init_device_mesh(device_type, (count // shard, shard), mesh_dim_names=("replica", "shard"))
 
 
 @contextmanager
@@ -139,7 +148,7 @@ def fully_sharded(model: Any, mesh: Any, job: Job, plan: Plan) -> Wrapped:
     half = FORMATS[job.precision] if _mixes(job) else None
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half, output_dtype=half)
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
-    reshards = plan.strategy is Strategy.FSDP
+    reshards = plan.strategy is not Strategy.FSDP_GRAD_OP
     for layer in _layers(model):
         fully_shard(layer, reshard_after_forward=reshards, **options)
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()

@@ -13,7 +13,7 @@ from advisor.errors import SpecError
 from advisor.search.recommend import OFFLOAD_LEAD, TIE_SHARE, recommend, search
 from advisor.search.results import Recommendation, row
 from advisor.search.sheet import price_sheet
-from advisor.search.space import SEARCHED_CHECKPOINTING, VARIANTS, bar, sheets
+from advisor.search.space import SEARCHED_CHECKPOINTING, VARIANTS, bar, fsdp_settings, sheets, variants
 from advisor.specs.plan import Offload, Plan, Strategy, zero_settings
 from advisor.specs.question import Question
 from search.questions import ASKED, answer, bounded, priced, question, variant_of, with_free_communication, with_memory
@@ -26,7 +26,7 @@ def every_legal_plan(asked: Question) -> Iterator[Plan]:
     share = asked.job.global_batch // asked.cluster.gpus
     counts = [(size, share // size) for size in range(1, share + 1) if share % size == 0]
     for strategy, offload, checkpointing, (size, steps) in product(Strategy, Offload, SEARCHED_CHECKPOINTING, counts):
-        if (strategy, offload) in VARIANTS and bar(asked, strategy, offload) is None:
+        if (strategy, offload) in variants(asked.cluster) and bar(asked, strategy, offload) is None:
             yield Plan(
                 strategy=strategy,
                 gpus=asked.cluster.gpus,
@@ -35,6 +35,7 @@ def every_legal_plan(asked: Question) -> Iterator[Plan]:
                 checkpointing=checkpointing,
                 offload=offload,
                 zero=zero_settings(strategy),
+                fsdp=fsdp_settings(strategy, asked.cluster),
             )
 
 
@@ -79,7 +80,7 @@ def test_each_strategy_is_offered_or_rejected_with_a_reason(name: str) -> None:
     found = answer(name)
     listed = [variant_of(each.plan) for each in (*found.plans, *found.rejected)]
 
-    assert sorted(listed, key=str) == sorted(VARIANTS, key=str)
+    assert sorted(listed, key=str) == sorted(variants(ASKED[name].cluster), key=str)
     assert all(each.why for each in (*found.plans, *found.rejected))
 
 

@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from advisor.errors import SpecError
-from advisor.search.space import SEARCHED_CHECKPOINTING, VARIANTS, Barred, bar, micro_batches, sheets
+from advisor.search.space import SEARCHED_CHECKPOINTING, VARIANTS, Barred, bar, micro_batches, sheets, variants
 from advisor.specs.job import Job
 from advisor.specs.plan import Offload, Plan, Strategy
 from search.questions import ASKED, question, variant_of
@@ -48,11 +48,13 @@ def test_each_strategy_comes_with_each_checkpointing_or_with_a_reason(asked: obj
     plans = [each for each in found if isinstance(each, Plan)]
     ruled_out = [each for each in found if isinstance(each, Barred)]
 
+    known = variants(asked.cluster)  # type: ignore[attr-defined]
+
     listed = {(variant_of(plan), plan.checkpointing) for plan in plans}
     assert len(listed) == len(plans)
     assert listed == {(variant, each) for variant, _ in listed for each in SEARCHED_CHECKPOINTING}
-    assert {variant for variant, _ in listed} | {(each.strategy, each.offload) for each in ruled_out} == set(VARIANTS)
-    assert len(listed) / 2 + len(ruled_out) == len(VARIANTS)
+    assert {variant for variant, _ in listed} | {(each.strategy, each.offload) for each in ruled_out} == set(known)
+    assert len(listed) / 2 + len(ruled_out) == len(known)
     assert all(each.why for each in ruled_out)
 
 
@@ -79,6 +81,15 @@ def test_the_variants_are_all_that_a_plan_admits() -> None:
     # Stage 1 with its optimizer on the host keeps whole gradients on the GPU, for which offload was to make room.
     admitted.remove((Strategy.ZERO1, Offload.OPTIMIZER))
     assert sorted(VARIANTS, key=str) == sorted(admitted, key=str)
+
+
+@pytest.mark.parametrize(("gpus", "nodes", "differs"), [(8, 1, False), (4, 4, False), (16, 2, True)])
+def test_hsdp_is_searched_where_there_are_machines_of_several_gpus(gpus: int, nodes: int, differs: bool) -> None:
+    asked = question(gpus=gpus, nodes=nodes, global_batch=16)
+    found = [each for each in sheets(asked) if isinstance(each, Plan) and each.strategy is Strategy.HSDP]
+
+    assert bool(found) == differs
+    assert all(each.group("shard") == (8, 1) and each.group("replica") == (2, 8) for each in found)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -11,6 +11,7 @@ from advisor.errors import SpecError
 from advisor.specs.plan import (
     Checkpointing,
     FsdpSettings,
+    Group,
     Offload,
     OffloadSettings,
     Plan,
@@ -137,7 +138,16 @@ def test_deepspeed_runs_the_zero_stages_and_no_others() -> None:
     stages = {each: each.zero_stage for each in Strategy if each.zero_stage}
 
     assert stages == {Strategy.ZERO1: 1, Strategy.ZERO2: 2, Strategy.ZERO3: 3}
-    assert [each for each in Strategy if each.is_fsdp] == [Strategy.FSDP, Strategy.FSDP_GRAD_OP]
+    assert [each for each in Strategy if each.is_fsdp] == [Strategy.FSDP, Strategy.FSDP_GRAD_OP, Strategy.HSDP]
+
+
+def test_hsdp_cuts_states_over_groups_that_divide_the_gpus() -> None:
+    settings = FsdpSettings(shard_ranks=8)
+    plan = Plan(strategy=Strategy.HSDP, gpus=32, micro_batch=1, fsdp=settings)
+
+    assert (plan.group("shard"), plan.group("replica")) == (Group(8, 1), Group(4, 8))
+    with pytest.raises(SpecError, match="12 GPUs do not divide into groups of 8"):
+        Plan(strategy=Strategy.HSDP, gpus=12, micro_batch=1, fsdp=settings)
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,7 @@ def from_accelerate(file: str, held: Any, json_at: JsonReader, places: Mapping[s
         settings = _deepspeed(deepspeed, json_at, precision, top)
     elif kind == "fsdp":
         warnings += _fsdp(fsdp, found, int(found["nodes"].value) if "nodes" in found else 1)
+        warnings += _replicas(top.table("parallelism_config"), found)
     elif kind == "ddp":
         found["strategy"] = Setting("ddp", top.place("distributed_type"))
     if precision is not None:
@@ -204,6 +205,19 @@ def _fsdp(block: Table, found: dict[str, Setting], nodes: int) -> Iterator[str]:
         found["checkpointing"] = Setting("full", block.place("fsdp_activation_checkpointing"))
     yield from block.not_modelled(FSDP_UNMODELLED)
     block.refuse_others(FSDP_HARMLESS)
+
+
+def _replicas(block: Table, found: dict[str, Setting]) -> Iterator[str]:
+    """HSDP's mesh: groups of ranks that cut the states, and how many of those hold the same."""
+    yield from block.not_modelled({f"parallelism_config_{name}_size": 1 for name in ("tp", "cp", "sp")})
+    replicas, shard = (block.count(f"parallelism_config_dp_{name}_size") for name in ("replicate", "shard"))
+    if replicas in (None, 1):
+        return
+    place = block.place("parallelism_config_dp_replicate_size")
+    if found["strategy"].value != "fsdp" or found["fsdp_version"].value != 2:
+        raise ConfigError(f"{place} {replicas} is modelled for FSDP version 2 with full shards alone")
+    found["strategy"] = Setting("hsdp", place)
+    found["shard_ranks"] = Setting(shard or 1, block.place("parallelism_config_dp_shard_size"))
 
 
 def _sharding(block: Table, found: dict[str, Setting], version: int, nodes: int) -> Iterator[str]:

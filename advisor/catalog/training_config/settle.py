@@ -158,8 +158,8 @@ def offload_settings_of(found: Mapping[str, Setting]) -> OffloadSettings:
 
 
 def fsdp_of(found: Mapping[str, Setting]) -> FsdpSettings:
-    version = found.get("fsdp_version")
-    return FsdpSettings(version=version.value) if version else FsdpSettings()
+    named = {"version": found.get("fsdp_version"), "shard_ranks": found.get("shard_ranks")}
+    return FsdpSettings(**{name: setting.value for name, setting in named.items() if setting})
 
 
 def shown(found: Mapping[str, Setting], width: int) -> list[Input]:

@@ -127,6 +127,14 @@ def test_what_changes_memory_and_is_not_modelled_is_named(path: str, value: Any,
     assert any(f"accelerate.yaml: {path}" in warning for warning in question.warnings)
 
 
+def test_replicas_make_hsdp(tmp_path: Path) -> None:
+    mesh = {"parallelism_config_dp_replicate_size": 2, "parallelism_config_dp_shard_size": 4}
+    config = changed(changed(ACCELERATE_FSDP2, "parallelism_config", mesh), "num_processes", 8)
+    plan = planned(tmp_path, config)[1]
+
+    assert (plan.strategy, plan.shard_ranks) == (Strategy.HSDP, 4)
+
+
 def test_ddp_and_one_process(tmp_path: Path) -> None:
     question, plan = planned(
         tmp_path, {"distributed_type": "MULTI_GPU", "num_processes": 4, "num_machines": 2, "mixed_precision": "fp16"}
