@@ -146,8 +146,3 @@ def _block_seconds(block: Block, at: Rates) -> Amount:
         + moved / (at.moved_bytes_per_s if others else at.operand_bytes_per_s)
         + others * at.kernel_floor_s
     )
-
-
-def compute_seconds(node: Node, at: Rates) -> Amount:
-    """Time of *node*: the GPU's own, or that of launching its kernels one by one in eager mode if that is longer."""
-    return np.maximum(busy_seconds(node, at), kernels(node) * at.kernel_launch_s)

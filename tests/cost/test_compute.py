@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from advisor.cost.compute import Work, busy_seconds, compute_seconds, kernels, rates, work
+from advisor.cost.compute import Work, busy_seconds, kernels, rates, work
 from advisor.cost.kernels import product_seconds
 from advisor.errors import SpecError
 from advisor.step.program import Block, Matmul, phase, repeat, then
@@ -72,11 +72,10 @@ def test_every_kernel_takes_its_least_time() -> None:
     assert busy_seconds(ATTENTION, at) == pytest.approx(busy_seconds(ATTENTION, AT) + 3 * 2e-6)
 
 
-def test_many_small_kernels_take_as_long_as_launching_them() -> None:
+def test_launching_kernels_is_counted_and_not_in_what_keeps_the_gpu_busy() -> None:
     small = repeat(Block("small", "activations", moved_bytes=200, kernels=1), 5000)
 
     assert kernels(small) == 5000
-    assert compute_seconds(small, AT) == pytest.approx(5000 * 1e-5)
     assert busy_seconds(small, AT) == pytest.approx(5000 * 200 / 1e12)
 
 
