@@ -5,8 +5,8 @@
 Reads profiles/measured/step_times.csv. Nothing is fitted here: rates of products and attention come from measured
 kernels (benchmarks/fit_rates.py), links from profiles/links.csv. Two things do come from these runs: the host
 bandwidth, from two of the Llama-3.1-8B runs with CPU offload, and the time range of the calibration, from the spread
-printed last. Some runs used another FlashAttention than the one that the calibration describes; its share of the peak
-is set here.
+printed last. Runs used the FlashAttention of their day, whose share of the peak is set here, in place of the kernel
+that torch takes today.
 
 MPT's blocks are written out below, as the catalog has no such family; its norms have no biases, which is left out.
 """
@@ -34,15 +34,15 @@ from advisor.step.build import build
 
 Row = Mapping[str, str]
 
-ATTENTION_SHARES: dict[str, dict[str, float]] = {
-    # FlashAttention-1 reaches 25 to 40 % of an A100 (arXiv:2307.08691, abstract). On Hopper it is taken to lose as much
-    # as FlashAttention-2 does, from 0.51 to 0.35.
-    "flash-attention-1": {"8.0": 0.325, "default": 0.22},
-    # FlashAttention-3 is 1.5 to 2 times as fast as FlashAttention-2 in forward and 1.5 to 1.75 times in backward on
-    # Hopper (arXiv:2407.08608, abstract and section 4.1); FlashAttention-2 reaches 35 % there.
-    "flash-attention-3": {"default": 0.35 * 1.7},
+ATTENTION_SHARES: dict[str, dict[str, tuple[float, float]]] = {
+    # FlashAttention-1 reaches 25 to 40 % of an A100 (arXiv:2307.08691, abstract), the most on long sequences. On Hopper
+    # it is taken to lose as much as FlashAttention-2 does, from 0.68 to 0.42.
+    "flash-attention-1": {"8.0": (0.4, 0.4), "9.0": (0.25, 0.25)},
+    # Fitted by benchmarks/fit_rates.py, as the calibration's FlashAttention-2 is.
+    "flash-attention-2": {"8.0": (0.68, 0.6), "9.0": (0.42, 0.38)},
+    "flash-attention-3": {"9.0": (0.69, 0.62)},
 }
-"""Shares of the dense peak by compute capability; FlashAttention-2 is what the calibration describes."""
+"""Shares of the dense peak, forward and backward, by compute capability."""
 MPT_VOCABULARY = 50368
 HOST_MEMORY_BYTES = 2**41
 """Plays no part in time."""
@@ -99,8 +99,9 @@ def predict(row: Row) -> StepTime:
     """The time of a run by the calibration's constants and the attention kernel of its day."""
     gpu, gpus = find_gpu(row["gpu"]), int(row["gpus"])
     calibration = find_calibration()
-    shares = ATTENTION_SHARES.get(row["attention_kernel"], calibration.attention_efficiency)
-    calibration = replace(calibration, attention_efficiency=shares)
+    shares = ATTENTION_SHARES[row["attention_kernel"]][gpu.compute_capability]
+    kernels = {**calibration.attention_efficiency, f"sdpa, {gpu.compute_capability}": shares}
+    calibration = replace(calibration, attention_efficiency=kernels)
     cluster = Cluster(
         gpu=gpu,
         gpus=gpus,

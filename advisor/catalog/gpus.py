@@ -65,6 +65,7 @@ def _gpu(row: Row) -> Gpu:
         host_link=row.text("host_link"),
         architecture=row.text("architecture"),
         compute_capability=row.text("compute_capability"),
+        multiprocessors=None if (count := row.optional_number("multiprocessors")) is None else int(count),
         power_w=row.optional_number("power_w"),
         assumed_fields=assumed,
         source=row.text("source"),

@@ -1,37 +1,23 @@
-"""How long a GPU computes: matrix products by their work, everything else by the bytes it moves.
+"""What the step program asks a GPU to compute, and how long the GPU is busy with it.
 
-    seconds = products / (share of the dense peak) + moved bytes / (share of memory bandwidth)
+    busy = products (kernels.py) + other moved bytes / (share of memory bandwidth) + kernels · floor
 
-Both terms add up because a kernel does not hide all its memory traffic behind its products. A product's operands are
-among the moved bytes, so its rate rises with its arithmetic intensity and ends at the stated share of the peak: this is
-the measured-rate curve, with one constant per generation of GPUs. ``benchmarks/fit_rates.py`` fits it to
-``profiles/rates/matmul.csv`` and prints the errors. Left out: how well a shape fills the GPU's tiles and waves, hits in
-its L2 cache, and layouts, which move single shapes by tens of per cent.
+A kernel does not hide what it moves behind what others compute, so times add up. Bytes that a block moves beyond its
+products' operands are those of its other kernels, such as norms, activations, casts and the optimizer's update.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 
+from advisor.cost.kernels import Rates, product_seconds
 from advisor.errors import SpecError
 from advisor.specs.calibration import Calibration
 from advisor.specs.hardware import Gpu
 from advisor.specs.job import Precision
-from advisor.step.program import Amount, Block, Node, Repeat, read_once, total
-
-
-class Rates(NamedTuple):
-    """What one GPU achieves in one number format."""
-
-    peak_flop_per_s: float
-    linear_flop_per_s: float
-    """Matrix products with weights, once their operands are there."""
-    attention_flop_per_s: float
-    """Products of the attention kernel."""
-    moved_bytes_per_s: float
-    kernel_launch_s: float
+from advisor.step.program import Amount, Block, FusedAttention, Node, Repeat, Sequence, read_once, total
 
 
 def rates(gpu: Gpu, precision: Precision, calibration: Calibration) -> Rates:
@@ -43,11 +29,24 @@ def rates(gpu: Gpu, precision: Precision, calibration: Calibration) -> Rates:
     if peak is None:
         known = ", ".join(sorted(gpu.peak_flop_per_s))
         raise SpecError(f"{gpu.name} has no known {precision} rate; choose --precision among: {known}")
+    share, bandwidth = calibration.linear_share(gpu), gpu.memory_bandwidth_bytes_per_s
+    attention: dict[FusedAttention, tuple[float, float]] = {}
+    for kernel in get_args(FusedAttention):
+        forward, backward = calibration.attention_shares(kernel, gpu)
+        attention[kernel] = peak * forward, peak * backward
     return Rates(
         peak_flop_per_s=peak,
-        linear_flop_per_s=peak * calibration.linear_share(gpu.compute_capability),
-        attention_flop_per_s=peak * calibration.attention_share(gpu.compute_capability),
-        moved_bytes_per_s=gpu.memory_bandwidth_bytes_per_s * calibration.bandwidth_efficiency,
+        linear_flop_per_s=peak * share,
+        single_flop_per_s=gpu.peak_flop_per_s.get("fp32", peak) * share,
+        attention_flop_per_s=attention,
+        attention_extra_columns=calibration.attention_extra_columns,
+        attention_narrow_share=calibration.attention_narrow_share,
+        multiprocessors=gpu.multiprocessors,
+        moved_bytes_per_s=bandwidth * calibration.bandwidth_efficiency,
+        copied_bytes_per_s=bandwidth * calibration.copy_efficiency,
+        operand_bytes_per_s=bandwidth * calibration.operand_bandwidth_efficiency,
+        product_floor_s=calibration.product_floor_s,
+        kernel_floor_s=calibration.kernel_floor_s,
         kernel_launch_s=calibration.kernel_launch_s,
     )
 
@@ -89,7 +88,7 @@ def work(node: Node) -> Work:
 
 
 def _block_work(block: Block) -> Work:
-    if not block.matmuls and _is_zero(block.moved_bytes) and _is_zero(block.kernels):
+    if _is_idle(block):
         return NO_WORK
     linear = total(product.flop for product in block.matmuls if product.kind == "linear")
     scores = [product for product in block.matmuls if product.kind == "attention"]
@@ -98,8 +97,13 @@ def _block_work(block: Block) -> Work:
     return Work(linear, attention, whole, block.moved_bytes, block.kernels)
 
 
+def _is_idle(block: Block) -> bool:
+    """Whether *block* gives a GPU nothing to do, as most blocks."""
+    return not block.matmuls and _is_zero(block.moved_bytes) and _is_zero(block.kernels)
+
+
 def _is_zero(amount: Amount) -> bool:
-    """Whether *amount* is a plain zero, as most blocks' are; arrays are not looked into."""
+    """Whether *amount* is a plain zero; arrays are not looked into."""
     return isinstance(amount, int) and amount == 0
 
 
@@ -111,20 +115,34 @@ def kernels(node: Node) -> Amount:
 def busy_seconds(node: Node, at: Rates) -> Amount:
     """How long the GPU itself is busy with one run of *node*, outside of its init phase.
 
-    What launching the kernels costs the CPU is not in it (:func:`kernels`).
+    What launching the kernels costs the CPU is not in it (:func:`kernels`). Of sequences and repeats, what was read
+    last is kept with them.
     """
-    return gpu_seconds(work(node), at)
+    if isinstance(node, Block):
+        return _block_seconds(node, at)
+    found: tuple[Rates, Amount] | None = node.read.get(busy_seconds)
+    if found is None or found[0] != at:
+        found = at, _seconds(node, at)
+        node.read[busy_seconds] = found
+    return found[1]
 
 
-def gpu_seconds(done: Work, at: Rates) -> Amount:
-    """The GPU's own time of *done*."""
+def _seconds(node: Sequence | Repeat, at: Rates) -> Amount:
+    if isinstance(node, Repeat):
+        return node.times * busy_seconds(node.body, at)
+    if node.phase == "init":
+        return 0.0
+    idle = (isinstance(step, Block) and _is_idle(step) for step in node.steps)
+    return total(busy_seconds(step, at) for step, skipped in zip(node.steps, idle, strict=True) if not skipped)
+
+
+def _block_seconds(block: Block, at: Rates) -> Amount:
+    if not block.matmuls:
+        return block.moved_bytes / at.moved_bytes_per_s + block.kernels * at.kernel_floor_s
+    others = max(block.kernels - sum(product.fused is None for product in block.matmuls), 0)
+    moved = np.maximum(block.moved_bytes - total(product.operand_bytes for product in block.matmuls), 0)
     return (
-        done.linear_flop / at.linear_flop_per_s
-        + done.attention_flop / at.attention_flop_per_s
-        + done.moved_bytes / at.moved_bytes_per_s
+        total(product_seconds(product, at) for product in block.matmuls)
+        + moved / (at.moved_bytes_per_s if others else at.operand_bytes_per_s)
+        + others * at.kernel_floor_s
     )
-
-
-def compute_seconds(node: Node, at: Rates) -> Amount:
-    """Time of *node*: the GPU's own, or that of launching its kernels one by one in eager mode if that is longer."""
-    return np.maximum(busy_seconds(node, at), kernels(node) * at.kernel_launch_s)

@@ -109,6 +109,7 @@ def gpu_row(gpu: Gpu) -> Json:
         **{f"{number}_flop_per_s": gpu.peak_flop_per_s.get(number) for number in NUMBER_FORMATS},
         "link": gpu.link,
         "host_link": gpu.host_link,
+        "multiprocessors": gpu.multiprocessors,
         "power_w": gpu.power_w,
         "assumed_fields": " ".join(gpu.assumed_fields),
         "source": gpu.source,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from advisor.specs.hardware import Gpu
 from advisor.specs.plan import Plan
 
 Range = tuple[float, float]
@@ -42,12 +43,25 @@ class Calibration:
     time_ranges: Mapping[str, Range]
     """The same for step times."""
     matmul_efficiency: Mapping[str, float]
-    """Share of the dense peak that matrix products reach beside the time in which their operands move, by compute
-    capability, ``default`` for others."""
-    attention_efficiency: Mapping[str, float]
-    """The same share for the products inside a fused attention kernel, which skips masked blocks."""
+    """Share of the dense peak that matrix products keep up for as long as training lasts, beside the time in which
+    their operands move; by the GPU's name or its compute capability, ``default`` for others."""
+    attention_efficiency: Mapping[str, Sequence[float]]
+    """The same share for the products inside a fused attention kernel on long sequences, forward and backward; by the
+    kernel (``FusedAttention``) and, after a comma, what ``matmul_efficiency`` goes by."""
+    attention_extra_columns: float
+    """Columns of the scores by which every query's row takes longer than what it sees of it."""
+    attention_narrow_share: float
+    """What heads of at most 64 dimensions keep of those shares."""
     bandwidth_efficiency: float
-    """Share of memory bandwidth at which kernels move their bytes."""
+    """Share of memory bandwidth at which kernels of norms, activations and updates move their bytes."""
+    copy_efficiency: float
+    """The same for a large copy: what a kernel reaches at most."""
+    operand_bandwidth_efficiency: float
+    """The same for operands of a product, beside its computing; above 1, as part of it hides behind that."""
+    product_floor_s: float
+    """Least time of a matrix product on the GPU."""
+    kernel_floor_s: float
+    """Least time of any other kernel there."""
     kernel_launch_s: float
     """Least time between two kernels in eager mode."""
     overlap_share: float
@@ -85,10 +99,17 @@ class Calibration:
         major = compute_capability.split(".")[0]
         return self.matmul_workspace_bytes.get(major, self.matmul_workspace_bytes["default"])
 
-    def linear_share(self, compute_capability: str) -> float:
-        """Share of the dense peak for matrix products on a GPU of *compute_capability*, such as ``9.0``."""
-        return self.matmul_efficiency.get(compute_capability, self.matmul_efficiency["default"])
+    def linear_share(self, gpu: Gpu) -> float:
+        """Share of the dense peak for matrix products on *gpu*."""
+        return next(self.matmul_efficiency[key] for key in _keys(gpu) if key in self.matmul_efficiency)
 
-    def attention_share(self, compute_capability: str) -> float:
-        """The same for fused attention."""
-        return self.attention_efficiency.get(compute_capability, self.attention_efficiency["default"])
+    def attention_shares(self, kernel: str, gpu: Gpu) -> tuple[float, float]:
+        """The same for the fused attention *kernel*, forward and backward."""
+        named = (f"{kernel}, {key}" for key in _keys(gpu))
+        forward, backward = next(self.attention_efficiency[key] for key in named if key in self.attention_efficiency)
+        return forward, backward
+
+
+def _keys(gpu: Gpu) -> tuple[str, ...]:
+    """What a rate of *gpu* may stand under, the nearest to it first."""
+    return gpu.name, gpu.compute_capability, "default"

@@ -24,6 +24,8 @@ class Gpu:
     """Name of the link to host memory."""
     architecture: str
     compute_capability: str
+    multiprocessors: int | None = None
+    """Streaming multiprocessors, or compute units; None where unknown."""
     power_w: float | None = None
     assumed_fields: tuple[str, ...] = ()
     """Facts without a published source."""

@@ -7,6 +7,7 @@ torch prefers on Hopper and newer, keeps tensors of the same sizes as flash.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from advisor.specs.job import AttentionKernel
@@ -21,7 +22,7 @@ from advisor.step.operators import (
     view,
     weight_gradient,
 )
-from advisor.step.program import Matmul
+from advisor.step.program import FusedAttention, Matmul
 from advisor.step.tape import Gradients, Product, Tape, Tensor, Weight
 from advisor.step.weights import Weights
 
@@ -67,7 +68,8 @@ def attend(
     chosen = chosen_kernel(spec, tape.compute_bytes, kernel, masked=bias is not None, grouped=grouped)
     if chosen == "math":
         return _math(tape, query, key, value, spec, bias)
-    output = _fused(tape, query, key, value, spec, bias, chosen)
+    fused: FusedAttention = "flash" if kernel == "flash" else "sdpa" if chosen == "flash" else "memory-efficient"
+    output = _fused(tape, query, key, value, spec, bias, chosen, fused)
     # Flash lays its output out as its queries, which a concatenating rotation leaves head by head.
     return copy(tape, output) if chosen == "flash" and spec.rotates_by_head else output
 
@@ -134,17 +136,23 @@ def seen_share(tape: Tape, spec: Attention) -> float:
     return spec.window / length * (1 - spec.window / (2 * length))
 
 
-def _score_products(tape: Tape, spec: Attention, share: float) -> tuple[Product, Product]:
-    """The products scores = q·kᵀ and output = p·v of every head."""
-    length = tape.sequence_length
+def _score_products(spec: Attention, whole: Matmul) -> tuple[Product, Product]:
+    """The products scores = q·kᵀ and output = p·v of every head, where *whole* says all but their sizes."""
     return (
-        Product(Matmul(length, length, spec.head_dim, spec.heads, "attention", share), "count"),
-        Product(Matmul(length, spec.value_head_dim, length, spec.heads, "attention", share), "count"),
+        Product(replace(whole, k=spec.head_dim), "count"),
+        Product(replace(whole, n=spec.value_head_dim), "count"),
     )
 
 
 def _fused(
-    tape: Tape, query: Tensor, key: Tensor, value: Tensor, spec: Attention, bias: Tensor | None, kernel: Kernel
+    tape: Tape,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spec: Attention,
+    bias: Tensor | None,
+    kernel: Kernel,
+    fused: FusedAttention,
 ) -> Tensor:
     """Flash or memory-efficient kernel: saves inputs, output and an fp32 log-sum-exp per head and token.
 
@@ -158,8 +166,9 @@ def _fused(
     log_sum_exp, _ = tape.keep(rows * spec.heads * needs_rows, 4)
     # A kernel that gets a mask computes what the mask hides.
     share = seen_share(tape, spec) if kernel == "flash" or bias is None else 1.0
+    whole = Matmul(length, length, length, spec.heads, "attention", share, tape.compute_bytes, fused)
     if fresh:
-        tape.work(query, key, value, output, matmuls=_score_products(tape, spec, share))
+        tape.work(query, key, value, output, matmuls=_score_products(spec, whole))
     kept = Tensor(output.numel, output.element_bytes, True, output.storage)
 
     def backward(tape: Tape, gradient: Tensor) -> Gradients:
@@ -167,7 +176,7 @@ def _fused(
         scratch = _flash_scratch(tape, spec, expanded=key.numel < query.numel) if kernel == "flash" else None
         each_bias = tape.new(bias.numel, bias.element_bytes) if bias and bias.node else None
         touched = (query, key, value, kept, log_sum_exp, gradient, *gradients)
-        scores, outputs = _score_products(tape, spec, share)
+        scores, outputs = _score_products(spec, replace(whole, backward=True))
         tape.work(*touched, matmuls=(scores, scores, scores, outputs, outputs), kernels=3)
         del scratch
         if each_bias is None:
@@ -336,7 +345,8 @@ def expand_heads(tape: Tape, x: Tensor, spec: Attention, *, copies: bool = True)
 def matrix_product(tape: Tape, left: Tensor, right: Tensor, spec: Attention, *, scores: bool) -> Tensor:
     """A batch of products per head that saves both sides: q·kᵀ where *scores*, else p·v."""
     length = tape.sequence_length
-    product = _score_products(tape, spec, 1.0)[0 if scores else 1]
+    whole = Matmul(length, length, length, spec.heads, "attention", element_bytes=left.element_bytes)
+    product = _score_products(spec, whole)[0 if scores else 1]
     output = tape.new(spec.heads * length * (length if scores else spec.value_head_dim), left.element_bytes)
     tape.work(left, right, output, matmuls=(product,))
 

@@ -103,13 +103,13 @@ def _product_in_fp32(tape: Tape, x: Tensor, weight: Weight) -> Tensor:
     rows = x.numel // inside
     wide = tape.new(weight.parameter.numel, 4, scales=False)
     output = tape.new(rows * outside, 4)
-    tape.work(x, output, wide, matmuls=(Product(Matmul(rows, outside, inside), "m"),), kernels=2)
+    tape.work(x, output, wide, matmuls=(Product(Matmul(rows, outside, inside, element_bytes=4), "m"),), kernels=2)
 
     def backward(tape: Tape, gradient: Tensor) -> Gradients:
         for_x = tape.new(rows * inside, 4)
-        tape.work(gradient, for_x, wide, matmuls=(Product(Matmul(rows, inside, outside), "m"),))
+        tape.work(gradient, for_x, wide, matmuls=(Product(Matmul(rows, inside, outside, element_bytes=4), "m"),))
         full = tape.new(weight.parameter.numel, 4, scales=False)
-        tape.work(gradient, x, full, matmuls=(Product(Matmul(outside, inside, rows), "k"),))
+        tape.work(gradient, x, full, matmuls=(Product(Matmul(outside, inside, rows, element_bytes=4), "k"),))
         if weight.element_bytes == 4:
             return for_x, full
         narrow = weight_gradient(tape, weight.parameter, weight.element_bytes)
@@ -144,14 +144,15 @@ def expert_product(tape: Tape, x: Tensor, weight: Weight, inside: int, outside: 
     matrix = compute_copy(tape, weight)
     rows, compute_bytes = x.numel // inside, tape.compute_bytes
     output = tape.new(rows * outside, compute_bytes)
-    forwards = (Product(Matmul(rows, outside, inside), "m"),)
+    forwards = (Product(Matmul(rows, outside, inside, element_bytes=compute_bytes), "m"),)
     tape.work(x, output, matmuls=forwards, fixed_moved_bytes=matrix.size_bytes)
 
     def backward(tape: Tape, gradient: Tensor) -> Gradients:
         for_matrix = weight_gradient(tape, weight.parameter, compute_bytes)
-        tape.work(gradient, x, for_matrix, matmuls=(Product(Matmul(outside, inside, rows), "k"),))
+        weights = (Product(Matmul(outside, inside, rows, element_bytes=compute_bytes), "k"),)
+        tape.work(gradient, x, for_matrix, matmuls=weights)
         for_x = tape.new(rows * inside, compute_bytes)
-        backwards = (Product(Matmul(rows, inside, outside), "m"),)
+        backwards = (Product(Matmul(rows, inside, outside, element_bytes=compute_bytes), "m"),)
         tape.work(gradient, for_x, matmuls=backwards, fixed_moved_bytes=matrix.size_bytes)
         return for_x, for_matrix
 
@@ -270,15 +271,16 @@ def grouped_product(tape: Tape, x: Tensor, weight: Weight, bias: Weight | None, 
     rows = x.numel // inside
     output = tape.new(rows * outside, x.element_bytes)
     weight_bytes = weight.parameter.numel * weight.element_bytes
-    tape.work(x, output, matmuls=(Product(Matmul(rows, outside, inside), "m"),), fixed_moved_bytes=weight_bytes)
+    forwards = (Product(Matmul(rows, outside, inside, element_bytes=x.element_bytes), "m"),)
+    tape.work(x, output, matmuls=forwards, fixed_moved_bytes=weight_bytes)
 
     def backward(tape: Tape, gradient: Tensor) -> Gradients:
         for_x = tape.new(rows * inside, x.element_bytes)
-        tape.work(
-            gradient, for_x, matmuls=(Product(Matmul(rows, inside, outside), "m"),), fixed_moved_bytes=weight_bytes
-        )
+        backwards = (Product(Matmul(rows, inside, outside, element_bytes=x.element_bytes), "m"),)
+        tape.work(gradient, for_x, matmuls=backwards, fixed_moved_bytes=weight_bytes)
         for_weight = weight_gradient(tape, weight.parameter, weight.element_bytes)
-        tape.work(gradient, x, for_weight, matmuls=(Product(Matmul(outside, inside, rows), "k"),))
+        weights = (Product(Matmul(outside, inside, rows, element_bytes=x.element_bytes), "k"),)
+        tape.work(gradient, x, for_weight, matmuls=weights)
         for_bias = weight_gradient(tape, bias.parameter, bias.element_bytes) if bias else None
         return for_x, for_weight, for_bias
 

@@ -91,7 +91,7 @@ def fused_loss(tape: Tape, hidden: Tensor, model: ModelSpec, weights: Weights) -
     operands.clear()
     if casts:
         operands.append(tape.new(width, wide, scales=rows))
-    products = tuple(Product(Matmul(tokens, vocabulary, width), "m") for _ in range(3))
+    products = (Product(Matmul(tokens, vocabulary, width, element_bytes=wide), "m"),) * 3
     matrix_moved = pieces * matrix.parameter.numel * (2 * wide + 2 * matrix.element_bytes)
     moved = 5 * tokens * vocabulary * wide
     tape.work(
@@ -169,8 +169,8 @@ class _Pieces:
     def work(self, times: int) -> None:
         """*times* the product of all pieces, each of which reads or writes the whole matrix or its gradient."""
         tape, tokens = self.tape, self.tape.sequence_length
-        products = tuple(Product(Matmul(tokens, self.vocabulary, self.width), "m") for _ in range(times))
+        product = Product(Matmul(tokens, self.vocabulary, self.width, element_bytes=tape.compute_bytes), "m")
         # Logits in the compute format and in fp32, their softmax and its gradient.
         moved = 16 * tokens * self.vocabulary + self.hidden.size_bytes
         matrix = tokens * self.width * self.vocabulary * tape.compute_bytes // LOSS_TOKENS
-        tape.work(matmuls=products, moved_bytes=times * (moved + matrix), kernels=4 * times)
+        tape.work(matmuls=(product,) * times, moved_bytes=times * (moved + matrix), kernels=4 * times)

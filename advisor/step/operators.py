@@ -244,7 +244,7 @@ def linear(tape: Tape, x: Tensor, weight: Weight, bias: Weight | None = None) ->
     tokens, compute_bytes = x.numel // inside, tape.compute_bytes
     output, fresh = tape.keep(tokens * outside, compute_bytes)
     if fresh:
-        products = (Product(Matmul(tokens, outside, inside), "m"),)
+        products = (Product(Matmul(tokens, outside, inside, element_bytes=compute_bytes), "m"),)
         tape.work(x, output, matmuls=products, fixed_moved_bytes=matrix.size_bytes)
 
     def backward(tape: Tape, gradient: Tensor) -> Gradients:
@@ -252,10 +252,11 @@ def linear(tape: Tape, x: Tensor, weight: Weight, bias: Weight | None = None) ->
         if for_offset:
             tape.work(gradient, for_offset)
         for_x = tape.new(tokens * inside, compute_bytes)
-        backwards = (Product(Matmul(tokens, inside, outside), "m"),)
+        backwards = (Product(Matmul(tokens, inside, outside, element_bytes=compute_bytes), "m"),)
         tape.work(gradient, for_x, matmuls=backwards, fixed_moved_bytes=matrix.size_bytes)
         for_matrix = weight_gradient(tape, weight.parameter, compute_bytes)
-        tape.work(gradient, x, for_matrix, matmuls=(Product(Matmul(outside, inside, tokens), "k"),))
+        weights = (Product(Matmul(outside, inside, tokens, element_bytes=compute_bytes), "k"),)
+        tape.work(gradient, x, for_matrix, matmuls=weights)
         return for_x, for_matrix, for_offset
 
     return tape.attach(output, [x, matrix, offset], backward)

@@ -41,6 +41,10 @@ Category = Literal[
     "rounding",
 ]
 
+FusedAttention = Literal["sdpa", "flash", "memory-efficient"]
+"""A kernel that never writes the scores: the one torch chooses by itself, FlashAttention's package, or the one that
+torch has for masks."""
+
 CollectiveKind = Literal["all-reduce", "all-gather", "reduce-scatter", "broadcast"]
 CopyKind = Literal["host-to-device", "device-to-host", "nvme-to-host", "host-to-nvme"]
 
@@ -81,12 +85,27 @@ class Matmul:
     k: Amount
     count: Amount = 1
     kind: Literal["linear", "attention"] = "linear"
-    flop_share: float = 1.0
+    flop_share: Amount = 1.0
     """Share of the work that is done, such as one half under a causal mask."""
+    element_bytes: int = 2
+    """Of each operand and the result."""
+    fused: FusedAttention | None = None
+    """The kernel that it is a part of; None where it is one by itself."""
+    backward: bool = False
+    """Whether that kernel computes gradients."""
 
     @property
     def flop(self) -> Amount:
         return 2.0 * self.m * self.n * self.k * self.count * self.flop_share
+
+    @property
+    def operand_bytes(self) -> Amount:
+        """What it reads and writes in device memory, each matrix once; a fused kernel never writes the scores."""
+        if self.fused is not None:
+            elements = np.minimum(self.n, self.k) * (self.m + np.maximum(self.n, self.k))
+        else:
+            elements = self.m * self.k + self.k * self.n + self.m * self.n
+        return elements * self.count * self.element_bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,7 +124,7 @@ class Block:
     matmuls: tuple[Matmul, ...] = ()
     moved_bytes: Amount = 0
     """Bytes that its kernels read and write in device memory, the operands of its products among them."""
-    kernels: Amount = 0
+    kernels: int = 0
     """How many kernels it launches."""
     transfers: tuple[Collective | Copy, ...] = ()
     awaits: str = ""

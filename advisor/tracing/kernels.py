@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -41,11 +42,13 @@ def _products(
         shapes = (tuple(each.shape) for each in (left, right, output))
         weighted = any(shape in weights or (*shape[:-2], *shape[:-3:-1]) in weights for shape in shapes)
         count, m, k = left.shape
-        return (Shape(m, right.shape[2], k, count, "linear" if weighted else "attention"),)
+        kind: Literal["linear", "attention"] = "linear" if weighted else "attention"
+        return (Shape(m, right.shape[2], k, count, kind, element_bytes=left.element_size()),)
     if name in _PLAIN:
         left, right = _PLAIN[name](args)
         # A grouped product's weights have one matrix per group, and each row meets one of them.
-        return (Shape(left.shape[-2], right.shape[-1], left.shape[-1], 1, "linear"),)
+        m, k = left.shape[-2:]
+        return (Shape(m, right.shape[-1], k, 1, "linear", element_bytes=left.element_size()),)
     counted = flop_registry.get(func._overloadpacket)
     if counted is None:
         return ()
@@ -69,6 +72,16 @@ def _attention(name: str, func: Any, args: Any, kwargs: Any) -> tuple[Shape, ...
     query, key, value = given["query"], given["key"], given["value"]
     batch, heads, length, width = query.shape
     share = CAUSAL_SHARE if given.get("is_causal") else 1.0
-    scores = Shape(length, key.shape[2], width, batch * heads, "attention", share)
-    outputs = Shape(length, value.shape[3], key.shape[2], batch * heads, "attention", share)
-    return (scores, scores, scores, outputs, outputs) if "backward" in name else (scores, outputs)
+    whole = Shape(
+        length,
+        key.shape[2],
+        key.shape[2],
+        batch * heads,
+        "attention",
+        share,
+        query.element_size(),
+        "memory-efficient" if "efficient" in name else "sdpa",
+        "backward" in name,
+    )
+    scores, outputs = replace(whole, k=width), replace(whole, n=value.shape[3])
+    return (scores, scores, scores, outputs, outputs) if whole.backward else (scores, outputs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from advisor.step.program import Category
+from advisor.step.program import Category, FusedAttention
 
 EMBEDDING, LOSS, HEAD = "embedding", "loss", "head"
 
@@ -31,7 +31,7 @@ class Taken:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """*count* products (m x k)(k x n)."""
+    """*count* products (m x k)(k x n), as :class:`advisor.step.program.Matmul` has them."""
 
     m: int
     n: int
@@ -39,6 +39,9 @@ class Shape:
     count: int
     kind: Literal["linear", "attention"]
     flop_share: float = 1.0
+    element_bytes: int = 2
+    fused: FusedAttention | None = None
+    backward: bool = False
 
 
 @dataclass(frozen=True, slots=True)

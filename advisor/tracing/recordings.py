@@ -173,7 +173,8 @@ def _product(few: Shape, many: Shape) -> Product:
         grows, k = "k", _split(few.k, many.k)[0]
     elif few.count != many.count:
         grows, count = "count", _split(few.count, many.count)[0]
-    return Product(Matmul(m, n, k, count, few.kind, few.flop_share), grows)
+    matmul = Matmul(m, n, k, count, few.kind, few.flop_share, few.element_bytes, few.fused, few.backward)
+    return Product(matmul, grows)
 
 
 def _split(few: int, many: int) -> tuple[int, int]:

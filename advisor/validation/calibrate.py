@@ -25,14 +25,16 @@ from advisor.specs.question import Question
 from advisor.tracing.real_model import needs_torch
 from advisor.validation import rates
 from advisor.validation.conformal import COVERAGE, least_count, ranges
-from advisor.validation.fitting import Fit, errors, from_records, operations, residuals, share_of_peak
+from advisor.validation.fitting import Fit, Timed, errors, from_records, operations, residuals, share_of_peak
 from advisor.validation.machine import ADAM_PARAMETERS, COPY_BYTES, sections
-from advisor.validation.rates import Rate
+from advisor.validation.rates import Kind, Rate
 from advisor.validation.record import write_whole
 from advisor.validation.store import own, own_path
 
 BUDGET_S = 60.0
 MODEL = "Qwen2.5-1.5B"
+
+ATTENTION: tuple[Kind, Kind] = ("attention forward", "attention backward")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,24 +153,23 @@ def _constants(found: Sequence[Rate], gpu: Gpu | None, gpus: int, before: Calibr
 
 def _of_gpu(by_kind: Mapping[str, list[Rate]], gpu: Gpu, before: Calibration) -> dict[str, tuple[Any, str]]:
     values: dict[str, tuple[Any, str]] = {}
-    capability, share = gpu.compute_capability, before.bandwidth_efficiency
+    at = before
     copies = [each for each in by_kind.get("copy", []) if each.sizes["size_bytes"] == COPY_BYTES["cuda"]]
     if copies:
         share = copies[0].bytes_per_s / gpu.memory_bandwidth_bytes_per_s
-        values["bandwidth_efficiency"] = share, "a copy of 1 GiB within device memory"
+        others = before.bandwidth_efficiency * share / before.copy_efficiency
+        at = replace(before, copy_efficiency=share, bandwidth_efficiency=others)
+        values["copy_efficiency"] = share, "a copy of 1 GiB within device memory"
+        values["bandwidth_efficiency"] = others, "as far below that copy as usual"
     if by_kind.get("launch"):
         values["kernel_launch_s"] = by_kind["launch"][0].seconds, "additions of one number, one after the other"
-    for name, kinds in (
-        ("matmul_efficiency", ("product",)),
-        ("attention_efficiency", ("attention forward", "attention backward")),
-    ):
-        some = [each for kind in kinds for each in by_kind.get(kind, [])]
-        if some:
-            timed = operations(gpu, some)
-            fitted = share_of_peak(timed, share)
-            missed = errors(timed, fitted, share)
-            said = f"{len(some)} operations, errors mean {missed.mean():.1%}, max {missed.max():.1%}"
-            values[name] = {capability: fitted}, said
+    some = [each for rates_of_kind in by_kind.values() for each in rates_of_kind]
+    if products := operations(gpu, "product", some):
+        values["matmul_efficiency"] = {gpu.name: share_of_peak(products, at)}, _missed(products, at)
+    passes = [each for kind in ATTENTION if (each := operations(gpu, kind, some))]
+    if len(passes) == len(ATTENTION):
+        said = "; ".join(f"{kind}: {_missed(each, at)}" for kind, each in zip(ATTENTION, passes, strict=True))
+        values["attention_efficiency"] = {f"sdpa, {gpu.name}": [share_of_peak(each, at) for each in passes]}, said
     links: dict[str, float] = {}
     pinned = [
         each.bytes_per_s
@@ -186,9 +187,17 @@ def _of_gpu(by_kind: Mapping[str, list[Rate]], gpu: Gpu, before: Calibration) ->
     return values
 
 
+def _missed(timed: Timed, calibration: Calibration) -> str:
+    """How far off the share that fits best is."""
+    missed = errors(timed, share_of_peak(timed, calibration), calibration)
+    return f"{missed.size} operations, errors mean {missed.mean():.1%}, max {missed.max():.1%}"
+
+
 def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _rounded(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
     return float(f"{value:.4g}")
 
 

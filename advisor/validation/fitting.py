@@ -7,21 +7,21 @@ be; its error is that of every run's prediction by the constant that the others 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from advisor.cost.compute import Rates, Work, gpu_seconds
+from advisor.cost.compute import busy_seconds, rates
 from advisor.cost.schedule import step_time
 from advisor.specs.calibration import Calibration, likeness
 from advisor.specs.hardware import Cluster, Gpu
 from advisor.step.build import build
-from advisor.step.program import Node
+from advisor.step.program import Amount, Block, FusedAttention, Matmul, Node
 from advisor.validation.accuracy import without_dropout
-from advisor.validation.rates import Rate
+from advisor.validation.rates import BACKWARD_PRODUCTS, FORWARD_PRODUCTS, Kind, Rate
 from advisor.validation.record import Record
 
 Numbers = NDArray[np.float64]
@@ -33,40 +33,79 @@ HALVINGS = 30
 
 @dataclass(frozen=True, eq=False)
 class Timed:
-    """Operations on one GPU: what each asked for, and the seconds it took."""
+    """Kernels of one kind on one GPU, side by side: what each asked for, and the seconds it took."""
 
     gpu: Gpu
-    work: Work
+    block: Block
     seconds: Numbers
+    number_format: str = "bf16"
 
-    def at(self, rows: slice) -> Timed:
-        return Timed(self.gpu, Work(*(np.asarray(part)[rows] for part in self.work)), self.seconds[rows])
+    def at(self, rows: NDArray[np.bool_]) -> Timed:
+        """Those of the *rows*."""
+        product, moved = self.block.matmuls[0], np.asarray(self.block.moved_bytes)[rows]
+        some = _sized(product, *(np.asarray(each)[rows] for each in _sizes(product)))
+        block = replace(self.block, matmuls=(some,) * len(self.block.matmuls), moved_bytes=moved)
+        return replace(self, block=block, seconds=self.seconds[rows])
 
 
-def share_of_peak(timed: Timed, bandwidth_share: float) -> float:
+def _sizes(product: Matmul) -> tuple[Amount, ...]:
+    """Those in which timed kernels may differ."""
+    return product.m, product.n, product.k, product.count, product.flop_share
+
+
+def _sized(like: Matmul, m: Amount, n: Amount, k: Amount, count: Amount, flop_share: Amount) -> Matmul:
+    return replace(like, m=m, n=n, k=k, count=count, flop_share=flop_share)
+
+
+def timed(
+    gpu: Gpu,
+    products: Sequence[Matmul],
+    moved_bytes: Sequence[float],
+    seconds: Sequence[float],
+    *,
+    times: int = 1,
+    number_format: str = "bf16",
+) -> Timed:
+    """Kernels of one product each, or fused ones of *times* equal products. They differ in sizes alone."""
+    together = _sized(products[0], *(np.array(each) for each in zip(*map(_sizes, products), strict=True)))
+    block = Block("timed", "temporaries", matmuls=(together,) * times, moved_bytes=np.array(moved_bytes), kernels=1)
+    return Timed(gpu, block, np.array(seconds), number_format)
+
+
+def share_of_peak(timed: Timed, calibration: Calibration) -> float:
     """The share of the dense peak with the least mean error of the time."""
-    return float(min(CANDIDATES, key=lambda share: float(errors(timed, share, bandwidth_share).mean())))
+    return float(min(CANDIDATES, key=lambda share: float(errors(timed, share, calibration).mean())))
 
 
-def errors(timed: Timed, share: float, bandwidth_share: float) -> Numbers:
+def errors(timed: Timed, share: float, calibration: Calibration) -> Numbers:
     """Absolute relative errors of the times that a share of the dense peak predicts."""
-    gpu = timed.gpu
-    at = Rates(
-        peak_flop_per_s=gpu.peak_flop_per_s["bf16"],
-        linear_flop_per_s=gpu.peak_flop_per_s["bf16"] * share,
-        attention_flop_per_s=gpu.peak_flop_per_s["bf16"] * share,
-        moved_bytes_per_s=gpu.memory_bandwidth_bytes_per_s * bandwidth_share,
-        kernel_launch_s=0.0,
+    rate = timed.gpu.peak_flop_per_s[timed.number_format] * share
+    at = rates(timed.gpu, "bf16", calibration)._replace(
+        linear_flop_per_s=rate,
+        single_flop_per_s=rate,
+        attention_flop_per_s=dict.fromkeys(get_args(FusedAttention), (rate, rate)),
     )
-    found: Numbers = np.abs(gpu_seconds(timed.work, at) / timed.seconds - 1)
+    found: Numbers = np.abs(busy_seconds(timed.block, at) / timed.seconds - 1)
     return found
 
 
-def operations(gpu: Gpu, found: Sequence[Rate]) -> Timed:
-    """Matrix products and attention on *gpu*."""
-    linear = np.array([each.flop * (each.kind == "product") for each in found])
-    flop, moved, seconds = np.array([(each.flop, each.moved_bytes, each.seconds) for each in found]).T
-    return Timed(gpu, Work(linear, flop - linear, flop, moved, np.zeros_like(flop)), seconds)
+def operations(gpu: Gpu, kind: Kind, found: Sequence[Rate]) -> Timed | None:
+    """Those of *found* that are of *kind*, matrix products or one direction of attention; None where there are none."""
+    some = [each for each in found if each.kind == kind]
+    if not some:
+        return None
+    times = {"attention forward": FORWARD_PRODUCTS, "attention backward": BACKWARD_PRODUCTS}.get(kind, 1)
+    sizes = [{name: int(value) for name, value in each.sizes.items() if name != "number_format"} for each in some]
+    products = [_scores(each, kind) if times > 1 else Matmul(each["m"], each["n"], each["k"]) for each in sizes]
+    moved, seconds = [each.moved_bytes for each in some], [each.seconds for each in some]
+    return timed(gpu, products, moved, seconds, times=times)
+
+
+def _scores(sizes: Mapping[str, int], kind: Kind) -> Matmul:
+    """One of the products inside a fused attention kernel under a causal mask; all are equally large."""
+    length, heads = sizes["length"], sizes["batch"] * sizes["heads"]
+    backward = kind == "attention backward"
+    return Matmul(length, length, sizes["head_dim"], heads, "attention", 0.5, fused="sdpa", backward=backward)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +136,12 @@ def from_records(records: Sequence[Record], gpu: Gpu, cluster: Cluster, calibrat
     found += context
     held = context[0].value if context else calibration.context_bytes
     found += _outside("communicator_bytes", several, calibration.communicator_bytes, held)
-    capability = gpu.compute_capability
 
     def with_share(share: float) -> Calibration:
-        return replace(calibration, matmul_efficiency={**calibration.matmul_efficiency, capability: share})
+        return replace(calibration, matmul_efficiency={**calibration.matmul_efficiency, gpu.name: share})
 
-    shares = _timed("matmul_efficiency", alone, cluster, with_share, calibration.linear_share(capability))
-    found += [replace(each, value={capability: each.value}) for each in shares]
+    shares = _timed("matmul_efficiency", alone, cluster, with_share, calibration.linear_share(gpu))
+    found += [replace(each, value={gpu.name: each.value}) for each in shares]
     best = with_share(shares[0].value) if shares else calibration
     found += _timed(
         "overlap_share",

@@ -46,9 +46,12 @@ Kind = Literal[
 SAMPLES = 5
 SAMPLE_S = 0.003
 """Least time between the two clocks of a sample, so that neither they nor one launch weigh in it."""
+WARM_S = 0.2
 MOST_CALLS = 100
 """In a sample."""
 DISK_PART_BYTES = 2**24
+FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5
+"""Of fused attention, which computes the scores again for its gradients."""
 TENSORS = 100
 """Over which the optimizer's parameters are spread."""
 
@@ -77,9 +80,13 @@ class Rate:
 
 def timed(call: Callable[[], object], device: torch.device) -> tuple[float, float]:
     """Seconds of one *call*, the median and the least of several samples: by the device's events, or on a CPU its
-    clock. A first call, which may choose a kernel or compile one, is left out."""
+    clock. A first call, which may choose a kernel or compile one, is left out; a GPU is kept busy until its power limit
+    has had time to slow it down, as in training."""
     call()
     calls = max(1, min(MOST_CALLS, int(SAMPLE_S / max(sample(call, device, 1), 1e-9))))
+    started = time.perf_counter()
+    while device.type == "cuda" and time.perf_counter() - started < WARM_S:
+        sample(call, device, calls)
     samples = [sample(call, device, calls) for _ in range(SAMPLES)]
     return statistics.median(samples), min(samples)
 
@@ -126,10 +133,7 @@ def attention(
     head_dim: int,
     number_format: str = "bf16",
 ) -> tuple[Rate, Rate]:
-    """Causal fused attention as transformers calls it, forward and backward.
-
-    Work: two products forward and five backward, of which a causal mask leaves half.
-    """
+    """Causal fused attention as transformers calls it, forward and backward, of whose work the mask leaves half."""
     import torch
 
     shapes = [(batch, count, length, head_dim) for count in (heads, key_value_heads, key_value_heads)]
@@ -155,7 +159,10 @@ def attention(
     }
     touched = FORMAT_BYTES[number_format] * 2.0 * batch * length * (heads + key_value_heads) * head_dim
     one_product = batch * heads * length**2 * head_dim
-    kinds: tuple[tuple[Kind, int], ...] = (("attention forward", 2), ("attention backward", 5))
+    kinds: tuple[tuple[Kind, int], ...] = (
+        ("attention forward", FORWARD_PRODUCTS),
+        ("attention backward", BACKWARD_PRODUCTS),
+    )
     forwards, backwards = (
         Rate(
             kind=kind,
@@ -163,7 +170,7 @@ def attention(
             seconds=seconds,
             least_s=least_s,
             flop=float(products * one_product),
-            moved_bytes=touched * (1 if products == 2 else 2),
+            moved_bytes=touched * (1 if products == FORWARD_PRODUCTS else 2),
         )
         for (kind, products), (seconds, least_s) in zip(kinds, times, strict=True)
     )

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -17,11 +17,13 @@ from advisor.catalog.calibrations import (
     find_calibration,
     read_calibration,
 )
+from advisor.catalog.gpus import all_gpus, find_gpu
 from advisor.catalog.profiles import profiles_folder
 from advisor.catalog.request import resolve
 from advisor.errors import ConfigError, UnknownNameError
 from advisor.specs.calibration import likeness
 from advisor.specs.plan import Offload, Plan, Strategy
+from advisor.step.program import FusedAttention
 
 DEFAULT = profiles_folder() / "calibrations" / "default.json"
 
@@ -48,8 +50,10 @@ def test_shares_of_a_peak_lie_between_nothing_and_all_of_it() -> None:
     found = find_calibration()
     shares = [
         *found.matmul_efficiency.values(),
-        *found.attention_efficiency.values(),
+        *(share for shares in found.attention_efficiency.values() for share in shares),
         found.bandwidth_efficiency,
+        found.copy_efficiency,
+        found.attention_narrow_share,
         found.overlap_share,
     ]
 
@@ -82,12 +86,21 @@ def test_the_workspace_is_larger_from_hopper_on(capability: str, mib: float) -> 
 
 
 def test_a_generation_that_nobody_measured_gets_the_default_rate() -> None:
+    found, t4, h100 = find_calibration(), find_gpu("T4"), find_gpu("H100")
+
+    assert found.linear_share(t4) == found.matmul_efficiency["default"]
+    assert list(found.attention_shares("sdpa", t4)) == found.attention_efficiency["sdpa, default"]
+    assert found.linear_share(h100) == found.matmul_efficiency["9.0"]
+    assert list(found.attention_shares("sdpa", h100)) == found.attention_efficiency["sdpa, 9.0"]
+
+
+def test_every_gpu_has_a_share_for_every_kernel() -> None:
     found = find_calibration()
 
-    assert found.linear_share("7.5") == found.matmul_efficiency["default"]
-    assert found.attention_share("7.5") == found.attention_efficiency["default"]
-    assert found.linear_share("8.0") == found.matmul_efficiency["8.0"]
-    assert found.attention_share("8.0") == found.attention_efficiency["8.0"]
+    assert all(0 < found.linear_share(gpu) < 1 for gpu in all_gpus())
+    assert all(
+        min(found.attention_shares(kernel, gpu)) > 0 for kernel in get_args(FusedAttention) for gpu in all_gpus()
+    )
 
 
 def test_an_unknown_name_lists_near_ones() -> None:
@@ -147,8 +160,8 @@ def test_what_was_not_measured_is_as_in_the_calibration_that_it_is_based_on(own:
     found, usual = find_calibration("ours"), find_calibration()
 
     assert (found.name, found.device) == ("ours", "H200-SXM-141GB")
-    assert found.linear_share("9.0") == 0.75
-    assert found.linear_share("8.0") == usual.linear_share("8.0")
+    assert found.linear_share(find_gpu("H200")) == 0.75
+    assert found.linear_share(find_gpu("A100")) == usual.linear_share(find_gpu("A100"))
     assert found.context_bytes == usual.context_bytes
 
 

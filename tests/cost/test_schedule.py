@@ -22,7 +22,7 @@ from .machines import CALIBRATION, cluster
 
 JOB = Job(sequence_length=1024, global_batch=8)
 PLAN = Plan(strategy=Strategy.FSDP, gpus=8, micro_batch=1)
-ONE_SECOND = Block("linear", "activations", matmuls=(Matmul(10**4, 10**4, 10**6),))
+ONE_SECOND = Block("linear", "activations", matmuls=(Matmul(8000, 8000, 1_562_500),))
 """2·10^14 FLOPs at 200 TFLOP/s."""
 MODEL = find_model("Qwen2.5-0.5B").model
 

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from advisor.specs.job import AttentionKernel
 from advisor.specs.model import Attention, LatentAttention, ModelSpec
 from advisor.step.attention_kernels import Kernel, chosen_kernel
 from advisor.step.masks import shared_by
+from advisor.step.program import FusedAttention, Matmul
 from advisor.step.recording import Mode, record_layer
 from advisor.step.tape import Event
 from step.catalog_models import model_of
@@ -122,3 +124,51 @@ def test_flash_s_backward_takes_its_scratch(profile: str, tokens: int, rows: int
     for kernel in ("sdpa", "flash"):
         assert scratch(model, Mode(2, 2, tokens, kernel)) == taken  # type: ignore[arg-type]
     assert scratch(model, Mode(2, 2, tokens, "eager")) == 0
+
+
+def score_products(model: ModelSpec, mode: Mode) -> tuple[list[Matmul], list[Matmul]]:
+    """Products of scores and outputs in a layer's forward and backward."""
+    recording = record_layer(model.layers[0], model.hidden_size, mode, False)
+    both = []
+    for events in (recording.forward, recording.backward):
+        matmuls = [product.matmul for event in events for product in event.work.products]
+        both.append([matmul for matmul in matmuls if matmul.kind == "attention"])
+    return both[0], both[1]
+
+
+@pytest.mark.parametrize(
+    ("attention", "padded", "fused"),
+    [("sdpa", False, "sdpa"), ("flash", False, "flash"), ("sdpa", True, "memory-efficient")],
+)
+def test_products_of_attention_say_their_kernel_and_direction(
+    attention: AttentionKernel, padded: bool, fused: FusedAttention
+) -> None:
+    forward, backward = score_products(model_of("Qwen__Qwen2.5-1.5B"), Mode(2, 2, LENGTH, attention, padded=padded))
+
+    assert [(each.fused, each.backward) for each in forward] == [(fused, False)] * 2
+    assert [(each.fused, each.backward) for each in backward] == [(fused, True)] * 5
+    assert {each.element_bytes for each in (*forward, *backward)} == {2}
+
+
+def test_a_fused_kernel_reads_and_writes_queries_keys_values_and_outputs_but_no_scores() -> None:
+    model = model_of("Qwen__Qwen2.5-1.5B")
+    spec = model.layers[0].attention
+    forward, _ = score_products(model, Mode(2, 2, LENGTH, "sdpa"))
+
+    assert sum(each.operand_bytes for each in forward) == 4 * 2 * LENGTH * spec.heads * spec.head_dim
+
+
+def test_the_scores_matrix_is_a_product_by_itself_and_moves_the_scores() -> None:
+    model = model_of("Qwen__Qwen2.5-1.5B")
+    spec = model.layers[0].attention
+    forward, _ = score_products(model, Mode(2, 2, LENGTH, "eager"))
+
+    assert [each.fused for each in forward] == [None, None]
+    assert forward[0].operand_bytes == 2 * spec.heads * (2 * LENGTH * spec.head_dim + LENGTH**2)
+
+
+def test_products_of_torch_s_own_scores_matrix_are_in_fp32() -> None:
+    model = model_of("Qwen__Qwen2.5-1.5B")
+    forward, _ = score_products(model, Mode(4, 4, LENGTH, "sdpa"))
+
+    assert [(each.fused, each.element_bytes) for each in forward] == [(None, 4), (None, 4)]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from advisor.catalog.calibrations import CALIBRATIONS_VARIABLE, find_calibration
 from advisor.catalog.gpus import find_gpu
+from advisor.cost.compute import rates
+from advisor.cost.kernels import product_seconds
 from advisor.errors import WriteError
+from advisor.step.program import Matmul
 from advisor.validation import calibrate as module
 from advisor.validation import machine
 from advisor.validation.calibrate import Calibrated, _constants, calibrate
@@ -18,6 +22,9 @@ from advisor.validation.rates import Rate, read
 pytest.importorskip("torch")
 
 H200 = find_gpu("H200")
+PRODUCT = Matmul(8192, 8192, 8192)
+SCORES = Matmul(4096, 4096, 128, 64, "attention", 0.5, fused="sdpa")
+ATTENTION = {"batch": 2, "length": 4096, "heads": 32, "key_value_heads": 8, "head_dim": 128, "number_format": "bf16"}
 
 
 @pytest.fixture
@@ -98,13 +105,20 @@ def rate(kind: str, seconds: float, flop: float = 0.0, moved: float = 0.0, **siz
 
 
 def test_rates_of_a_gpu_become_the_constants_of_its_generation_and_links() -> None:
-    peak = H200.peak_flop_per_s["bf16"]
+    usual = find_calibration()
+    truth = replace(
+        usual,
+        matmul_efficiency={"default": 0.7},
+        attention_efficiency={**usual.attention_efficiency, "sdpa, 9.0": (0.6, 0.5)},
+        copy_efficiency=0.9,
+    )
+    at, gradients = rates(H200, "bf16", truth), replace(SCORES, backward=True)
     found = [
         rate("launch", 5e-6),
         rate("copy", 1.0, moved=0.9 * H200.memory_bandwidth_bytes_per_s, size_bytes=machine.COPY_BYTES["cuda"]),
-        rate("product", 1.0, flop=0.7 * peak),
-        rate("attention forward", 1.0, flop=0.5 * peak),
-        rate("attention backward", 1.0, flop=0.5 * peak),
+        rate("product", float(product_seconds(PRODUCT, at)), m=8192, n=8192, k=8192),
+        rate("attention forward", 2 * float(product_seconds(SCORES, at)) + at.kernel_floor_s, **ATTENTION),
+        rate("attention backward", 5 * float(product_seconds(gradients, at)) + at.kernel_floor_s, **ATTENTION),
         rate("host to device", 1.0, moved=5.5e10, memory="pinned"),
         rate("device to host", 1.0, moved=5.2e10, memory="pinned"),
         rate("host to device", 1.0, moved=1e10, memory="pageable"),
@@ -114,9 +128,10 @@ def test_rates_of_a_gpu_become_the_constants_of_its_generation_and_links() -> No
     constants = {each.name: each.value for each in _constants(found, H200, 8, find_calibration())}
 
     assert constants == {
-        "bandwidth_efficiency": 0.9,
+        "copy_efficiency": 0.9,
+        "bandwidth_efficiency": pytest.approx(usual.bandwidth_efficiency * 0.9 / usual.copy_efficiency, rel=1e-3),
         "kernel_launch_s": 5e-6,
-        "matmul_efficiency": {"9.0": 0.7},
-        "attention_efficiency": {"9.0": 0.5},
+        "matmul_efficiency": {H200.name: 0.7},
+        "attention_efficiency": {f"sdpa, {H200.name}": [0.6, 0.5]},
         "link_bandwidth_bytes_per_s": {H200.host_link: 5.2e10, H200.link: 4e11},
     }

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from advisor.catalog.calibrations import find_calibration
 from advisor.catalog.gpus import find_gpu
 from advisor.catalog.request import usual_cluster
+from advisor.cost.compute import rates
+from advisor.cost.kernels import product_seconds
 from advisor.cost.schedule import step_time
 from advisor.specs.calibration import Calibration
 from advisor.specs.job import Job
 from advisor.specs.plan import Plan, Strategy
 from advisor.step.build import build
+from advisor.step.program import Matmul
 from advisor.validation.accuracy import Case, predicted_on
 from advisor.validation.conformal import least_count
 from advisor.validation.fitting import Fit, errors, from_records, operations, residuals, share_of_peak
 from advisor.validation.measured import Measured, PhaseMeasured
 from advisor.validation.outcome import Outcome
-from advisor.validation.rates import Rate
+from advisor.validation.rates import Kind, Rate
 from advisor.validation.record import Execution, Record
 
 GPU = find_gpu("H200")
@@ -35,6 +39,7 @@ CONFIG = {
     "num_key_value_heads": 4,
 }
 GIB = 2**30
+KERNELS = [f"{kernel}, default" for kernel in ("sdpa", "flash", "memory-efficient")]
 
 
 def ran(gpus: int, length: int, truth: Calibration, outside_bytes: int, slower: float = 1.0) -> Record:
@@ -75,10 +80,10 @@ def fitted(records: list[Record]) -> dict[str, Fit]:
 
 
 def test_the_share_of_the_peak_and_the_context_come_out_as_they_went_in() -> None:
-    truth = replace(USUAL, matmul_efficiency={"default": 0.6, "9.0": 0.8})
+    truth = replace(USUAL, matmul_efficiency={"default": 0.6, "9.0": 0.5})
     found = fitted([ran(1, length, truth, GIB // 2) for length in (512, 1024, 2048, 4096)])
 
-    assert found["matmul_efficiency"].value == {"9.0": pytest.approx(0.8, abs=0.001)}
+    assert found["matmul_efficiency"].value == {GPU.name: pytest.approx(0.5, abs=0.001)}
     assert found["matmul_efficiency"].mean_error == pytest.approx(0, abs=1e-4)
     assert found["matmul_efficiency"].mean_error_before > 0.05
     assert found["context_bytes"].value == GIB // 2
@@ -120,15 +125,35 @@ def test_residuals_are_kept_by_likeness() -> None:
     assert least_count() == 19
 
 
-def test_rates_of_single_operations_give_the_share_that_they_were_made_with() -> None:
-    peak, bandwidth = GPU.peak_flop_per_s["bf16"], GPU.memory_bandwidth_bytes_per_s
+def rate(kind: Kind, seconds: float, **sizes: int) -> Rate:
+    return Rate(kind=kind, sizes={**sizes, "number_format": "bf16"}, seconds=seconds, least_s=seconds)
 
-    def rate(flop: float, moved: float) -> Rate:
-        seconds = flop / (0.72 * peak) + moved / (0.9 * bandwidth)
-        return Rate(kind="product", sizes={}, seconds=seconds, least_s=seconds, flop=flop, moved_bytes=moved)
 
-    found = [rate(1e12, 1e8), rate(5e12, 1e9), rate(1e11, 1e8)]
-    attended = [replace(each, kind="attention forward") for each in found]
-    for timed in (operations(GPU, found), operations(GPU, attended)):
-        assert share_of_peak(timed, 0.9) == pytest.approx(0.72)
-        assert errors(timed, 0.72, 0.9).max() < 1e-9
+def test_products_give_the_share_that_they_were_made_with() -> None:
+    at = rates(GPU, "bf16", replace(USUAL, matmul_efficiency={"default": 0.6}))
+    shapes = [(8192, 8192, 4096), (4096, 11008, 4096), (128, 4096, 4096)]
+    found = [rate("product", float(product_seconds(Matmul(m, n, k), at)), m=m, n=n, k=k) for m, n, k in shapes]
+    timed = operations(GPU, "product", found)
+
+    assert timed is not None
+    assert share_of_peak(timed, USUAL) == pytest.approx(0.6)
+    assert errors(timed, 0.6, USUAL).max() < 1e-9
+    assert operations(GPU, "attention forward", found) is None
+
+
+@pytest.mark.parametrize(("kind", "share"), [("attention forward", 0.7), ("attention backward", 0.45)])
+def test_attention_gives_the_share_of_each_direction(kind: Kind, share: float) -> None:
+    at = rates(GPU, "bf16", replace(USUAL, attention_efficiency=dict.fromkeys(KERNELS, (0.7, 0.45))))
+    backward, products = (True, 5) if kind == "attention backward" else (False, 2)
+
+    def measured(length: int) -> Rate:
+        product = Matmul(length, length, 128, 64, "attention", 0.5, fused="sdpa", backward=backward)
+        seconds = products * float(product_seconds(product, at)) + at.kernel_floor_s
+        return rate(kind, seconds, batch=2, length=length, heads=32, key_value_heads=8, head_dim=128)
+
+    timed = operations(GPU, kind, [measured(2048), measured(8192)])
+
+    assert timed is not None
+    assert share_of_peak(timed, USUAL) == pytest.approx(share)
+    assert errors(timed, share, USUAL).max() < 1e-9
+    assert share_of_peak(timed.at(np.array([False, True])), USUAL) == pytest.approx(share)
