@@ -29,7 +29,12 @@ WHOSE = ("own", "shipped", "all")
     type=click.Choice(WHOSE),
     help="Yours, those of the package, or both.  [default: yours; for compare, both]",
 )
-@option("Which", "--strategy", type=click.Choice([each.value for each in Strategy]), help="Of this strategy.")
+@option(
+    "Which",
+    "--strategy",
+    type=click.Choice([each.value for each in Strategy if each is not Strategy.MEGATRON]),
+    help="Of this strategy.",
+)
 @option("Which", "--outcome", type=click.Choice(OUTCOMES), help="Of runs that ended so.")
 @option("Which", "--model", metavar="TEXT", help="Of models with this in their names.")
 @option("Which", "--device", metavar="TEXT", help="Of devices with this in their names, such as cpu or H200.")

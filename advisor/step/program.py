@@ -41,12 +41,15 @@ Category = Literal[
     "rounding",
 ]
 
-CollectiveKind = Literal["all-reduce", "all-gather", "reduce-scatter", "broadcast"]
+CollectiveKind = Literal["all-reduce", "all-gather", "reduce-scatter", "broadcast", "send-receive"]
 CopyKind = Literal["host-to-device", "device-to-host", "nvme-to-host", "host-to-nvme"]
 
 
 class Collective(NamedTuple):
-    """A message between ranks. *payload_bytes* is the whole tensor, not a rank's share of it."""
+    """A message between ranks. *payload_bytes* is the whole tensor, not a rank's share of it.
+
+    Of a send-receive, it is what one rank sends to a neighbour in its group.
+    """
 
     what: str
     kind: CollectiveKind
