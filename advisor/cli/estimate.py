@@ -19,7 +19,7 @@ from advisor.cli.options import (
     question_options,
     trace_options,
 )
-from advisor.specs.plan import Checkpointing, GradientFormat, Offload, OffloadPlace, Strategy
+from advisor.specs.plan import OWN_STRATEGIES, Checkpointing, GradientFormat, Offload, OffloadPlace
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -38,7 +38,7 @@ plan_options = options(
     option(
         "The plan",
         "--strategy",
-        type=click.Choice([each.value for each in Strategy if each is not Strategy.MEGATRON]),
+        type=click.Choice([each.value for each in OWN_STRATEGIES]),
         help="Who keeps which share of weights, gradients and optimizer.",
     ),
     option(

@@ -9,7 +9,7 @@ import click
 
 from advisor.cli.answer import form_of, note, notes, print_answer
 from advisor.cli.options import SectionCommand, form_options, option
-from advisor.specs.plan import Strategy
+from advisor.specs.plan import OWN_STRATEGIES
 from advisor.validation.outcome import OUTCOMES
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ WHOSE = ("own", "shipped", "all")
 @option(
     "Which",
     "--strategy",
-    type=click.Choice([each.value for each in Strategy if each is not Strategy.MEGATRON]),
+    type=click.Choice([each.value for each in OWN_STRATEGIES]),
     help="Of this strategy.",
 )
 @option("Which", "--outcome", type=click.Choice(OUTCOMES), help="Of runs that ended so.")

@@ -17,6 +17,7 @@ from advisor.errors import SpecError
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
 from advisor.specs.plan import (
+    OWN_STRATEGIES,
     Checkpointing,
     FsdpSettings,
     GradientFormat,
@@ -40,8 +41,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 TRAINERS = ("advisor", "megatron")
-OWN = tuple(each.value for each in Strategy if each is not Strategy.MEGATRON)
-"""Strategies of advisor's own trainer."""
+OWN = tuple(each.value for each in OWN_STRATEGIES)
 
 
 class PlanWords(Words, total=False):

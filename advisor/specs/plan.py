@@ -76,6 +76,10 @@ class Strategy(Enum):
         }[self.value]
 
 
+OWN_STRATEGIES = tuple(each for each in Strategy if each is not Strategy.MEGATRON)
+"""Those of advisor's own trainer."""
+
+
 class Offload(Enum):
     """What lives in host memory between its uses."""
 

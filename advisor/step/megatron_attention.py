@@ -150,6 +150,7 @@ def _unfused(
     grouped = spec.key_value_heads < spec.heads
 
     def run(tape: Tape) -> tuple[Tensor, list[Tensor]]:
+        query, key, value = inputs
         copies = [tape.like(query) for _ in range(2)] if grouped else []
         raw = tape.new(area, query.element_bytes)
         tape.work(query, *(copies or [key]), raw, matmuls=(scores,))
@@ -166,25 +167,31 @@ def _unfused(
         tape.work(product, output)
         return output, [*kept, *copies]
 
+    inputs = [query, key, value]
     output, saved = run(tape)
+    wide, narrow = query.numel, key.numel
     if recomputed:
         saved.clear()
+    elif grouped:
+        # The products have the copies.
+        inputs[1:] = []
 
     def backward(tape: Tape, gradient: Tensor) -> Gradients:
         held = run(tape)[1] if recomputed else [*saved]
         saved.clear()
-        for_dropped = tape.new(area, query.element_bytes)
-        for_value = tape.like(query if grouped else value)
+        for_dropped = tape.new(area, gradient.element_bytes)
+        for_value = tape.new(wide if grouped else narrow, gradient.element_bytes)
         tape.work(gradient, *held, for_dropped, for_value, matmuls=(outputs, outputs), kernels=2)
         for_scores = tape.like(for_dropped) if spec.dropout else for_dropped
         tape.work(for_dropped, *held[:2], for_scores, kernels=2)
         del for_dropped
-        for_query, for_key = tape.like(query), tape.like(query if grouped else key)
-        tape.work(for_scores, query, key, for_query, for_key, matmuls=(scores, scores), kernels=2)
+        for_query, for_key = (tape.new(each, gradient.element_bytes) for each in (wide, for_value.numel))
+        tape.work(for_scores, *inputs, for_query, for_key, matmuls=(scores, scores), kernels=2)
         del for_scores, held
         if grouped:
-            for_key, for_value = tape.like(key), tape.like(value)
+            for_key, for_value = (tape.new(narrow, gradient.element_bytes) for _ in range(2))
             tape.work(for_query, for_key, for_value)
+        inputs.clear()
         return for_query, for_key, for_value
 
     return tape.attach(output, [query, key, value], backward)

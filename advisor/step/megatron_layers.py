@@ -73,6 +73,7 @@ def embed(tape: Tape, model: ModelSpec, weights: Named, cut: Cut) -> Tensor:
     words = weights[WORD_EMBEDDINGS]
     table = next((weight for name, weight in weights.items() if name != WORD_EMBEDDINGS), None)
     ids = tape.new(tokens * (2 if table else 1), INDEX_BYTES)
+    others = tape.new(tokens, 1) if cut.tensor > 1 else None
     whole = tape.new(tokens * width, words.element_bytes)
     tape.work(whole, whole)
     if table:
@@ -100,7 +101,7 @@ def embed(tape: Tape, model: ModelSpec, weights: Named, cut: Cut) -> Tensor:
         if cut.sequence:
             arriving = tape.new(tokens * width, gradient.element_bytes)
         back = arriving if tape.alone else tape.like(arriving)
-        tape.work(arriving, back, ids)
+        tape.work(arriving, back, ids, *([others] if others else []))
         del arriving
         for_table = weight_gradient(tape, table.parameter, table.element_bytes) if table else None
         for_words = weight_gradient(tape, words.parameter, words.element_bytes)
