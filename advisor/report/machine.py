@@ -208,6 +208,7 @@ def _time(time: StepTime) -> Json:
         "high_s": time.high_s,
         "compute_s": time.compute_s,
         "launch_s": time.launch_s,
+        "bubble_s": time.bubble_s,
         "exposed_comm_s": time.exposed_communication_s,
         "optimizer_s": time.optimizer_s,
         "tokens_per_s": time.tokens_per_s,

@@ -46,6 +46,25 @@ def test_what_later_work_waits_for_stands_out_in_full() -> None:
     assert found.step_s == pytest.approx(1.5)
 
 
+# arXiv:2104.04473, section 2.2: (p - 1) / (v·m) of the time that a stage works.
+@pytest.mark.parametrize(("stages", "virtual", "share"), [(1, 1, 0), (4, 1, 3 / 8), (4, 2, 3 / 16)])
+def test_a_pipeline_waits_while_it_fills_and_drains(stages: int, virtual: int, share: float) -> None:
+    plan = Plan(
+        strategy=Strategy.MEGATRON,
+        gpus=8,
+        micro_batch=1,
+        accumulation_steps=8,
+        pipeline_parallel=stages,
+        virtual_stages=virtual,
+    )
+
+    found = timed(phase("forward", ONE_SECOND, sends("weights", 0.5, waits=True)), plan)
+
+    works_s = found.compute_s + found.exposed_communication_s
+    assert found.bubble_s == pytest.approx(share * works_s)
+    assert found.step_s == pytest.approx((1 + share) * works_s)
+
+
 def test_what_nothing_waits_for_hides_behind_the_compute_after_it_by_the_overlap_share() -> None:
     found = timed(phase("backward", sends("gradients", 0.5, waits=False), ONE_SECOND))
 
