@@ -131,11 +131,11 @@ def logits(tape: Tape, stream: Tensor, model: ModelSpec, weights: Named, cut: Cu
     tape.work(finished, output, matmuls=products, fixed_moved_bytes=matrix.size_bytes)
 
     def backward(tape: Tape, gradient: Tensor) -> Gradients:
-        for_stream = tape.new(tokens * width, element_bytes)
+        for_whole = tape.new(tokens * width, element_bytes)
         inputs = (Product(Matmul(tokens, width, rows), "m"),)
-        tape.work(gradient, for_stream, matmuls=inputs, fixed_moved_bytes=matrix.size_bytes)
-        if cut.sequence:
-            for_stream = tape.like(finished)
+        tape.work(gradient, for_whole, matmuls=inputs, fixed_moved_bytes=matrix.size_bytes)
+        # Sums of it go out, the whole staying, while the matrix's gradient is computed.
+        for_stream = tape.like(finished) if cut.sequence else for_whole
         for_matrix = weights_gradient(tape, matrix, cut)
         tape.work(gradient, finished, for_matrix, matmuls=(Product(Matmul(rows, width, tokens), "k"),))
         return for_stream, for_matrix

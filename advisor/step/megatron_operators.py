@@ -70,15 +70,15 @@ def norm_linear(tape: Tape, x: Tensor, norm: Norm, matrix: Weight, bias: Weight 
 
     def backward(tape: Tape, gradient: Tensor) -> Gradients:
         gathered = tape.new(tokens * width, normed.element_bytes) if cut.sequence else normed
-        for_normed = tape.new(tokens * width, normed.element_bytes)
+        for_whole = tape.new(tokens * width, normed.element_bytes)
         inputs = (Product(Matmul(tokens, width, outside), "m"),)
-        tape.work(gradient, for_normed, matmuls=inputs, fixed_moved_bytes=matrix.size_bytes)
-        if cut.sequence:
-            for_normed = tape.like(normed)
+        tape.work(gradient, for_whole, matmuls=inputs, fixed_moved_bytes=matrix.size_bytes)
+        # Sums of it go out, the whole staying, while the matrix's gradient is computed.
+        for_normed = tape.like(normed) if cut.sequence else for_whole
         for_matrix = weights_gradient(tape, matrix, cut)
         weights = (Product(Matmul(outside, width, tokens), "k"),)
         tape.work(gradient, gathered, for_matrix, matmuls=weights)
-        del gathered
+        del gathered, for_whole
         for_bias = weight_gradient(tape, bias.parameter, bias.element_bytes) if bias else None
         return *_norm_gradients(tape, for_normed, x, statistics, norm), for_matrix, for_bias
 
