@@ -8,19 +8,16 @@ close by chance, the row has a remark; runs of what is not modelled stand there 
 
 from __future__ import annotations
 
-import csv
 import textwrap
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from advisor.catalog.profiles import profiles_folder
-from advisor.catalog.request import resolve
+from advisor.catalog.calibrations import find_calibration
 from advisor.cost.estimate import price
 from advisor.cost.results import Memory
-from advisor.specs.plan import Checkpointing, Offload, Plan, Strategy, ZeroSettings
-
-Row = Mapping[str, str]
+from advisor.specs.plan import ZeroSettings
+from advisor.specs.question import Question
+from advisor.validation.published import Row, published, published_rows
 
 GIB = 2**30
 CLOSE = 0.05
@@ -50,10 +47,10 @@ class Compared:
 
 def main() -> None:
     compared = [Compared(row, predict(row)) for row in rows() if not row["not_covered"]]
-    print(f"{'run':58} {'counter':>9} {'published':>10} {'predicted':>10} {'error':>8}")
+    print(f"{'run':66} {'counter':>9} {'published':>10} {'predicted':>10} {'error':>8}")
     for each in compared:
         print(
-            f"{title(each.row):58} {each.row['counter']:>9} {each.published_bytes / GIB:8.1f}   "
+            f"{title(each.row):66} {each.row['counter']:>9} {each.published_bytes / GIB:8.1f}   "
             f"{each.predicted_bytes / GIB:8.1f}   {100 * each.error:+6.1f} %"
         )
     for remark in dict.fromkeys(each.row["remark"] for each in compared if each.row["remark"]):
@@ -66,38 +63,24 @@ def main() -> None:
 
 
 def title(row: Row) -> str:
-    return f"{row['model']}, {row['gpus']} x {row['strategy']}, {row['sequence_length']} tokens, {row['loss']} loss"
+    cut = [f"tp {row['tensor_parallel']}", f"pp {row['pipeline_parallel']} x {row['virtual_stages']}"]
+    how = f"{row['gpu']}, {', '.join(cut)}" if row["strategy"] == "megatron" else f"{row['loss']} loss"
+    return f"{row['model']}, {row['gpus']} x {row['strategy']}, {row['sequence_length']} tokens, {how}"
 
 
 def rows() -> list[Row]:
-    with (profiles_folder() / "measured" / "peak_memory.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return published_rows("peak_memory")
 
 
 def predict(row: Row) -> Memory:
-    """The memory of a covered run's fullest rank. All DeepSpeed runs overlapped communication with computation."""
-    gpus, sequences, steps = int(row["gpus"]), int(row["micro_batch"]), int(row["accumulation_steps"])
-    question = resolve(
-        row["model"],
-        gpus=gpus,
-        nodes=int(row["nodes"]),
-        gpu=row["gpu"],
-        seq_len=int(row["sequence_length"]),
-        global_batch=gpus * sequences * steps,
-        param_dtype=row["parameter_format"],
-        attention=row["attention"],
-        loss=row["loss"],
+    """The memory of a covered run's rank that was read, or of its fullest. All DeepSpeed runs overlapped communication
+    with computation."""
+    model, job, plan, cluster = published(row)
+    plan = replace(plan, zero=ZeroSettings(overlap_communication=True))
+    question = Question(
+        model=model, weights_from=model.name, job=job, cluster=cluster, calibration=find_calibration(), inputs=()
     )
-    plan = Plan(
-        strategy=Strategy(row["strategy"]),
-        gpus=gpus,
-        micro_batch=sequences,
-        accumulation_steps=steps,
-        checkpointing=Checkpointing(row["checkpointing"]),
-        offload=Offload(row["offload"]),
-        zero=ZeroSettings(overlap_communication=True),
-    )
-    return price(question, plan).memory
+    return price(question, plan, int(row["rank"]) if row["rank"] else None).memory
 
 
 if __name__ == "__main__":

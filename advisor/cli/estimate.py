@@ -19,7 +19,7 @@ from advisor.cli.options import (
     question_options,
     trace_options,
 )
-from advisor.specs.plan import Checkpointing, GradientFormat, Offload, OffloadPlace, Strategy
+from advisor.specs.plan import OWN_STRATEGIES, Checkpointing, GradientFormat, Offload, OffloadPlace
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -38,7 +38,7 @@ plan_options = options(
     option(
         "The plan",
         "--strategy",
-        type=click.Choice([strategy.value for strategy in Strategy]),
+        type=click.Choice([each.value for each in OWN_STRATEGIES]),
         help="Who keeps which share of weights, gradients and optimizer.",
     ),
     option(
@@ -115,6 +115,23 @@ plan_options = options(
     ),
 )
 
+parallel_options = options(
+    option(
+        "The plan",
+        "--trainer",
+        type=click.Choice(["advisor", "megatron"]),
+        default="advisor",
+        show_default=True,
+        help="Whose code runs: advisor's own script with a --strategy, or Megatron-LM with the flags below.",
+    ),
+    option("The plan", "--tp", type=int, default=1, show_default=True, help="GPUs that cut each layer (tensor)."),
+    option("The plan", "--sequence-parallel", is_flag=True, help="With --tp: cut what these would hold alike, too."),
+    option("The plan", "--pp", type=int, default=1, show_default=True, help="Stages of layers (pipeline)."),
+    option("The plan", "--vpp", type=int, default=1, show_default=True, help="Runs of layers a stage (interleaved)."),
+    option("The plan", "--cp", type=int, default=1, show_default=True, help="GPUs that cut a sequence (context)."),
+)
+"""Megatron's ways to cut a model."""
+
 rank_option = option("The plan", "--rank", type=int, help="Whose memory to show.  [default: the fullest rank's]")
 
 
@@ -122,6 +139,7 @@ rank_option = option("The plan", "--rank", type=int, help="Whose memory to show.
 @question_options
 @trace_options
 @plan_options
+@parallel_options
 @rank_option
 @form_options
 @click.pass_context
@@ -135,6 +153,7 @@ def estimate(context: click.Context, /, *, as_json: bool, as_csv: bool, **questi
       advisor estimate --model Qwen2.5-1.5B --gpus 4 --strategy zero2
       advisor estimate --model Llama-3.1-8B --gpus 8 --gpu H100 --strategy fsdp
       advisor estimate --model Llama-3.1-8B --gpu H100 --config accelerate.yaml
+      advisor estimate --model Qwen3-32B --gpus 16 --trainer megatron --tp 8
     """
     from advisor.cost.estimate import estimate as price
 

@@ -22,7 +22,8 @@ from advisor.specs.plan import Count, Group
 from advisor.step.program import Amount, CollectiveKind
 
 ROUNDS: dict[CollectiveKind, int] = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "broadcast": 1}
-"""Times that a tensor goes round the ring: an all-reduce is a reduce-scatter and an all-gather."""
+"""Times that a tensor goes round the ring: an all-reduce is a reduce-scatter and an all-gather. A send-receive,
+from each rank to its neighbour, does not."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,12 +62,14 @@ def ring(cluster: Cluster, group: Group) -> Ring:
 
 def sent_bytes(kind: CollectiveKind, payload_bytes: Amount, ranks: Count) -> Amount:
     """Bytes that one rank sends; of a broadcast the mean over the ranks, the last of which sends nothing."""
+    if kind == "send-receive":
+        return payload_bytes * (ranks > 1)
     return ROUNDS[kind] * (ranks - 1) / ranks * payload_bytes
 
 
 def collective_seconds(kind: CollectiveKind, payload_bytes: Amount, messages: Amount, over: Ring) -> Amount:
     """Time of *messages* collectives that share the whole tensors' *payload_bytes*; none on a single rank."""
-    steps = ROUNDS[kind] * (over.ranks - 1)
+    steps = over.ranks > 1 if kind == "send-receive" else ROUNDS[kind] * (over.ranks - 1)
     # Whoever sends in a broadcast sends the whole tensor.
     carried = payload_bytes * (over.ranks > 1) if kind == "broadcast" else sent_bytes(kind, payload_bytes, over.ranks)
     return messages * steps * over.latency_s + carried / over.bandwidth_bytes_per_s

@@ -18,6 +18,7 @@ from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
 from advisor.specs.plan import (
+    OWN_STRATEGIES,
     Checkpointing,
     FsdpSettings,
     GradientFormat,
@@ -31,6 +32,7 @@ from advisor.specs.plan import (
 )
 from advisor.specs.question import Input, Question
 from advisor.step.build import StepProgram, gradients_modelled
+from advisor.step.megatron_shard import check
 from advisor.step.nvme import swap_buffers
 
 Choice = TypeVar("Choice", bound=Enum)
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 GIB = 2**30
+TRAINERS = ("advisor", "megatron")
+OWN = tuple(each.value for each in OWN_STRATEGIES)
 
 
 class PlanWords(Words, total=False):
@@ -59,6 +63,14 @@ class PlanWords(Words, total=False):
     fsdp_version: int
     shard_ranks: int | None
     """GPUs that HSDP cuts states over; None for those of a machine."""
+    trainer: str
+    """Whose code runs: ``advisor``, or ``megatron``, which the words up to ``sequence_parallel`` are for."""
+    tp: int
+    pp: int
+    vpp: int
+    """Virtual stages of each pipeline stage."""
+    cp: int
+    sequence_parallel: bool
     config: str | None
     """A DeepSpeed JSON, accelerate YAML or launch script to read; the other words win over it."""
     trace: bool
@@ -74,8 +86,8 @@ def estimate(
 
     Words: those of :func:`advisor.recommend`, and ``offload``, ``offload_to``, ``nvme``, ``micro_batch``,
     ``grad_accum``, ``checkpointing``, ``bucket_size``, ``grad_accum_dtype``, ``fsdp_version``, ``shard_ranks``,
-    ``config``, ``trace``, ``trust_remote_code``. Raises SpecError for a plan that contradicts itself or the job,
-    ConfigError for a configuration that cannot be read.
+    ``trainer``, ``tp``, ``pp``, ``vpp``, ``cp``, ``sequence_parallel``, ``config``, ``trace``, ``trust_remote_code``.
+    Raises SpecError for a plan that contradicts itself or the job, ConfigError for a configuration that cannot be read.
     """
     return price(*plan_of(model, strategy=strategy, **words), rank)
 
@@ -91,14 +103,17 @@ def plan_of(
         trust_remote_code=words.pop("trust_remote_code", False),
     )
     config = words.pop("config", None)
+    if _trainer(words) == "megatron":
+        if config is not None or strategy is not None:
+            raise SpecError("--trainer megatron has a plan of its own; leave --strategy and --config out")
+        return _megatron_plan(model, words, ask_about)
     if config is not None:
         return _plan_from_config(model, config, {"strategy": strategy, **words}, ask_about)
     if strategy is None:
-        raise SpecError(f"no strategy; give --strategy ({_choices(Strategy)}), or --config with a file that says it")
-    own = PlanWords.__annotations__.keys() - Words.__annotations__.keys()
-    question = ask_about(model, **cast(Words, {name: value for name, value in words.items() if name not in own}))
+        raise SpecError(f"no strategy; give --strategy ({', '.join(OWN)}), or --config with a file that says it")
+    question = ask_about(model, **_asked(words))
     micro_batch, steps = words.get("micro_batch", 1), words.get("grad_accum")
-    kind = _member(Strategy, "--strategy", strategy)
+    kind = _own_strategy("--strategy", strategy)
     if reason := unsupported(question.model, kind):
         raise SpecError(f"{kind.title} cannot train {question.model.name}: {reason}")
     offload = _member(Offload, "--offload", words.get("offload", "none"))
@@ -122,6 +137,55 @@ def plan_of(
     )
 
 
+def _asked(words: Mapping[str, Any]) -> Words:
+    """Those of *words* that say what is asked, not by which plan."""
+    own = PlanWords.__annotations__.keys() - Words.__annotations__.keys()
+    return cast(Words, {name: value for name, value in words.items() if name not in own})
+
+
+def _trainer(words: PlanWords) -> str:
+    trainer = words.get("trainer", "advisor")
+    if trainer not in TRAINERS:
+        raise SpecError(f"--trainer must be one of {', '.join(TRAINERS)}, got {trainer!r}")
+    cuts = [name for name in ("tp", "pp", "vpp", "cp") if words.get(name, 1) != 1]
+    if trainer == "advisor" and (cuts or words.get("sequence_parallel")):
+        flags = ", ".join(f"--{name}" for name in cuts or ("sequence-parallel",))
+        raise SpecError(f"{flags}: what advisor's own trainer runs is data parallel alone; give --trainer megatron")
+    return trainer
+
+
+def _own_strategy(flag: str, value: str) -> Strategy:
+    """A strategy of advisor's own trainer."""
+    if value not in OWN:
+        raise SpecError(f"{flag} must be one of {', '.join(OWN)}, got {value!r}")
+    return Strategy(value)
+
+
+def _megatron_plan(model: str, words: PlanWords, ask_about: Callable[..., Question]) -> tuple[Question, Plan]:
+    """The question and Megatron's plan. What it does not have is refused."""
+    for name, usual in (("offload", "none"), ("bucket_size", None), ("grad_accum_dtype", None)):
+        if words.get(name, usual) != usual:
+            raise SpecError(f"--{name.replace('_', '-')} is not for --trainer megatron; leave it out")
+    question = ask_about(model, **_asked(words))
+    micro_batch, steps = words.get("micro_batch", 1), words.get("grad_accum")
+    tensor, pipeline, context = words.get("tp", 1), words.get("pp", 1), words.get("cp", 1)
+    cut = max(tensor, 1) * max(pipeline, 1) * max(context, 1)
+    plan = Plan(
+        strategy=Strategy.MEGATRON,
+        gpus=question.cluster.gpus,
+        micro_batch=micro_batch,
+        accumulation_steps=steps if steps is not None else _accumulation(question, micro_batch, cut),
+        checkpointing=_member(Checkpointing, "--checkpointing", words.get("checkpointing", "none")),
+        tensor_parallel=tensor,
+        sequence_parallel=words.get("sequence_parallel", False),
+        pipeline_parallel=pipeline,
+        virtual_stages=words.get("vpp", 1),
+        context_parallel=context,
+    )
+    check(question.model, question.job, plan)
+    return question, plan
+
+
 def _plan_from_config(
     model: str, config: str, words: Mapping[str, Any], ask_about: Callable[..., Question]
 ) -> tuple[Question, Plan]:
@@ -139,7 +203,7 @@ def _plan_from_config(
         question = replace(question, job=replace(question.job, global_batch=int(found["global_batch"].value)))
     if "strategy" not in found:
         raise SpecError(f"{config} does not say the strategy; give --strategy")
-    kind = _member(Strategy, "the strategy", str(found["strategy"].value))
+    kind = _own_strategy("the strategy", str(found["strategy"].value))
     if reason := unsupported(question.model, kind):
         raise SpecError(f"{kind.title} cannot train {question.model.name}: {reason}")
 
@@ -223,14 +287,16 @@ def unsupported(model: ModelSpec, strategy: Strategy) -> str | None:
     return None
 
 
-def _accumulation(question: Question, micro_batch: int) -> int:
-    """The accumulation steps that make up the global batch."""
+def _accumulation(question: Question, micro_batch: int, cut: int = 1) -> int:
+    """The accumulation steps that make up the global batch, with each copy of the model *cut* over so many GPUs."""
     if micro_batch < 1:
         raise SpecError(f"--micro-batch must be at least 1, got {micro_batch}")
-    at_once = question.cluster.gpus * micro_batch
+    copies = question.cluster.gpus // cut or 1
+    at_once = copies * micro_batch
     if question.job.global_batch % at_once:
+        holders = f"{copies} GPUs" if cut == 1 else f"{copies} copies of the model"
         raise SpecError(
-            f"a global batch of {question.job.global_batch} is no multiple of {question.cluster.gpus} GPUs x "
+            f"a global batch of {question.job.global_batch} is no multiple of {holders} x "
             f"micro-batch {micro_batch} = {at_once}; change --global-batch or --micro-batch, or give --grad-accum"
         )
     return question.job.global_batch // at_once
@@ -256,7 +322,7 @@ def price(question: Question, plan: Plan, rank: int | None = None) -> Estimate:
 
 def priced(question: Question, plan: Plan, step: StepProgram, held: Memory) -> Estimate:
     """The same where *step*, the program of *plan*, and what it holds are known."""
-    timed = step_time(step.step, question.job, plan, question.cluster, question.calibration)
+    timed = step_time(step.pace, question.job, plan, question.cluster, question.calibration)
     verdict, why = judge(held, question.margin_share(plan))
     return Estimate(
         model=question.model,

@@ -89,8 +89,10 @@ class StepTime:
     """What it stands still for because kernels are launched slower than it runs them."""
     exposed_communication_s: float
     """Collectives and host copies that nothing hides."""
+    bubble_s: float
+    """What a pipeline stage waits for others while it fills and drains."""
     optimizer_s: float
-    """Update on the GPU or the CPU; part of none of the three above."""
+    """Update on the GPU or the CPU; part of none of the four above."""
     tokens_per_s: float
     """Over all GPUs."""
     tokens_per_s_per_gpu: float

@@ -3,6 +3,8 @@
 Two extremes bound it. On idle streams, what can hide hides in full (:mod:`advisor.cost.streams`). On streams that only
 take turns, nothing does. In between lies a GPU whose transfers take multiprocessors and bandwidth from the kernels
 they run beside: of what could hide, ``overlap_share`` does. So hiding never makes a step shorter than its compute.
+
+A pipeline goes at the pace of its slowest stage (:attr:`StepProgram.pace`), and waits while it fills and drains.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from advisor.specs.calibration import Calibration, Range, likeness
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
 from advisor.specs.plan import Count, Plan
+from advisor.step.pipeline import bubble_share
 from advisor.step.program import Amount, Block, Node, Sequence, blocks, read_once
 
 MODEL_FLOP_PER_FORWARD = 3
@@ -44,6 +47,8 @@ class StepTimes:
     compute_s: Amount
     launch_s: Amount
     exposed_communication_s: Amount
+    bubble_s: Amount
+    """What a pipeline stage waits for others while it fills and drains (``bubble_share`` of what it works)."""
     optimizer_s: Amount
     model_flop: Amount
     """Per GPU and step, no recomputation: 6 per parameter in a matrix product and token, and 12·layers·width·length
@@ -58,7 +63,7 @@ class StepTimes:
 
     @property
     def step_s(self) -> Amount:
-        return self.compute_s + self.launch_s + self.exposed_communication_s + self.optimizer_s
+        return self.compute_s + self.launch_s + self.exposed_communication_s + self.bubble_s + self.optimizer_s
 
     @property
     def tokens_per_s(self) -> Amount:
@@ -75,6 +80,7 @@ class StepTimes:
             compute_s=_pick(self.compute_s, index),
             launch_s=_pick(self.launch_s, index),
             exposed_communication_s=_pick(self.exposed_communication_s, index),
+            bubble_s=_pick(self.bubble_s, index),
             optimizer_s=_pick(self.optimizer_s, index),
             tokens_per_s=rate,
             tokens_per_s_per_gpu=rate / _pick(self.gpus, index),
@@ -125,11 +131,14 @@ def step_time(step: Node, job: Job, plan: Plan, cluster: Cluster, calibration: C
         TimedFlow(flow, calibration.overlap_share * waited.get(flow[:2], 0.0) + serial * flow.seconds)
         for flow in flows(step, ways)
     )
+    launching = waited.get(LAUNCHES, 0.0)
+    exposed = sum((flow.exposed_seconds for flow in timed), 0.0)
     return StepTimes(
         tokens=plan.global_batch * job.sequence_length,
         compute_s=compute,
-        launch_s=waited.get(LAUNCHES, 0.0),
-        exposed_communication_s=sum((flow.exposed_seconds for flow in timed), 0.0),
+        launch_s=launching,
+        exposed_communication_s=exposed,
+        bubble_s=bubble_share(plan) * (compute + launching + exposed),
         optimizer_s=optimizer,
         model_flop=model_flop,
         peak_flop_per_s=at.peak_flop_per_s,

@@ -19,7 +19,7 @@ from advisor.launch.training import Launch, LaunchFile, Training
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
-from advisor.specs.plan import Plan
+from advisor.specs.plan import Plan, Strategy
 from advisor.specs.question import Input
 from advisor.version import __version__
 
@@ -103,6 +103,8 @@ def render(
 
 
 def _refuse_what_cannot_start(model: ModelSpec, job: Job, plan: Plan, cluster: Cluster) -> None:
+    if plan.strategy is Strategy.MEGATRON:
+        raise SpecError(f"{plan.title} is not run by the script that advisor writes; take another strategy")
     if int(plan.gpus) != cluster.gpus:
         raise SpecError(f"the plan uses {plan.gpus} GPUs, but the cluster has {cluster.gpus}: plan for all of them")
     if job.precision == "bf16" and not cluster.gpu.has_bf16:

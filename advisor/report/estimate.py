@@ -157,9 +157,10 @@ def _time(time: StepTime) -> RenderableType:
         ("  computing", time.compute_s, ""),
         ("  launching", time.launch_s, "kernels one by one, slower than the GPU runs them"),
         ("  waiting", time.exposed_communication_s, "for other GPUs and the host"),
+        ("  bubble", time.bubble_s, "for the pipeline to fill and drain"),
         ("  optimizer", time.optimizer_s, "updating the weights"),
     ]
-    shown = [part for part in parts if part[1] or part[0] != "  launching"]
+    shown = [part for part in parts if part[1] or part[0] not in ("  launching", "  bubble")]
     durations = [f"{each} s" for each in _durations([duration_s for _, duration_s, _ in shown])]
     *durations, tokens = _right([*durations, rate(time.tokens_per_s)])
     return list_of(

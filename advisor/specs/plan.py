@@ -23,11 +23,14 @@ Count = int | NDArray[Any]
 """A whole number, or many of them side by side."""
 
 
-GroupName = Literal["data", "shard", "replica"]
+PipelineSchedule = Literal["1f1b", "gpipe"]
+
+GroupName = Literal["data", "shard", "replica", "tensor", "context", "pipeline"]
 """Which ranks a message goes round.
 
-Data: those that hold the same part of the model and see different sequences. Shard: those of them that FSDP's states
-are cut over. Replica: those that hold the same cut.
+Data: those that hold the same part of the model and see different tokens. Shard: those of them that FSDP's states are
+cut over. Replica: those that hold the same cut. Tensor: those that cut each layer. Context: those that cut each
+sequence. Pipeline: those that have consecutive layers.
 """
 
 
@@ -50,6 +53,7 @@ class Strategy(Enum):
     ZERO1 = "zero1"
     ZERO2 = "zero2"
     ZERO3 = "zero3"
+    MEGATRON = "megatron"
 
     @property
     def zero_stage(self) -> int | None:
@@ -71,7 +75,12 @@ class Strategy(Enum):
             "zero1": "ZeRO-1",
             "zero2": "ZeRO-2",
             "zero3": "ZeRO-3",
+            "megatron": "Megatron",
         }[self.value]
+
+
+OWN_STRATEGIES = tuple(each for each in Strategy if each is not Strategy.MEGATRON)
+"""Those of advisor's own trainer."""
 
 
 class Offload(Enum):
@@ -95,7 +104,8 @@ class Checkpointing(Enum):
 
     NONE = "none"
     SELECTIVE = "selective"
-    """All of a layer but what its matrix products and its fused attention kernel returned."""
+    """All of a layer but what its matrix products and its fused attention kernel returned. Of Megatron's layers, the
+    attention between the products alone."""
     FULL = "full"
 
 
@@ -148,6 +158,33 @@ class FsdpSettings:
             raise SpecError(f"FSDP has versions 1 and 2, got {self.version}")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MegatronSettings:
+    """How Megatron-LM is run, beside the counts of its groups (megatron-core 0.16.1)."""
+
+    distributed_optimizer: bool = True
+    """fp32 weights and moments are cut over the data-parallel group."""
+    overlaps_gradients: bool = True
+    """``--overlap-grad-reduce``: gradients are reduced while the last micro-batch runs backwards."""
+    overlaps_weights: bool = True
+    """``--overlap-param-gather``: updated weights are gathered while the first micro-batch runs forwards."""
+    fuses_gradient_sums: bool = True
+    """Products add weight gradients to their sum themselves (``--no-gradient-accumulation-fusion`` switches it off)."""
+    mask_in_batch: bool = True
+    """Each micro-batch brings an attention mask, which no fused kernel reads
+    (``--no-create-attention-mask-in-dataloader`` switches it off)."""
+    vocabulary_multiple: int = 128
+    """``--make-vocab-size-divisible-by``: rows of the embedding on each tensor-parallel rank are a multiple of it."""
+    pipeline_schedule: PipelineSchedule = "1f1b"
+    """``1f1b``: a stage goes backwards as soon as it can. ``gpipe``: after all forward passes (arXiv:1811.06965)."""
+
+    def __post_init__(self) -> None:
+        if self.vocabulary_multiple < 1:
+            raise SpecError(f"vocabulary_multiple must be at least 1, got {self.vocabulary_multiple}")
+        if self.overlaps_weights and not self.distributed_optimizer:
+            raise SpecError("overlaps_weights gathers what the distributed optimizer cut; set distributed_optimizer")
+
+
 ADAM_BUFFERS = 4
 
 
@@ -194,13 +231,23 @@ class Plan:
     offload_settings: OffloadSettings = OffloadSettings()
     zero: ZeroSettings = ZeroSettings()
     fsdp: FsdpSettings = FsdpSettings()
+    tensor_parallel: int = 1
+    sequence_parallel: bool = False
+    """What tensor-parallel ranks would hold alike between their products is cut along the sequence; nothing to do with
+    one such rank."""
+    pipeline_parallel: int = 1
+    virtual_stages: int = 1
+    """Runs of layers that each pipeline stage has, apart from each other (interleaving)."""
+    context_parallel: int = 1
+    megatron: MegatronSettings = MegatronSettings()
 
     def __post_init__(self) -> None:
-        for name in _COUNTS:
+        for name in (*_COUNTS, "tensor_parallel", "pipeline_parallel", "virtual_stages", "context_parallel"):
             if np.any(np.asarray(getattr(self, name)) < 1):
                 raise SpecError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.strategy is Strategy.HSDP:
             self._check_shards()
+        self._check_parallelism()
         if self.offload.optimizer and not self.strategy.zero_stage:
             raise SpecError(
                 f"{self.strategy.title} keeps its optimizer on the GPU; offload needs zero1, zero2 or zero3"
@@ -227,14 +274,57 @@ class Plan:
         """Ranks that FSDP cuts each tensor over."""
         return self.gpus if self.fsdp.shard_ranks is None else self.fsdp.shard_ranks
 
+    def _check_parallelism(self) -> None:
+        """Raises SpecError where the GPUs, stages and micro-batches do not divide as Megatron needs it."""
+        cut, counts = self.model_ranks * self.context_parallel, self._counts_text
+        if self.strategy is not Strategy.MEGATRON and cut * self.virtual_stages > 1:
+            raise SpecError(f"{self.strategy.title} is data parallel alone, got {counts}; they need megatron")
+        if np.any(np.asarray(self.gpus) % cut):
+            raise SpecError(f"{counts} take {cut} GPUs or a multiple, got {self.gpus}")
+        if self.virtual_stages == 1:
+            return
+        if self.pipeline_parallel == 1:
+            raise SpecError(
+                f"{self.virtual_stages} virtual stages need a pipeline; give pipeline_parallel of 2 or more"
+            )
+        if np.any(np.asarray(self.accumulation_steps) % self.pipeline_parallel):
+            raise SpecError(
+                f"an interleaved pipeline takes micro-batches in groups of its {self.pipeline_parallel} stages, and "
+                f"{self.accumulation_steps} is no multiple of that; change the accumulation steps"
+            )
+
+    @property
+    def _counts_text(self) -> str:
+        return (
+            f"tensor_parallel {self.tensor_parallel} x pipeline_parallel {self.pipeline_parallel} x "
+            f"context_parallel {self.context_parallel}"
+        )
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that the model is cut over."""
+        return self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def data_parallel(self) -> Count:
+        """Copies of the model that see different sequences."""
+        return self.gpus // (self.model_ranks * self.context_parallel)
+
+    @property
+    def cuts_sequence(self) -> bool:
+        """Whether sequence parallelism has anything to cut for."""
+        return self.sequence_parallel and self.tensor_parallel > 1
+
     @property
     def swaps(self) -> bool:
         """Whether it reads from and writes to the NVMe."""
         return self.offload.optimizer and self.offload_to == "nvme"
 
     @property
-    def framework(self) -> Literal["ddp", "fsdp", "deepspeed"]:
+    def framework(self) -> Literal["ddp", "fsdp", "deepspeed", "megatron"]:
         """Whose code runs the strategy."""
+        if self.strategy is Strategy.MEGATRON:
+            return "megatron"
         if self.strategy.zero_stage is not None:
             return "deepspeed"
         return "fsdp" if self.strategy.is_fsdp else "ddp"
@@ -242,20 +332,29 @@ class Plan:
     @property
     def framework_title(self) -> str:
         """The same as people write it."""
-        return "DeepSpeed" if self.framework == "deepspeed" else self.framework.upper()
+        return {"deepspeed": "DeepSpeed", "megatron": "Megatron"}.get(self.framework, self.framework.upper())
 
     @property
     def global_batch(self) -> Count:
         """Sequences per optimizer step over all GPUs."""
-        return self.gpus * self.micro_batch * self.accumulation_steps
+        return self.data_parallel * self.micro_batch * self.accumulation_steps
 
     def group(self, name: GroupName) -> Group:
-        """The ranks of each group called *name*."""
-        if name == "shard":
-            return Group(self.shard_ranks)
-        if name == "replica":
-            return Group(self.gpus // self.shard_ranks, self.shard_ranks)
-        return Group(self.gpus)
+        """The ranks of each group called *name*.
+
+        Megatron numbers tensor-parallel ranks first, then context, data and pipeline (megatron-core 0.16.1,
+        parallel_state.py ``initialize_model_parallel``). Gradients are summed over data and context ranks together.
+        """
+        tensor, context = self.tensor_parallel, self.context_parallel
+        groups = {
+            "shard": Group(self.shard_ranks),
+            "replica": Group(self.gpus // self.shard_ranks, self.shard_ranks),
+            "tensor": Group(tensor),
+            "context": Group(context, tensor),
+            "pipeline": Group(self.pipeline_parallel, self.gpus // self.pipeline_parallel),
+            "data": Group(self.data_parallel * context, tensor),
+        }
+        return groups[name]
 
     @property
     def title(self) -> str:
@@ -267,8 +366,20 @@ class Plan:
         }[self.offload]
         extra += " to NVMe" if self.swaps else ""
         name = self.strategy.title.replace("FSDP", "FSDP1") if self.fsdp.version == 1 else self.strategy.title
+        if self.strategy is Strategy.MEGATRON:
+            return f"{name}{self._cuts_title}"
         alone = self.strategy is Strategy.DDP and bool(np.all(np.asarray(self.gpus) == 1))
         return f"{'one GPU' if alone else name}{extra}"
+
+    @property
+    def _cuts_title(self) -> str:
+        """Such as `` tp 8 + sp, pp 4 x 2``: what is cut over more than one rank."""
+        cuts = [f"tp {self.tensor_parallel}{' + sp' * self.sequence_parallel}"] if self.tensor_parallel > 1 else []
+        if self.pipeline_parallel > 1:
+            interleaved = f" x {self.virtual_stages}" if self.virtual_stages > 1 else ""
+            cuts.append(f"pp {self.pipeline_parallel}{interleaved}")
+        cuts += [f"cp {self.context_parallel}"] if self.context_parallel > 1 else []
+        return " " + ", ".join(cuts) if cuts else ""
 
     def at(self, index: int) -> Plan:
         """The plan at *index* of a plan whose counts are arrays."""

@@ -126,9 +126,8 @@ def _position_bias(tape: Tape, spec: Attention, weights: Weights, *, crosses: bo
     return cast(tape, tape.attach(mask, [owner], backward, saves="outputs"), tape.compute_bytes)
 
 
-def seen_share(tape: Tape, spec: Attention) -> float:
-    """Share of the scores matrix that a kernel which skips masked blocks computes."""
-    length = tape.sequence_length
+def seen_share(length: int, spec: Attention) -> float:
+    """Share of the scores matrix of *length* tokens that a kernel which skips masked blocks computes."""
     if not spec.causal:
         return 1.0
     if spec.window is None or spec.window >= length:
@@ -165,7 +164,7 @@ def _fused(
     needs_rows = kernel == "flash" or tape.grad_enabled or tape.kept is not None
     log_sum_exp, _ = tape.keep(rows * spec.heads * needs_rows, 4)
     # A kernel that gets a mask computes what the mask hides.
-    share = seen_share(tape, spec) if kernel == "flash" or bias is None else 1.0
+    share = seen_share(tape.sequence_length, spec) if kernel == "flash" or bias is None else 1.0
     whole = Matmul(length, length, length, spec.heads, "attention", share, tape.compute_bytes, fused)
     if fresh:
         tape.work(query, key, value, output, matmuls=_score_products(spec, whole))
@@ -173,7 +172,7 @@ def _fused(
 
     def backward(tape: Tape, gradient: Tensor) -> Gradients:
         gradients = tape.like(query), tape.like(key), tape.like(value)
-        scratch = _flash_scratch(tape, spec, expanded=key.numel < query.numel) if kernel == "flash" else None
+        scratch = flash_scratch(tape, spec, expanded=key.numel < query.numel) if kernel == "flash" else None
         each_bias = tape.new(bias.numel, bias.element_bytes) if bias and bias.node else None
         touched = (query, key, value, kept, log_sum_exp, gradient, *gradients)
         scores, outputs = _score_products(spec, replace(whole, backward=True))
@@ -190,7 +189,7 @@ def _fused(
     return tape.attach(output, [query, key, value, bias], backward)
 
 
-def _flash_scratch(tape: Tape, spec: Attention, *, expanded: bool) -> list[Tensor]:
+def flash_scratch(tape: Tape, spec: Attention, *, expanded: bool) -> list[Tensor]:
     """What flash's backward takes besides and gives back, on a GPU alone.
 
     Fp32 sums of the queries' gradients and one number for each of their rows, both rounded up to whole blocks; where

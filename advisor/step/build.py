@@ -21,6 +21,7 @@ from advisor.step.fsdp import FullyShardedDataParallel
 from advisor.step.fsdp_one import FullyShardedDataParallelOne
 from advisor.step.laying import laid_for
 from advisor.step.masks import Shared, shared_by
+from advisor.step.megatron import rank_step
 from advisor.step.nvme import SwappedZeroThree
 from advisor.step.offload import OffloadedZeroOne, OffloadedZeroTwo
 from advisor.step.offload_three import OffloadedZeroThree
@@ -72,6 +73,13 @@ class StepProgram:
     """Sizes of the tensors that are taken together under a label, for a single plan; one where nobody says."""
     streams: Mapping[str, str] = field(default_factory=dict)
     """CUDA streams, other than the one that computes, from whose memory a label is taken."""
+    slowest: Node = NOTHING
+    """The step of the pipeline stage that computes most, at whose pace the others go; nothing without a pipeline."""
+
+    @property
+    def pace(self) -> Node:
+        """The step whose passes all ranks wait for."""
+        return self.step if self.slowest is NOTHING else self.slowest
 
     @property
     def device(self) -> Node:
@@ -92,6 +100,8 @@ def build(model: ModelSpec, job: Job, plan: Plan, rank: int | None = None, sourc
         most = int(np.min(np.asarray(plan.gpus)))
         if not 0 <= rank < most:
             raise SpecError(f"rank must be 0 to {most - 1} of {most} GPUs, got {rank}")
+    if plan.strategy is Strategy.MEGATRON:
+        return _megatron_program(model, job, plan, rank)
     if rank is not None:
         return _program(scheme_of(model, job, plan, rank, source))
     several = build_contenders(model, job, plan, source)
@@ -100,6 +110,19 @@ def build(model: ModelSpec, job: Job, plan: Plan, rank: int | None = None, sourc
     ranks = np.asarray(several.rank)
     chosen = np.take_along_axis(ranks, fullest(several), axis=0)[0]
     return _program(scheme_of(model, job, plan, chosen if chosen.ndim else int(chosen), source))
+
+
+def _megatron_program(model: ModelSpec, job: Job, plan: Plan, rank: int | None) -> StepProgram:
+    found = rank_step(model, job, plan, rank)
+    piped = plan.pipeline_parallel > 1
+    return StepProgram(
+        init=phase("init", found.states),
+        step=found.step,
+        host=NOTHING,
+        host_once=NOTHING,
+        rank=found.rank,
+        slowest=found.slowest if piped else NOTHING,
+    )
 
 
 def _program(scheme: Scheme) -> StepProgram:
@@ -126,7 +149,12 @@ def _program(scheme: Scheme) -> StepProgram:
 
 
 def build_contenders(model: ModelSpec, job: Job, plan: Plan, source: Source = FORMULAS) -> StepProgram:
-    """The program of all ranks that can be the one that holds most: side by side in a first axis, if several can be."""
+    """The program of all ranks that can be the one that holds most: side by side in a first axis, if several can be.
+
+    Stages of a pipeline do not stand side by side: of these it is the fullest alone.
+    """
+    if plan.strategy is Strategy.MEGATRON:
+        return _megatron_program(model, job, plan, None)
     gpus = np.broadcast_arrays(plan.gpus, plan.micro_batch, plan.accumulation_steps)[0]
     counts, where = np.unique(gpus, return_inverse=True)
     scheme = scheme_of(model, job, plan, source=source)

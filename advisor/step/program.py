@@ -45,12 +45,15 @@ FusedAttention = Literal["sdpa", "flash", "memory-efficient"]
 """A kernel that never writes the scores: the one torch chooses by itself, FlashAttention's package, or the one that
 torch has for masks."""
 
-CollectiveKind = Literal["all-reduce", "all-gather", "reduce-scatter", "broadcast"]
+CollectiveKind = Literal["all-reduce", "all-gather", "reduce-scatter", "broadcast", "send-receive"]
 CopyKind = Literal["host-to-device", "device-to-host", "nvme-to-host", "host-to-nvme"]
 
 
 class Collective(NamedTuple):
-    """A message between ranks. *payload_bytes* is the whole tensor, not a rank's share of it."""
+    """A message between ranks. *payload_bytes* is the whole tensor, not a rank's share of it.
+
+    Of a send-receive, it is what one rank sends to a neighbour in its group.
+    """
 
     what: str
     kind: CollectiveKind

@@ -146,8 +146,8 @@ def record_embedding(model: ModelSpec, mode: Mode) -> Recording:
     assert root is not None
     del output
     tape.run_backward(root, *shape, None)
-    forward = _passed(tape.events[:last], STREAM_NUMBER, taken=number)
-    return Recording(forward, _after_forward(tape, last, number))
+    forward = passed(tape.events[:last], STREAM_NUMBER, taken=number)
+    return Recording(forward, after_forward(tape, last, number))
 
 
 class HeadRecording(NamedTuple):
@@ -190,8 +190,8 @@ def record_head(model: ModelSpec, mode: Mode) -> HeadRecording:
     returned.storage.rename(GRADIENT_STREAM, "temporaries")
     del loss
     named = (event if event.label != "logits" else _as_logits(event) for event in tape.events)
-    events = _passed(named, STREAM_NUMBER, given=given)
-    events = _passed(events, GRADIENT_NUMBER, taken=returned.storage.event.storage)
+    events = passed(named, STREAM_NUMBER, given=given)
+    events = passed(events, GRADIENT_NUMBER, taken=returned.storage.event.storage)
     turn = tape.reached_at
     return HeadRecording(events[first:last], events[last:end], events[end:turn], events[turn:])
 
@@ -283,9 +283,9 @@ def _record(run: Run, parameters: tuple[Parameter, ...], hidden_size: int, mode:
     returned = tape.run_backward(root, *shape, start)
     assert returned is not None
     returned.storage.rename(GRADIENT_STREAM, "temporaries")
-    forward = _passed(_own(tape.events[first:last]), STREAM_NUMBER, given=given, taken=number)
-    backward = _after_forward(tape, last, number, returned.storage.event.storage)
-    return Recording(forward, _passed(backward, STREAM_NUMBER, given=given))
+    forward = passed(_own(tape.events[first:last]), STREAM_NUMBER, given=given, taken=number)
+    backward = after_forward(tape, last, number, returned.storage.event.storage)
+    return Recording(forward, passed(backward, STREAM_NUMBER, given=given))
 
 
 def _record_checkpointed(
@@ -316,11 +316,11 @@ def _record_checkpointed(
     del stream
     unused = {storage for storage, when in tape.taken.items() if when >= cut}
     again = [event for event in tape.events[cut:last] if event.kind == "give" and event.storage < cut]
-    arrived = _after_forward(tape, last, -1, returned.storage.event.storage)
+    arrived = after_forward(tape, last, -1, returned.storage.event.storage)
     after = [event for event in arrived if not cut <= event.storage < last]
     late = [event for event in (*again, *after) if event.kind == "give" and event.storage in unused]
     early = [event for event in (*tape.events[first:cut], *again, *after) if event not in late]
-    backward = _passed(_own([*early, *late]), STREAM_NUMBER, given=given)
+    backward = passed(_own([*early, *late]), STREAM_NUMBER, given=given)
     return Recording(forward, _renumbered(backward, recalled), kept_copy_bytes)
 
 
@@ -344,8 +344,8 @@ def _record_forward_only(
     numbers = {**dict.fromkeys(copies, UNNUMBERED), **_kept_numbers(tape.kept or ())}
     events = _renumbered(_own(tape.events[first:]), numbers)
     kept = [(each.numel, each.element_bytes, each.storage.event.label) for each in tape.kept or ()]
-    passed = _passed(events, STREAM_NUMBER, given=given, taken=output.storage.event.storage)
-    return passed, sum(copies.values()), kept
+    between = passed(events, STREAM_NUMBER, given=given, taken=output.storage.event.storage)
+    return between, sum(copies.values()), kept
 
 
 def _kept_numbers(tensors: Iterable[Tensor]) -> dict[int, int]:
@@ -357,7 +357,7 @@ def _renumbered(events: Iterable[Event], numbers: Mapping[int, int]) -> tuple[Ev
     return tuple(event._replace(storage=numbers.get(event.storage, event.storage)) for event in events)
 
 
-def _after_forward(tape: Tape, last: int, output: int, returned: int | None = None) -> tuple[Event, ...]:
+def after_forward(tape: Tape, last: int, output: int, returned: int | None = None) -> tuple[Event, ...]:
     """Events since number *last*, less what belongs to the next part: the output, and the gradient that arrives.
 
     Of the gradient *returned* to the part before, the end belongs to that part.
@@ -368,10 +368,10 @@ def _after_forward(tape: Tape, last: int, output: int, returned: int | None = No
         for number, event in enumerate(tape.events[last:], last)
         if number != arrival and not (event.kind == "give" and event.storage == output)
     )
-    return _passed(events, GRADIENT_NUMBER, given=arrival, taken=returned)
+    return passed(events, GRADIENT_NUMBER, given=arrival, taken=returned)
 
 
-def _passed(
+def passed(
     events: Iterable[Event], number: int, *, given: int | None = None, taken: int | None = None
 ) -> tuple[Event, ...]:
     """*events* with *number* for the memory that passes from part to part.

@@ -13,7 +13,7 @@ from advisor.cost.estimate import PlanWords, plan_of
 from advisor.errors import ConfigError, SpecError
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
-from advisor.specs.plan import Plan
+from advisor.specs.plan import Plan, Strategy
 from advisor.specs.question import Question
 from advisor.step.build import build, scheme_of
 from advisor.step.program import Category, Node, fold, peak_of, phase_peaks, then
@@ -80,6 +80,8 @@ def trace(model: str, *, strategy: str | None = None, rank: int = 0, **words: Un
             return undescribed(found, trusted)
 
     question, plan = plan_of(model, strategy=strategy, describe=describe, **words)
+    if plan.strategy is Strategy.MEGATRON:
+        raise SpecError("Megatron-LM's own code is not traced; leave --trainer out and give --strategy")
     if not 0 <= rank < int(plan.gpus):
         raise SpecError(f"--rank must be 0 to {int(plan.gpus) - 1} with {plan.gpus} GPUs, got {rank}")
     job = replace(question.job, attention="eager") if question.model.eager_only else question.job

@@ -53,6 +53,25 @@ def test_every_word_of_a_plan_reaches_the_estimate(api: Api, run: Run) -> None:
     ]
 
 
+def test_megatron_s_words_reach_the_estimate(api: Api, run: Run) -> None:
+    words = "--trainer megatron --tp 2 --pp 2 --vpp 7 --cp 1 --sequence-parallel"
+
+    run(*ONE_PLAN[:5], *words.split())
+
+    assert api.asked == [
+        {
+            "model": "Qwen2.5-1.5B",
+            "gpus": 4,
+            "trainer": "megatron",
+            "tp": 2,
+            "pp": 2,
+            "vpp": 7,
+            "cp": 1,
+            "sequence_parallel": True,
+        }
+    ]
+
+
 @pytest.mark.parametrize(("said", "heard"), [("2000", 2000.0), ("/mnt/nvme", "/mnt/nvme")])
 def test_an_nvme_is_gib_or_a_folder(api: Api, run: Run, said: str, heard: float | str) -> None:
     run(*ONE_PLAN[:-1], "zero3", "--offload", "optimizer", "--offload-to", "nvme", "--nvme", said)

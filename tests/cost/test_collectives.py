@@ -74,6 +74,13 @@ def test_splitting_a_payload_into_messages_costs_only_latency(
     assert split - whole == pytest.approx((messages - 1) * steps * 2e-6, rel=1e-6)
 
 
+def test_a_neighbour_is_sent_to_in_one_step_however_many_there_are() -> None:
+    over = [ring(cluster(ranks, fast=100, latency_s=2e-6), Group(ranks)) for ranks in (1, 2, 8)]
+
+    assert [sent_bytes("send-receive", 1e9, each.ranks) for each in over] == [0, 1e9, 1e9]
+    assert [collective_seconds("send-receive", 1e9, 3, each) for each in over] == pytest.approx([0, 0.010006, 0.010006])
+
+
 def test_over_machines_every_gpu_brings_its_share_of_the_network() -> None:
     over = ring(cluster(16, nodes=2, fast=200, network=10), Group(16))
 

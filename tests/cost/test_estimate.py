@@ -202,6 +202,36 @@ def test_words_that_make_no_sense_are_errors_that_say_so(words: dict[str, Any], 
     assert str(refusal.value).startswith(said)
 
 
+def test_megatron_s_plan_is_what_the_words_say() -> None:
+    words = {"tp": 2, "pp": 2, "vpp": 3, "cp": 2, "sequence_parallel": True, "micro_batch": 2, "seq_len": 512}
+    _, plan = plan_of("Qwen2.5-0.5B", trainer="megatron", gpus=16, gpu="A100-80GB", global_batch=32, **words)  # type: ignore[arg-type]
+
+    assert (plan.strategy, plan.tensor_parallel, plan.pipeline_parallel) == (Strategy.MEGATRON, 2, 2)
+    assert (plan.virtual_stages, plan.context_parallel, plan.sequence_parallel) == (3, 2, True)
+    # 16 GPUs are 2 copies of 8, which take 2 x 2 sequences at a time.
+    assert (plan.micro_batch, plan.accumulation_steps, plan.global_batch) == (2, 8, 32)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"trainer": "advisor", "strategy": "ddp", "tp": 2}, "--tp: what advisor's own trainer runs is data parallel"),
+        ({"trainer": "advisor", "strategy": "ddp", "sequence_parallel": True}, "--sequence-parallel: what advisor's"),
+        ({"trainer": "nemo"}, "--trainer must be one of advisor, megatron, got 'nemo'"),
+        ({"strategy": "zero2"}, "--trainer megatron has a plan of its own"),
+        ({"offload": "optimizer"}, "--offload is not for --trainer megatron"),
+        ({"tp": 3}, "tensor_parallel 3 x pipeline_parallel 1 x context_parallel 1 take 3 GPUs or a multiple, got 4"),
+        ({"tp": 4}, "Megatron tp 4 cannot train Qwen2.5-0.5B: 14 attention heads do not divide"),
+        ({"micro_batch": 48, "tp": 2}, "a global batch of 64 is no multiple of 2 copies of the model x micro-batch 48"),
+    ],
+)
+def test_words_that_megatron_does_not_know_are_errors_that_say_so(words: dict[str, Any], said: str) -> None:
+    with pytest.raises(SpecError) as refusal:
+        estimate("Qwen2.5-0.5B", **{"trainer": "megatron", **FOUR_A100, **words})
+
+    assert str(refusal.value).startswith(said)
+
+
 def test_a_gpu_that_nobody_knows_is_an_error() -> None:
     with pytest.raises(UnknownNameError, match="A101"):
         estimate("Qwen2.5-0.5B", strategy="ddp", gpus=1, gpu="A101")

@@ -18,7 +18,7 @@ from advisor.launch.run_script import ALLOCATOR_SETTING
 from advisor.specs.calibration import Calibration
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
-from advisor.specs.plan import Checkpointing, Offload, Plan, Strategy
+from advisor.specs.plan import OWN_STRATEGIES, Checkpointing, Offload, Plan, Strategy
 from advisor.step.build import StepProgram, build
 from advisor.step.program import NOTHING, hold, phase, release, scratch, then
 
@@ -181,7 +181,7 @@ def test_a_margin_counts_as_memory_that_is_not_there(used: int, capacity: int, m
 
 COUNTERS = ("states_bytes", "peak_allocated_bytes", "peak_reserved_bytes", "device_used_bytes", "host_bytes")
 strategies = st.sampled_from(
-    [(strategy, Offload.NONE) for strategy in Strategy]
+    [(strategy, Offload.NONE) for strategy in OWN_STRATEGIES]
     + [(Strategy.ZERO2, Offload.OPTIMIZER), (Strategy.ZERO3, Offload.OPTIMIZER_AND_PARAMETERS)]
 )
 

@@ -14,7 +14,7 @@ from advisor.cost.allocator import OutOfMemoryError, Settings
 from advisor.cost.reserved import replayed
 from advisor.errors import SpecError
 from advisor.specs.job import Job
-from advisor.specs.plan import Checkpointing, Offload, Plan, Strategy, zero_settings
+from advisor.specs.plan import OWN_STRATEGIES, Checkpointing, Offload, Plan, Strategy, zero_settings
 from advisor.step.build import StepProgram, build
 from advisor.step.program import NOTHING, Node, fold, hold, phase, release, repeat, scratch, then
 
@@ -135,7 +135,7 @@ def test_a_replay_is_given_up_only_where_more_is_reserved_than_may_be(
         assert reserved.peak_reserved_bytes <= most_bytes
 
 
-VARIANTS = [(strategy, Offload.NONE) for strategy in Strategy] + [
+VARIANTS = [(strategy, Offload.NONE) for strategy in OWN_STRATEGIES] + [
     (Strategy.ZERO2, Offload.OPTIMIZER),
     (Strategy.ZERO3, Offload.OPTIMIZER_AND_PARAMETERS),
 ]

@@ -14,7 +14,7 @@ from advisor.cost.results import StepTime
 from advisor.cost.schedule import StepTimes, step_time
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
-from advisor.specs.plan import Checkpointing, Count, Offload, Plan, Strategy
+from advisor.specs.plan import OWN_STRATEGIES, Checkpointing, Count, Offload, Plan, Strategy
 from advisor.step.build import build
 from advisor.step.program import Block, Collective, Copy, Matmul, Node, phase, repeat, then
 
@@ -44,6 +44,25 @@ def test_what_later_work_waits_for_stands_out_in_full() -> None:
 
     assert found.exposed_communication_s == pytest.approx(0.5)
     assert found.step_s == pytest.approx(1.5)
+
+
+# arXiv:2104.04473, section 2.2: (p - 1) / (v·m) of the time that a stage works.
+@pytest.mark.parametrize(("stages", "virtual", "share"), [(1, 1, 0), (4, 1, 3 / 8), (4, 2, 3 / 16)])
+def test_a_pipeline_waits_while_it_fills_and_drains(stages: int, virtual: int, share: float) -> None:
+    plan = Plan(
+        strategy=Strategy.MEGATRON,
+        gpus=8,
+        micro_batch=1,
+        accumulation_steps=8,
+        pipeline_parallel=stages,
+        virtual_stages=virtual,
+    )
+
+    found = timed(phase("forward", ONE_SECOND, sends("weights", 0.5, waits=True)), plan)
+
+    works_s = found.compute_s + found.exposed_communication_s
+    assert found.bubble_s == pytest.approx(share * works_s)
+    assert found.step_s == pytest.approx((1 + share) * works_s)
 
 
 def test_what_nothing_waits_for_hides_behind_the_compute_after_it_by_the_overlap_share() -> None:
@@ -83,7 +102,7 @@ def test_hiding_never_makes_a_step_shorter_than_its_compute(waited: float, hidde
     assert found.step_s <= (found.compute_s + waited + hidden) * (1 + 1e-9)
 
 
-@given(st.sampled_from(list(Strategy)), st.floats(1, 100), st.floats(1, 100))
+@given(st.sampled_from(OWN_STRATEGIES), st.floats(1, 100), st.floats(1, 100))
 def test_more_bandwidth_is_never_slower(strategy: Strategy, link_times: float, network_times: float) -> None:
     plan = Plan(strategy=strategy, gpus=16, micro_batch=2)
     program = build(MODEL, JOB, plan).step
@@ -92,7 +111,7 @@ def test_more_bandwidth_is_never_slower(strategy: Strategy, link_times: float, n
     assert timed(program, plan, quick).step_s <= timed(program, plan, slow).step_s * (1 + 1e-12)
 
 
-@pytest.mark.parametrize("strategy", list(Strategy))
+@pytest.mark.parametrize("strategy", OWN_STRATEGIES)
 def test_one_gpu_sends_nothing_and_waits_for_nothing(strategy: Strategy) -> None:
     plan = Plan(strategy=strategy, gpus=1, micro_batch=2)
     found = step_time(build(MODEL, JOB, plan).step, JOB, plan, cluster(1), CALIBRATION)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from advisor.launch.files import Launch, render, write
 from advisor.launch.run_script import train_arguments
 from advisor.specs.job import Job
-from advisor.specs.plan import Checkpointing, Offload, Plan, Strategy
+from advisor.specs.plan import OWN_STRATEGIES, Checkpointing, Offload, Plan, Strategy
 from launch.examples import PLANS_OF_EVERY_KIND, cluster, hostile_text, jobs, model, plan
 from launch.started import Started
 
@@ -140,7 +140,7 @@ def test_the_pasted_command_splits_into_the_words_of_the_command(weights_from: s
 @given(job=jobs(), checkpointing=st.sampled_from(Checkpointing))
 @settings(deadline=None)
 def test_arguments_repeat_job_and_plan(job: Job, checkpointing: Checkpointing) -> None:
-    for strategy in Strategy:
+    for strategy in OWN_STRATEGIES:
         arguments = train_arguments(model(), job, plan(strategy, checkpointing=checkpointing), "tiny")
 
         assert f"--sequence-length={job.sequence_length}" in arguments

@@ -17,7 +17,7 @@ from advisor.launch.accelerate import accelerate_environment
 from advisor.launch.files import Launch, render, write
 from advisor.launch.targets import TARGETS, Target
 from advisor.specs.job import Job
-from advisor.specs.plan import FsdpSettings, Plan, Strategy
+from advisor.specs.plan import OWN_STRATEGIES, FsdpSettings, Plan, Strategy
 from launch.examples import PLANS_OF_EVERY_KIND, cluster, hostile_text, jobs, model, plan, zero_plans
 from launch.started import Started
 from launch.test_accelerate import launcher_environment, text
@@ -83,7 +83,7 @@ def test_the_same_plan_is_the_same_training_in_every_target(kind: str, nodes: in
     assert len(shared) == (1 if chosen.strategy.zero_stage is None else 2)
 
 
-@given(job=jobs(), strategy=st.sampled_from(Strategy), version=st.sampled_from([1, 2]))
+@given(job=jobs(), strategy=st.sampled_from(OWN_STRATEGIES), version=st.sampled_from([1, 2]))
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_other_launchers_set_what_accelerates_would(job: Job, strategy: Strategy, version: int, tmp_path: Path) -> None:
     chosen = plan(strategy, fsdp=FsdpSettings(version=version))

@@ -24,11 +24,11 @@ def benchmark() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def compared(benchmark: dict[str, Any]) -> dict[tuple[str, str, str], Any]:
-    """Each covered run with its prediction, by strategy, tokens of a sequence and loss."""
+    """Each covered run by data parallelism with its prediction, by strategy, tokens of a sequence and loss."""
     return {
         (row["strategy"], row["sequence_length"], row["loss"]): benchmark["Compared"](row, benchmark["predict"](row))
         for row in benchmark["rows"]()
-        if not row["not_covered"]
+        if not row["not_covered"] and row["strategy"] != "megatron"
     }
 
 
@@ -71,9 +71,22 @@ def test_liger_s_other_kernels_keep_as_much_less_as_long_runs_are_overestimated(
     assert found.predicted_bytes - saved < found.published_bytes < found.predicted_bytes
 
 
+# NVIDIA/Megatron-LM d98e8a6, golden values of its functional tests: a 7 B GPT model on 8 GPUs, 4 of them to each layer
+# or 4 stages of 8 virtual ones, the bytes allocated on the last rank.
+@pytest.mark.parametrize("cut", ["tensor_parallel", "pipeline_parallel"])
+def test_megatron_s_own_tests_are_predicted_within_two_per_cent(benchmark: dict[str, Any], cut: str) -> None:
+    found = [
+        benchmark["Compared"](row, benchmark["predict"](row)).error
+        for row in benchmark["rows"]()
+        if row["strategy"] == "megatron" and row[cut] == "4"
+    ]
+
+    assert len(found) == 3
+    assert max(map(abs, found)) < 0.02
+
+
 def test_runs_that_are_not_covered_are_counted_by_what_is_not_modelled(benchmark: dict[str, Any]) -> None:
     assert Counter(row["not_covered"] for row in benchmark["rows"]() if row["not_covered"]) == {
-        "tensor and pipeline parallelism": 6,
         "LoRA": 5,
         "QLoRA": 4,
         "torch.compile": 3,

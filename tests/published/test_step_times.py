@@ -44,3 +44,16 @@ def test_published_runs_are_predicted_within_a_mean_error(
 
     assert found.size == runs
     assert np.abs(found).mean() < mean_error
+
+
+# Korthikanti et al., arXiv:2205.05198, table 5: 22 B to 1 T parameters on 8 to 512 A100, by tensor and pipeline
+# parallelism, recomputed in full or, with sequence parallelism, selectively.
+def test_the_runs_of_megatron_s_paper_are_predicted_within_a_mean_error() -> None:
+    benchmark = runpy.run_path(str(BENCHMARK))
+    rows = [row for row in benchmark["megatron_runs"]() if row["model"] != "gpt3_7b"]
+
+    errors = np.array([abs(benchmark["Compared"](row, benchmark["predict"](row)).ratio - 1) for row in rows])
+
+    assert errors.size == 8
+    assert errors.mean() < 0.07
+    assert errors.max() < 0.12

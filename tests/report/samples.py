@@ -207,6 +207,7 @@ def made_estimate(
             high_s=1.15 * step_s,
             compute_s=step_s - 0.08,
             launch_s=0.0,
+            bubble_s=0.0,
             exposed_communication_s=0.053,
             optimizer_s=0.027,
             tokens_per_s=64 * 2048 / step_s,

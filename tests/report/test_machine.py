@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from advisor.launch.files import render
-from advisor.report.machine import csv_text, estimate_object, gpu_row, json_text, recommendation_object
+from advisor.report.machine import csv_text, estimate_object, gpu_row, json_text, plan_object, recommendation_object
 from advisor.search.results import row
-from advisor.specs.plan import Offload, Strategy
+from advisor.specs.plan import Offload, Plan, Strategy
 from report.samples import A100, CLUSTER, JOB, QWEN, T4, made_estimate, made_recommendation, made_refusal
 
 LEDGER_CATEGORIES = {
@@ -109,6 +109,31 @@ def test_numbers_stay_in_base_units() -> None:
     assert answer["time"]["step_s"] == estimate.time.step_s
     assert answer["time"]["tflops_per_gpu"] == pytest.approx(estimate.time.flop_per_s_per_gpu / 1e12)
     assert answer["model"]["parameters"] == answer["model"]["trainable_parameters"] == 1_543_714_304
+
+
+def test_megatron_s_plan_says_what_each_group_cuts() -> None:
+    plan = Plan(
+        strategy=Strategy.MEGATRON,
+        gpus=32,
+        micro_batch=1,
+        accumulation_steps=4,
+        tensor_parallel=4,
+        sequence_parallel=True,
+        pipeline_parallel=2,
+        virtual_stages=2,
+    )
+
+    found = plan_object(plan)
+
+    assert {name: found[name] for name in ("dp", "tp", "pp", "vpp", "cp", "sequence_parallel", "global_batch")} == {
+        "dp": 4,
+        "tp": 4,
+        "pp": 2,
+        "vpp": 2,
+        "cp": 1,
+        "sequence_parallel": True,
+        "global_batch": 16,
+    }
 
 
 def test_the_plan_says_how_gpus_are_split_and_what_deepspeed_is_told() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,6 +15,8 @@ from advisor.specs.plan import (
     Checkpointing,
     FsdpSettings,
     Group,
+    GroupName,
+    MegatronSettings,
     Offload,
     OffloadSettings,
     Plan,
@@ -185,3 +190,79 @@ def test_zero_settings_are_deepspeed_s_own(strategy: Strategy) -> None:
     assert usual.reduce_bucket == 500_000_000
     assert smaller.reduce_bucket == 10**6
     assert usual.overlap_communication == smaller.overlap_communication == (strategy is Strategy.ZERO3)
+
+
+def megatron(**counts: Any) -> Plan:
+    return Plan(strategy=Strategy.MEGATRON, **({"gpus": 16, "micro_batch": 2, "accumulation_steps": 4} | counts))
+
+
+# megatron-core 0.16.1, parallel_state.py initialize_model_parallel: of 16 ranks with tensor 2 and pipeline 2, [0, 1] is
+# a tensor group, [0, 2, 4, 6] a data group, [0, 8] a pipeline group; context ranks stand between tensor and data.
+@pytest.mark.parametrize(
+    ("counts", "name", "group"),
+    [
+        ({"tensor_parallel": 2, "pipeline_parallel": 2}, "tensor", (2, 1)),
+        ({"tensor_parallel": 2, "pipeline_parallel": 2}, "data", (4, 2)),
+        ({"tensor_parallel": 2, "pipeline_parallel": 2}, "pipeline", (2, 8)),
+        ({"tensor_parallel": 2, "context_parallel": 4}, "context", (4, 2)),
+        ({"tensor_parallel": 2, "context_parallel": 4}, "data", (8, 2)),
+        ({}, "data", (16, 1)),
+    ],
+)
+def test_ranks_are_grouped_as_megatron_numbers_them(
+    counts: dict[str, int], name: GroupName, group: tuple[int, int]
+) -> None:
+    assert megatron(**counts).group(name) == group
+
+
+@given(*3 * [st.sampled_from([1, 2, 4])], st.integers(1, 5))
+def test_the_groups_of_a_rank_make_up_all_gpus(tensor: int, pipeline: int, context: int, copies: int) -> None:
+    gpus = tensor * pipeline * context * copies
+    plan = megatron(gpus=gpus, tensor_parallel=tensor, pipeline_parallel=pipeline, context_parallel=context)
+
+    assert plan.data_parallel == copies
+    assert plan.group("tensor").size * plan.group("data").size * plan.group("pipeline").size == gpus
+    assert plan.global_batch == copies * 8
+
+
+@pytest.mark.parametrize(
+    ("counts", "title"),
+    [
+        ({}, "Megatron"),
+        ({"tensor_parallel": 8, "sequence_parallel": True}, "Megatron tp 8 + sp"),
+        ({"tensor_parallel": 2, "pipeline_parallel": 4, "virtual_stages": 3}, "Megatron tp 2, pp 4 x 3"),
+        ({"context_parallel": 2}, "Megatron cp 2"),
+    ],
+)
+def test_a_title_says_what_is_cut(counts: dict[str, Any], title: str) -> None:
+    assert megatron(**counts).title == title
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        ({"gpus": 12, "tensor_parallel": 8}, "tensor_parallel 8 x .* take 8 GPUs or a multiple, got 12"),
+        ({"strategy": Strategy.DDP, "tensor_parallel": 2}, "DDP is data parallel alone"),
+        ({"virtual_stages": 2}, "2 virtual stages need a pipeline"),
+        (
+            {"virtual_stages": 2, "pipeline_parallel": 4, "accumulation_steps": 6},
+            "groups of its 4 stages, and 6 is no multiple",
+        ),
+        ({"tensor_parallel": 0}, "tensor_parallel must be at least 1, got 0"),
+    ],
+)
+def test_groups_that_do_not_divide_are_refused_with_the_arithmetic(counts: dict[str, Any], said: str) -> None:
+    with pytest.raises(SpecError, match=said):
+        replace(megatron(), **counts)
+
+
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        ({"vocabulary_multiple": 0}, "vocabulary_multiple must be at least 1, got 0"),
+        ({"distributed_optimizer": False}, "set distributed_optimizer"),
+    ],
+)
+def test_megatron_settings_that_contradict_themselves_are_refused(choices: dict[str, Any], said: str) -> None:
+    with pytest.raises(SpecError, match=said):
+        MegatronSettings(**choices)

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from advisor.errors import SpecError
 from advisor.specs.job import Job, Optimizer
 from advisor.specs.model import ModelSpec, Parameter
-from advisor.specs.plan import Checkpointing, Count, Offload, Plan, Strategy, ZeroSettings, zero_settings
+from advisor.specs.plan import (
+    OWN_STRATEGIES,
+    Checkpointing,
+    Count,
+    Offload,
+    Plan,
+    Strategy,
+    ZeroSettings,
+    zero_settings,
+)
 from advisor.step.build import StepProgram, build, scheme_of
 from advisor.step.program import Line, fold, held_after, peak_of, phase_peaks, then
 from advisor.step.states import row_shards
@@ -22,7 +31,7 @@ from step.catalog_models import PROFILES, model_of
 
 VARIANTS = [
     (strategy, offload)
-    for strategy in Strategy
+    for strategy in OWN_STRATEGIES
     for offload in Offload
     if offload is Offload.NONE
     or strategy is Strategy.ZERO3

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import pytest
 
 from advisor.specs.job import Job, LossKernel
-from advisor.specs.plan import Checkpointing, Offload, Plan, Strategy, zero_settings
+from advisor.specs.plan import OWN_STRATEGIES, Checkpointing, Offload, Plan, Strategy, zero_settings
 from advisor.step.build import StepProgram, build, scheme_of
 from advisor.step.ddp import bucket_sizes
 from advisor.step.moves import Move, Moves, Rounds, moves
@@ -122,7 +122,7 @@ def walked(found: Iterable[Moves], held: dict[object, list[int]]) -> int:
     return most
 
 
-VARIANTS = [(strategy, Offload.NONE) for strategy in Strategy] + [
+VARIANTS = [(strategy, Offload.NONE) for strategy in OWN_STRATEGIES] + [
     (Strategy.ZERO2, Offload.OPTIMIZER),
     (Strategy.ZERO3, Offload.OPTIMIZER_AND_PARAMETERS),
 ]

@@ -1,0 +1,196 @@
+"""Published runs of real trainings: what each of them trained, by which plan, on which machines.
+
+Rows are those of ``profiles/measured/step_times.csv`` and ``peak_memory.csv``. Models that nobody publishes a
+configuration of are described here: Megatron's GPT models by ``profiles/measured/models.csv``, MosaicML's MPT by its
+own rows; its norms have no biases, which is left out.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from functools import cache
+from typing import Literal, NamedTuple
+
+from advisor.catalog.calibrations import find_calibration
+from advisor.catalog.gpus import find_gpu
+from advisor.catalog.links import find_link
+from advisor.catalog.models import find_model
+from advisor.catalog.profiles import profiles_folder
+from advisor.specs.hardware import Cluster
+from advisor.specs.job import Job
+from advisor.specs.model import Attention, FeedForward, Layer, ModelSpec, Parameter, Run
+from advisor.specs.plan import Checkpointing, MegatronSettings, Offload, Plan, Strategy, ZeroSettings
+
+Row = Mapping[str, str]
+
+MPT_VOCABULARY = 50368
+HOST_MEMORY_BYTES = 2**41
+"""Plays no part in what was published."""
+SCORES = "scores"
+"""The attention kernel of rows that computed the scores matrix."""
+
+
+class Published(NamedTuple):
+    """What a row stands for."""
+
+    model: ModelSpec
+    job: Job
+    plan: Plan
+    cluster: Cluster
+
+
+def published_rows(table: Literal["step_times", "peak_memory"]) -> list[Row]:
+    """All rows of a table."""
+    return _rows(table)
+
+
+def published(row: Row) -> Published:
+    """The model, job, plan and cluster of *row*; of a plan what the row does not say is as usual."""
+    strategy, gpus, nodes = Strategy(row["strategy"]), int(row["gpus"]), int(row["nodes"])
+    plan = Plan(
+        strategy=strategy,
+        gpus=gpus,
+        micro_batch=int(row["micro_batch"]),
+        accumulation_steps=int(row["accumulation_steps"]),
+        checkpointing=Checkpointing(row["checkpointing"]),
+        offload=Offload(row["offload"]),
+        zero=ZeroSettings(overlap_communication=strategy is Strategy.ZERO3),
+        tensor_parallel=int(row["tensor_parallel"] or 1),
+        sequence_parallel=row["sequence_parallel"] == "yes",
+        pipeline_parallel=int(row["pipeline_parallel"] or 1),
+        virtual_stages=int(row["virtual_stages"] or 1),
+        megatron=MegatronSettings(fuses_gradient_sums=row["fuses_gradient_sums"] != "no"),
+    )
+    kernel = "eager" if row.get("attention_kernel") == SCORES else "sdpa"
+    job = Job(
+        sequence_length=int(row["sequence_length"]),
+        global_batch=int(plan.global_batch),
+        precision="fp16" if row["precision"] == "fp16" else "bf16",
+        parameter_format="bf16" if row["parameter_format"] == "bf16" else "fp32",
+        attention=row.get("attention") or kernel,  # type: ignore[arg-type]
+        loss=row.get("loss") or "full",  # type: ignore[arg-type]
+    )
+    return Published(_model(row), job, plan, _cluster(row, gpus, nodes))
+
+
+def _cluster(row: Row, gpus: int, nodes: int) -> Cluster:
+    gpu, calibration = find_gpu(row["gpu"]), find_calibration()
+    return Cluster(
+        gpu=gpu,
+        gpus=gpus,
+        nodes=nodes,
+        link=find_link(gpu.link),
+        host_link=find_link(gpu.host_link),
+        network=find_link(row.get("network") or "ib-hdr"),
+        host_memory_bytes=HOST_MEMORY_BYTES,
+        cpu_memory_bandwidth_bytes_per_s=calibration.host_bandwidth_bytes_per_s_per_gpu * (gpus // nodes),
+    )
+
+
+def _model(row: Row) -> ModelSpec:
+    described = {each["model"]: each for each in _rows("models")}
+    if row["model"] in described:
+        return gpt(described[row["model"]])
+    return mpt(row) if row["model"].startswith("MPT") else find_model(row["model"]).model
+
+
+@cache
+def _rows(table: str) -> list[Row]:
+    with (profiles_folder() / "measured" / f"{table}.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def gpt(row: Row) -> ModelSpec:
+    """A GPT model as Megatron-LM's arguments make it: learned positions, LayerNorm, biases, GELU."""
+    width, heads, shared = int(row["hidden"]), int(row["heads"]), int(row["key_value_heads"])
+    inner, vocabulary, dropout = int(row["feed_forward"]), int(row["vocabulary"]), float(row["dropout"])
+    head_dim, tied = width // heads, row["tied"] == "yes"
+    layer = Layer(
+        attention=Attention(
+            heads=heads,
+            key_value_heads=shared,
+            head_dim=head_dim,
+            bias=True,
+            output_bias=True,
+            fused_projection=True,
+            rotary_fraction=0.0,
+            dropout=dropout,
+        ),
+        feed_forward=FeedForward(width=inner, gated=False, activation="gelu", bias=True),
+        norm="layer",
+        dropout=dropout,
+        parameters=(
+            *_norm("input_layernorm", width),
+            *_product("self_attention.linear_qkv", width + 2 * shared * head_dim, width),
+            *_product("self_attention.linear_proj", width, width),
+            *_norm("pre_mlp_layernorm", width),
+            *_product("mlp.linear_fc1", inner, width),
+            *_product("mlp.linear_fc2", width, inner),
+        ),
+    )
+    return ModelSpec(
+        name=row["model"],
+        family="megatron-gpt",
+        objective="causal",
+        hidden_size=width,
+        vocabulary_size=vocabulary,
+        maximum_positions=int(row["positions"]),
+        tied_embeddings=tied,
+        embedding=(
+            Parameter("embedding.word_embeddings.weight", (vocabulary, width)),
+            Parameter("embedding.position_embeddings.weight", (int(row["positions"]), width)),
+        ),
+        embedding_dropout=dropout,
+        runs=(Run((layer,), int(row["layers"])),),
+        final_norm="layer",
+        head=(
+            *_norm("final_layernorm", width),
+            *(() if tied else (Parameter("output_layer.weight", (vocabulary, width)),)),
+        ),
+        source=row["source"],
+    )
+
+
+def mpt(row: Row) -> ModelSpec:
+    """MosaicML's MPT with learned positions and a tied head (llm-foundry, scripts/train/yamls/pretrain)."""
+    width, heads = int(row["hidden"]), int(row["heads"])
+    layer = Layer(
+        attention=Attention(
+            heads=heads, key_value_heads=heads, head_dim=width // heads, fused_projection=True, rotary_fraction=0.0
+        ),
+        feed_forward=FeedForward(width=4 * width, gated=False, activation="gelu"),
+        norm="layer",
+        parameters=(
+            *_norm("norm_1", width),
+            Parameter("attn.Wqkv.weight", (3 * width, width)),
+            Parameter("attn.out_proj.weight", (width, width)),
+            *_norm("norm_2", width),
+            Parameter("ffn.up_proj.weight", (4 * width, width)),
+            Parameter("ffn.down_proj.weight", (width, 4 * width)),
+        ),
+    )
+    return ModelSpec(
+        name=row["model"],
+        family="mpt",
+        objective="causal",
+        hidden_size=width,
+        vocabulary_size=MPT_VOCABULARY,
+        maximum_positions=int(row["sequence_length"]),
+        tied_embeddings=True,
+        embedding=(
+            Parameter("wte.weight", (MPT_VOCABULARY, width)),
+            Parameter("wpe.weight", (int(row["sequence_length"]), width)),
+        ),
+        runs=(Run((layer,), int(row["layers"])),),
+        final_norm="layer",
+        head=_norm("norm_f", width),
+    )
+
+
+def _norm(name: str, width: int) -> tuple[Parameter, Parameter]:
+    return Parameter(f"{name}.weight", (width,)), Parameter(f"{name}.bias", (width,))
+
+
+def _product(name: str, outputs: int, inputs: int) -> tuple[Parameter, Parameter]:
+    return Parameter(f"{name}.weight", (outputs, inputs)), Parameter(f"{name}.bias", (outputs,))
