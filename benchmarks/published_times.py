@@ -25,7 +25,7 @@ from advisor.validation.published import Row, published, published_rows
 ATTENTION_SHARES: dict[str, dict[str, tuple[float, float]]] = {
     # FlashAttention-1 reaches 25 to 40 % of an A100 (arXiv:2307.08691, abstract), the most on long sequences. On Hopper
     # it is taken to lose as much as FlashAttention-2 does, from 0.68 to 0.42.
-    "flash-attention-1": {"8.0": (0.4, 0.4), "9.0": (0.25, 0.25)},
+    "flash-attention-1": {"8.0": (0.34, 0.30), "9.0": (0.21, 0.19)},
     # Fitted by benchmarks/fit_rates.py, as the calibration's FlashAttention-2 is.
     "flash-attention-2": {"8.0": (0.68, 0.6), "9.0": (0.42, 0.38)},
     "flash-attention-3": {"9.0": (0.69, 0.62)},
@@ -97,8 +97,8 @@ def predict(row: Row) -> StepTime:
     calibration = find_calibration()
     model, job, plan, cluster = published(row)
     capability = cluster.gpu.compute_capability
-    if (kernel := row["attention_kernel"]) in ATTENTION_SHARES:
-        shares = {f"sdpa, {capability}": ATTENTION_SHARES[kernel][capability]}
+    if capability in ATTENTION_SHARES.get(row["attention_kernel"], ()):
+        shares = {f"sdpa, {capability}": ATTENTION_SHARES[row["attention_kernel"]][capability]}
         calibration = replace(calibration, attention_efficiency={**calibration.attention_efficiency, **shares})
     return step_time(build(model, job, plan).pace, job, plan, cluster, calibration).at(0)
 

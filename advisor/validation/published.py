@@ -20,7 +20,7 @@ from advisor.catalog.profiles import profiles_folder
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
 from advisor.specs.model import Attention, FeedForward, Layer, ModelSpec, Parameter, Run
-from advisor.specs.plan import Checkpointing, MegatronSettings, Offload, Plan, Strategy, ZeroSettings
+from advisor.specs.plan import Checkpointing, FsdpSettings, MegatronSettings, Offload, Plan, Strategy, ZeroSettings
 
 Row = Mapping[str, str]
 
@@ -60,6 +60,8 @@ def published(row: Row) -> Published:
         sequence_parallel=row["sequence_parallel"] == "yes",
         pipeline_parallel=int(row["pipeline_parallel"] or 1),
         virtual_stages=int(row["virtual_stages"] or 1),
+        # llm-foundry's composer reduces in every micro-batch (mosaicml 0.16.4, trainer.py ``_train_microbatch``).
+        fsdp=FsdpSettings(syncs_each_micro_batch=row["model"].startswith("MPT")),
         megatron=MegatronSettings(fuses_gradient_sums=row["fuses_gradient_sums"] != "no"),
     )
     kernel = "eager" if row.get("attention_kernel") == SCORES else "sdpa"
