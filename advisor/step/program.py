@@ -41,7 +41,7 @@ Category = Literal[
     "rounding",
 ]
 
-CollectiveKind = Literal["all-reduce", "all-gather", "reduce-scatter", "broadcast"]
+CollectiveKind = Literal["all-reduce", "all-gather", "reduce-scatter", "broadcast", "all-to-all", "send-receive"]
 CopyKind = Literal["host-to-device", "device-to-host", "nvme-to-host", "host-to-nvme"]
 
 
