@@ -26,6 +26,19 @@ def clusters(*, search: str | None, as_json: bool, as_csv: bool) -> None:
     SEARCH keeps those with that text in their name, one of their other names, or their GPU's name.
 
     \b
+    --cluster also takes a YAML file of one's own, such as:
+      machine:
+        gpu: RTX 3090
+        gpus: 4
+        link: nvlink-bridge             # default: the GPU's usual one
+        islands: [[0, 1], [2, 3]]       # the GPUs that it joins, if not all
+        between: pcie4                  # what joins the islands
+        network: {like: 25gbe, gb_per_s: 2.8}
+        network_cards: 1
+        host_memory_gib: 256
+        count: 2                        # machines; default: as --nodes says
+
+    \b
     Examples:
       advisor clusters h100
       advisor clusters --json

@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
 import yaml
 
-from advisor.catalog import request
+from advisor.catalog import clusters, request
 from advisor.catalog.clusters import all_clusters, find_cluster, read_cluster
 from advisor.catalog.links import find_link
 from advisor.catalog.request import resolve
 from advisor.catalog.table import plain
+from advisor.cli.clusters import clusters as command
 from advisor.cost.estimate import estimate
 from advisor.errors import AdvisorError, ConfigError, SpecError, UnknownNameError
 from advisor.specs.question import Input
@@ -96,6 +98,20 @@ def test_a_file_of_one_s_own_says_what_it_knows_better(written: Written) -> None
     assert network
     assert (network.bandwidth_bytes_per_s, network.latency_s) == (pytest.approx(0.7e9), pytest.approx(20e-6))
     assert not network.assumed
+
+
+def test_the_examples_that_are_shown_can_be_read(tmp_path: Path) -> None:
+    shown = {"docstring": clusters.__doc__ or "", "help": command.help or ""}
+    for name, text in shown.items():
+        lines = text.splitlines()
+        first = next(place for place, line in enumerate(lines) if line.strip() == "machine:")
+        last = next(place for place, line in enumerate(lines) if "count: 2" in line)
+        (tmp_path / f"{name}.yaml").write_text(dedent("\n".join(lines[first : last + 1])))
+        profile = read_cluster(tmp_path / f"{name}.yaml")
+
+        assert (profile.gpu.name, profile.nodes, profile.host_memory_bytes) == ("RTX 3090", 2, 256 * GIB)
+        assert profile.topology
+        assert profile.topology.title == "[0, 1] [2, 3]"
 
 
 def test_the_slowest_of_unequal_machines_counts(written: Written) -> None:
