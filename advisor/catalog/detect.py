@@ -6,7 +6,9 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from advisor.catalog.wiring import Wiring, wiring
 
 _DRIVER_TRACES = ("/dev/nvidiactl", "/proc/driver/nvidia", "/dev/dxg")
 """One of these exists where a driver is loaded; the last under Windows' subsystem for Linux."""
@@ -23,6 +25,8 @@ class Detected(NamedTuple):
     """The smallest GPU's memory by NVML, which counts what the driver keeps for itself."""
     host_memory_bytes: int
     """The machine's memory, or the control group's limit where that is less."""
+    wiring: Wiring | None = None
+    """How several GPUs are joined, where NVML tells."""
 
 
 def detect() -> Detected | None:
@@ -30,13 +34,14 @@ def detect() -> Detected | None:
     if sys.platform == "linux" and not any(os.path.exists(trace) for trace in _DRIVER_TRACES):
         return None
     host_memory_bytes = host_memory()
-    gpus = _visible(_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    gpus, joined = _gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
     if not gpus or host_memory_bytes is None:
         return None
     return Detected(
         gpu_names=tuple(gpu.name for gpu in gpus),
         gpu_memory_bytes=min(gpu.memory_bytes for gpu in gpus),
         host_memory_bytes=host_memory_bytes,
+        wiring=joined,
     )
 
 
@@ -50,32 +55,36 @@ def host_memory() -> int | None:
 
 
 class _Device(NamedTuple):
+    handle: Any
     name: str
     uuid: str
     memory_bytes: int
 
 
-def _gpus() -> list[_Device]:
-    """All GPUs that NVML sees; none where NVML does not answer."""
+def _gpus(listed: str | None) -> tuple[list[_Device], Wiring | None]:
+    """The GPUs that NVML sees and ``CUDA_VISIBLE_DEVICES`` leaves, and how they are joined; none without NVML."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
     except Exception:
         # A broken or missing driver shows in many ways, none of which may stop an estimate for other machines.
-        return []
+        return [], None
     try:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return [
+        every = [
             _Device(
+                handle=handle,
                 name=_text(pynvml.nvmlDeviceGetName(handle)),
                 uuid=_text(pynvml.nvmlDeviceGetUUID(handle)),
                 memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
             )
             for handle in handles
         ]
+        visible = _visible(every, listed)
+        return visible, wiring(pynvml, [gpu.handle for gpu in visible]) if len(visible) > 1 else None
     except pynvml.NVMLError:
-        return []
+        return [], None
     finally:
         pynvml.nvmlShutdown()
 

@@ -7,13 +7,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypedDict
 
 from advisor.catalog.calibrations import calibration_of, find_calibration
+from advisor.catalog.clusters import ClusterProfile, find_cluster
 from advisor.catalog.detect import Detected, detect
 from advisor.catalog.gpus import find_gpu
 from advisor.catalog.links import find_link
 from advisor.catalog.models import FoundConfiguration, find_model
 from advisor.errors import SpecError
 from advisor.specs.calibration import Calibration
-from advisor.specs.hardware import Cluster, Gpu, Link
+from advisor.specs.hardware import Cluster, Gpu, Link, Topology
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
 from advisor.specs.question import Input, Origin, Question
@@ -29,6 +30,8 @@ GIB = 2**30
 class Words(TypedDict, total=False):
     """What may be said beside the model. Absent or None means: found on this machine, or assumed and said so."""
 
+    cluster: str | None
+    """A name or a YAML file. It says what the words below it do not."""
     gpus: int | None
     nodes: int
     gpu: str | None
@@ -63,36 +66,53 @@ def resolve(model: str, *, describe: Describe = by_formulas, **words: Unpack[Wor
     if unknown := words.keys() - Words.__annotations__.keys():
         raise TypeError(f"unknown words {', '.join(sorted(unknown))}; known: {', '.join(Words.__annotations__)}")
     found = find_model(model)
-    machine = None if words.get("gpu") and words.get("gpus") else detect()
-    gpu, gpu_origin = _gpu(words.get("gpu"), machine)
+    profile = find_cluster(name) if (name := words.get("cluster")) else None
+    machine = None if profile or (words.get("gpu") and words.get("gpus")) else detect()
+    gpu, gpu_origin = _gpu(words.get("gpu"), profile, machine)
     calibration, calibration_origin = _calibration(words.get("calibration"), gpu, gpu_origin)
-    gpus, gpus_origin = _gpus(words.get("gpus"), machine)
-    nodes = words.get("nodes", 1)
+    gpus, gpus_origin, nodes, nodes_origin = _counts(words, profile, machine)
     job = _job(words, gpu)
     described = describe(found, job)
-    link, network = words.get("link"), words.get("network")
     gpus_per_node = max(1, gpus // max(1, nodes))
     host_memory_bytes, host_origin = _host_memory(
-        words.get("host_memory"), machine, calibration.host_memory_bytes_per_gpu * gpus_per_node
+        words.get("host_memory"), profile, machine, calibration.host_memory_bytes_per_gpu * gpus_per_node
     )
+    link, topology, link_origin = _inside(words.get("link"), profile, machine, gpu, gpu_origin)
+    network, network_origin = _network(words.get("network"), profile, gpus_per_node)
     cluster = Cluster(
         gpu=gpu,
         gpus=gpus,
         nodes=nodes,
-        link=as_measured(find_link(link or gpu.link), calibration),
+        link=as_measured(link, calibration),
         host_link=as_measured(find_link(gpu.host_link), calibration),
-        network=as_measured(find_link(network or DEFAULT_NETWORK, gpus_per_node), calibration),
+        network=as_measured(network, calibration),
         host_memory_bytes=host_memory_bytes,
         cpu_memory_bandwidth_bytes_per_s=calibration.host_bandwidth_bytes_per_s_per_gpu * gpus_per_node,
         nvme_bytes=calibration.nvme_bytes_per_gpu * gpus_per_node,
         nvme_bandwidth_bytes_per_s=calibration.nvme_bandwidth_bytes_per_s_per_gpu * gpus_per_node,
+        topology=topology,
     )
+    said_by = f"cluster {profile.name}" if profile else ""
+
+    def named(name: str, value: str | int, origin: Origin) -> Input:
+        return Input(name, value, origin, said_by if origin == "file" else "")
+
+    hardware = [
+        named("gpu", gpu.name, gpu_origin),
+        named("gpus", gpus, gpus_origin),
+        named("link", cluster.link.name, link_origin),
+        named("host_memory_gib", round(host_memory_bytes / GIB), host_origin),
+    ]
+    if topology:
+        islands = f"{topology.title} over {topology.between.name}"
+        hardware.insert(-1, named("islands", islands, link_origin))
+    if nodes > 1:
+        hardware[2:2] = [named("nodes", nodes, nodes_origin), named("network", cluster.network.name, network_origin)]
+    if profile:
+        hardware.insert(0, Input("cluster", profile.name, "given"))
     inputs = [
         Input("model", found.weights_from, "given"),
-        Input("gpu", gpu.name, gpu_origin),
-        Input("gpus", gpus, gpus_origin),
-        Input("link", cluster.link.name, "given" if link else "assumed"),
-        Input("host_memory_gib", round(host_memory_bytes / GIB), host_origin),
+        *hardware,
         Input("seq_len", job.sequence_length, _origin(words, "seq_len")),
         Input("global_batch", job.global_batch, _origin(words, "global_batch")),
         Input("precision", job.precision, "given" if words.get("precision") else "assumed"),
@@ -105,9 +125,6 @@ def resolve(model: str, *, describe: Describe = by_formulas, **words: Unpack[Wor
         inputs.insert(-1, Input("loss", job.loss, "given"))
     if job.padded:
         inputs.insert(-1, Input("padded", True, "given"))
-    if nodes > 1:
-        network_origin: Origin = "given" if network else "assumed"
-        inputs[3:3] = [Input("nodes", nodes, "given"), Input("network", cluster.network.name, network_origin)]
     return Question(
         model=described,
         config=found.config,
@@ -142,9 +159,11 @@ def _origin(words: Words, name: str) -> Origin:
     return "given" if name in words else "assumed"
 
 
-def _gpu(name: str | None, machine: Detected | None) -> tuple[Gpu, Origin]:
+def _gpu(name: str | None, profile: ClusterProfile | None, machine: Detected | None) -> tuple[Gpu, Origin]:
     if name:
         return find_gpu(name), "given"
+    if profile:
+        return profile.gpu, "file"
     if machine:
         return find_gpu(machine.gpu_names[0]), "found"
     return find_gpu(DEFAULT_GPU), "assumed"
@@ -165,17 +184,63 @@ def as_measured(link: Link, calibration: Calibration) -> Link:
     return replace(link, bandwidth_bytes_per_s=bandwidth, assumed=False, source=source)
 
 
-def _gpus(count: int | None, machine: Detected | None) -> tuple[int, Origin]:
-    if count is not None:
-        return count, "given"
-    return (len(machine.gpu_names), "found") if machine else (1, "assumed")
+def _counts(words: Words, profile: ClusterProfile | None, machine: Detected | None) -> tuple[int, Origin, int, Origin]:
+    """GPUs in all and machines, each with its origin."""
+    gpus, nodes = words.get("gpus"), words.get("nodes")
+    if profile is None:
+        found: tuple[int, Origin] = (len(machine.gpu_names), "found") if machine else (1, "assumed")
+        return *((gpus, "given") if gpus is not None else found), nodes or 1, "given"
+    whole = profile.gpus_per_node
+    if nodes is not None:
+        machines = nodes
+    elif gpus is None:
+        machines = profile.nodes or 1
+    else:
+        machines = max(1, gpus // whole)
+        if gpus > whole and gpus % whole:
+            raise SpecError(f"{gpus} GPUs do not fill machines of {whole}, as {profile.name} has; give --nodes too")
+    total = machines * whole if gpus is None else gpus
+    if total > machines * whole:
+        raise SpecError(
+            f"{total} GPUs on {machines} machines are more than the {whole} that each {profile.name} has; "
+            f"give --nodes {-(-total // whole)} or at most --gpus {machines * whole}"
+        )
+    if profile.nodes is not None and machines > profile.nodes:
+        raise SpecError(f"{machines} machines are more than the {profile.nodes} of {profile.name}; give fewer --nodes")
+    return total, "file" if gpus is None else "given", machines, "file" if nodes is None else "given"
 
 
-def _host_memory(gib: float | None, machine: Detected | None, assumed_bytes: int) -> tuple[int, Origin]:
+def _inside(
+    name: str | None, profile: ClusterProfile | None, machine: Detected | None, gpu: Gpu, gpu_origin: Origin
+) -> tuple[Link, Topology | None, Origin]:
+    """What joins the GPUs of a machine. A link that was named joins all of them."""
+    if name:
+        return find_link(name), None, "given"
+    if profile:
+        return profile.link, profile.topology, "file"
+    if machine and machine.wiring and gpu_origin == "found":
+        return *machine.wiring.links(gpu), "found"
+    return find_link(gpu.link), None, "assumed"
+
+
+def _network(name: str | None, profile: ClusterProfile | None, gpus_per_node: int) -> tuple[Link, Origin]:
+    """What joins machines."""
+    if name:
+        return find_link(name, gpus_per_node), "given"
+    if profile and (network := profile.network(gpus_per_node)):
+        return network, "file"
+    return find_link(DEFAULT_NETWORK, gpus_per_node), "assumed"
+
+
+def _host_memory(
+    gib: float | None, profile: ClusterProfile | None, machine: Detected | None, assumed_bytes: int
+) -> tuple[int, Origin]:
     if gib is not None:
         if gib <= 0:
             raise SpecError(f"--host-memory must be a positive number of GiB per machine, got {gib}")
         return int(gib * GIB), "given"
+    if profile and profile.host_memory_bytes is not None:
+        return profile.host_memory_bytes, "file"
     return (machine.host_memory_bytes, "found") if machine else (assumed_bytes, "assumed")
 
 

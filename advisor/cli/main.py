@@ -27,6 +27,7 @@ COMMANDS = {
     "calibrate": "Measure this machine for the constants that predictions use.",
     "models": "List the models that are known by name.",
     "gpus": "List the GPUs that are known by name.",
+    "clusters": "List the clusters that --cluster knows by name.",
     "completion": "Print the script that completes commands in your shell.",
 }
 """The first sentence of each command's help, by the module that holds it."""

@@ -106,6 +106,13 @@ def complete_gpu(context: click.Context, parameter: click.Parameter, incomplete:
     return _starting([name for name in names if " " not in name], incomplete)
 
 
+def complete_cluster(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of clusters that start with *incomplete*."""
+    from advisor.catalog.clusters import all_clusters
+
+    return _starting((name for each in all_clusters() for name in (each.name, *each.aliases)), incomplete)
+
+
 def _starting(names: Iterable[str], incomplete: str) -> list[CompletionItem]:
     return [CompletionItem(name) for name in names if name.casefold().startswith(incomplete.casefold())]
 
@@ -130,6 +137,13 @@ question_options = options(
         show_default=True,
         help="Sequences per optimizer step, all GPUs.",
     ),
+    option(
+        _WHERE,
+        "--cluster",
+        metavar="NAME|FILE",
+        shell_complete=complete_cluster,
+        help="A name from `advisor clusters`, or a YAML file. Flags below win over it.",
+    ),
     option(_WHERE, "--gpus", type=int, help="GPUs in all.  [default: those found, else 1]"),
     option(_WHERE, "--nodes", type=int, default=1, show_default=True, help="Machines they are in."),
     option(
@@ -140,7 +154,7 @@ question_options = options(
         help="A name from `advisor gpus`.  [default: the one found, else A100-80GB]",
     ),
     option(_WHERE, "--link", metavar="NAME", help="Between GPUs of a machine.  [default: the GPU's usual one]"),
-    option(_WHERE, "--network", metavar="NAME", help="Between machines.  [default: the GPU's usual one]"),
+    option(_WHERE, "--network", metavar="NAME", help="Between machines.  [default: ib-hdr]"),
     option(_WHERE, "--host-memory", type=float, metavar="GIB", help="Memory of one machine in GiB.  [default: found]"),
     option(
         _HOW,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from advisor.cost.collectives import Ring, collective_seconds, copy_seconds, nvme_seconds, ring, sent_bytes
+from advisor.cost.collectives import Path, collective_seconds, copy_seconds, nvme_seconds, path, sent_bytes
 from advisor.specs.hardware import Cluster
 from advisor.specs.plan import GroupName, Plan
 from advisor.step.program import Amount, Block, Collective, CollectiveKind, Copy, CopyKind, Node, Repeat, read_once
@@ -35,22 +35,20 @@ class Ways:
 
     def __init__(self, cluster: Cluster, plan: Plan) -> None:
         self.cluster, self.plan = cluster, plan
-        self._paths: dict[GroupName, Ring] = {}
+        self._paths: dict[GroupName, Path] = {}
         self._known: dict[int, tuple[Transfer, Amount]] = {}
 
-    def path(self, group: GroupName) -> Ring:
+    def path(self, group: GroupName) -> Path:
         """What the messages of each *group* go over."""
         if group not in self._paths:
-            self._paths[group] = ring(self.cluster, self.plan.group(group))
+            self._paths[group] = path(self.cluster, self.plan.group(group))
         return self._paths[group]
 
     def link(self, flow: Flow, index: int) -> str:
-        """What *flow* goes over, of the plan at *index*; of a ring its slowest stretch."""
+        """What *flow* goes over, of the plan at *index*; of messages the slowest stretch."""
         if flow.group is None:
             return NVME if flow.kind in NVME_KINDS else self.cluster.host_link.name
-        limits = self.path(flow.group).network_limits
-        by_network = limits.reshape(-1)[index if limits.ndim else 0]
-        return self.cluster.network.name if by_network else self.cluster.link.name
+        return self.path(flow.group).slowest(index)
 
     def seconds(self, transfer: Transfer) -> Amount:
         """Time of *transfer* on an idle link."""

@@ -1,4 +1,4 @@
-"""The catalogs of models and GPUs to read."""
+"""The catalogs of models, GPUs and clusters to read."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import RenderableType
 
+from advisor.catalog.clusters import ClusterProfile
 from advisor.catalog.models import ModelRow
 from advisor.report.numbers import GB, GIB, aligned, parameter_count
 from advisor.report.tables import Column, faint, fitting, table_of
@@ -48,6 +49,47 @@ def gpus_report(gpus: Sequence[Gpu], *, width: int) -> list[RenderableType]:
     ]
     kept, _ = fitting(columns, width)
     return [table_of(kept), faint("Dense peaks, without sparsity. *: assumed, for want of a source.")]
+
+
+def clusters_report(clusters: Sequence[ClusterProfile], *, width: int) -> list[RenderableType]:
+    """One row per cluster, of one machine."""
+    networks = [each.network(each.gpus_per_node) for each in clusters]
+    columns = [
+        Column(header="Cluster", cells=[each.name for each in clusters], justify="left"),
+        Column(header="GPUs", cells=[f"{each.gpus_per_node} × {each.gpu.name}" for each in clusters], justify="left"),
+        Column(header="Link", cells=[_joined(each) for each in clusters], justify="left"),
+        Column(header="Network", cells=[each.name if each else "" for each in networks], justify="left", rank=1),
+        Column(
+            header="GB/s of\na GPU",
+            cells=[f"{each.bandwidth_bytes_per_s / GB:.3g}" if each else "" for each in networks],
+            rank=2,
+        ),
+        Column(
+            header="Host\nGiB",
+            cells=[f"{each.host_memory_bytes / GIB:,.0f}" if each.host_memory_bytes else "" for each in clusters],
+            rank=3,
+        ),
+        Column(
+            header="Or just",
+            cells=[min(each.aliases, key=len, default="") for each in clusters],
+            justify="left",
+            rank=4,
+        ),
+    ]
+    kept, _ = fitting(columns, width)
+    return [
+        table_of(kept),
+        faint("One machine; --nodes or --gpus says how many. --cluster FILE.yaml takes one of your own."),
+    ]
+
+
+def _joined(cluster: ClusterProfile) -> str:
+    """What joins the GPUs of a machine."""
+    topology = cluster.topology
+    if topology is None:
+        return cluster.link.name
+    sizes = "+".join(str(len(island)) for island in topology.islands)
+    return f"{cluster.link.name} in {sizes}, {topology.between.name}"
 
 
 def _short_name(gpu: Gpu) -> str:

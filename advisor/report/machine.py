@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from advisor.catalog.clusters import ClusterProfile
 from advisor.cost.results import Estimate, Memory, StepTime, TrafficLine
 from advisor.search.results import Recommendation
 from advisor.specs.hardware import Gpu
@@ -113,6 +114,27 @@ def gpu_row(gpu: Gpu) -> Json:
         "power_w": gpu.power_w,
         "assumed_fields": " ".join(gpu.assumed_fields),
         "source": gpu.source,
+    }
+
+
+def cluster_row(cluster: ClusterProfile) -> Json:
+    """One cluster as flat columns; rates are one GPU's where all of a machine are used."""
+    network, topology = cluster.network(cluster.gpus_per_node), cluster.topology
+    return {
+        "name": cluster.name,
+        "aliases": " ".join(cluster.aliases),
+        "gpu": cluster.gpu.name,
+        "gpus_per_node": cluster.gpus_per_node,
+        "nodes": cluster.nodes,
+        "link": cluster.link.name,
+        "link_bytes_per_s": cluster.link.bandwidth_bytes_per_s,
+        "islands": topology.title if topology else None,
+        "between": topology.between.name if topology else None,
+        "network": network.name if network else None,
+        "network_bytes_per_s": network.bandwidth_bytes_per_s if network else None,
+        "host_memory_bytes": cluster.host_memory_bytes,
+        "source": cluster.source,
+        "notes": cluster.notes,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import groupby
 
 from rich.text import Text
 
@@ -32,11 +33,11 @@ def assumed_line(inputs: Iterable[Input]) -> list[Text]:
 
 
 def read_lines(inputs: Iterable[Input]) -> list[Text]:
-    """What was read from a training configuration, and what its frameworks take where it is silent."""
+    """What was read from a training configuration or a cluster's description, and what frameworks take by default."""
     lines = []
     for origin, title in (("file", "Read"), ("default", "By default")):
-        said = [f"{_named(each)} ({each.source})" for each in inputs if each.origin == origin]
-        if said:
+        by_source = groupby((each for each in inputs if each.origin == origin), lambda each: each.source)
+        if said := [f"{', '.join(map(_named, some))} ({source})" for source, some in by_source]:
             lines.append(Text(f"{title}: {', '.join(said)}."))
     return lines
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from advisor.cost.results import Estimate
 from advisor.report.numbers import GB, GIB, aligned, gib, percent, rate
-from advisor.report.question import assumed_line, question_line, sentence
+from advisor.report.question import assumed_line, question_line, read_lines, sentence
 from advisor.report.tables import INDENT, Column, faint, fitting, list_of, natural_width, section, table_of, verbatim
 from advisor.search.results import Recommendation, Rejected
 from advisor.specs.plan import Plan
@@ -45,6 +45,7 @@ def recommendation_report(
     parts += [
         Text(),
         Text(question_line(recommendation.model, recommendation.job, recommendation.cluster)),
+        *read_lines(recommendation.inputs),
         *assumed_line(recommendation.inputs),
     ]
     if best:

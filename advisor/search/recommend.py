@@ -35,10 +35,10 @@ def recommend(
 ) -> Recommendation:
     """The best plan for *model* on a cluster, the best of each strategy, and why each other lost.
 
-    Words: ``gpus``, ``nodes``, ``gpu``, ``link``, ``network``, ``host_memory`` (GiB per machine), ``seq_len``,
-    ``global_batch``, ``precision``, ``param_dtype``, ``optimizer``, ``attention``, ``loss``, ``margin``. With *trace*,
-    transformers' own code on tensors without memory stands in for formulas, which takes any causal language model and
-    the extra ``run``; *trust_remote_code* lets that code come from the model's repository. Raises
+    Words: ``cluster``, ``gpus``, ``nodes``, ``gpu``, ``link``, ``network``, ``host_memory`` (GiB per machine),
+    ``seq_len``, ``global_batch``, ``precision``, ``param_dtype``, ``optimizer``, ``attention``, ``loss``, ``margin``.
+    With *trace*, transformers' own code on tensors without memory stands in for formulas, which takes any causal
+    language model and the extra ``run``; *trust_remote_code* lets that code come from the model's repository. Raises
     SpecError or UnknownNameError for words that make no sense, ConfigError for a model that cannot be read.
     """
     return search(ask(model, trace=trace, trust_remote_code=trust_remote_code, **words))

@@ -14,7 +14,8 @@ from advisor.specs.plan import Plan
 
 Origin = Literal["given", "found", "assumed", "file", "default"]
 """``given``: by a flag or an argument. ``found``: on this machine. ``assumed``: because nobody said. ``file``: read
-from a training configuration. ``default``: what a framework takes where that configuration is silent."""
+from a training configuration or a cluster's description. ``default``: what a framework takes where that configuration
+is silent."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ FusedAttention = Literal["sdpa", "flash", "memory-efficient"]
 """A kernel that never writes the scores: the one torch chooses by itself, FlashAttention's package, or the one that
 torch has for masks."""
 
-CollectiveKind = Literal["all-reduce", "all-gather", "reduce-scatter", "broadcast", "send-receive"]
+CollectiveKind = Literal["all-reduce", "all-gather", "reduce-scatter", "broadcast", "all-to-all", "send-receive"]
 CopyKind = Literal["host-to-device", "device-to-host", "nvme-to-host", "host-to-nvme"]
 
 

@@ -30,6 +30,9 @@ def stand_in(*names: str | bytes, broken_at: str = "") -> SimpleNamespace:
 
         return call
 
+    def untold(handle: int) -> object:
+        raise NvmlError("not supported")
+
     answers = {
         "nvmlInit": None,
         "nvmlShutdown": None,
@@ -38,6 +41,7 @@ def stand_in(*names: str | bytes, broken_at: str = "") -> SimpleNamespace:
         "nvmlDeviceGetName": lambda handle: names[handle],
         "nvmlDeviceGetUUID": lambda handle: f"GPU-{handle}abc",
         "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(total=MEMORY_BYTES - handle),
+        "nvmlDeviceGetPciInfo": untold,
     }
     return SimpleNamespace(NVMLError=NvmlError, **{name: failing(name, answer) for name, answer in answers.items()})
 
@@ -53,6 +57,7 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gpus_and_memory_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", stand_in("NVIDIA H100 PCIe", b"NVIDIA H100 PCIe"))
 
+    # This NVML tells nothing of how they are joined.
     assert detect() == Detected(
         gpu_names=("NVIDIA H100 PCIe", "NVIDIA H100 PCIe"),
         gpu_memory_bytes=MEMORY_BYTES - 1,

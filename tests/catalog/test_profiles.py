@@ -55,3 +55,11 @@ def test_every_row_of_a_table_is_complete_and_has_a_source(name: str) -> None:
     assert rows
     assert all(None not in row and None not in row.values() and row["source"] for row in rows)
     assert len({row["name"] for row in rows}) == len(rows)
+
+
+def test_every_measured_collective_has_a_source() -> None:
+    with (profiles_folder() / "rates" / "collectives.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+
+    assert len(rows) == 124
+    assert all(row["source"] and float(row["bus_gb_per_s"]) > 0 for row in rows)

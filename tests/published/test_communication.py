@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import runpy
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ import pytest
 from advisor.catalog.gpus import find_gpu
 from advisor.catalog.links import find_link
 from advisor.catalog.models import find_model
-from advisor.cost.collectives import collective_seconds, ring
+from advisor.cost.collectives import collective_seconds, path
 from advisor.cost.traffic import Ways, flows
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
@@ -20,9 +23,17 @@ from advisor.step.program import Block, Collective, CollectiveKind, Node, phase
 
 RANKS = 64
 HALF_BYTES = 2
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "fit_collectives.py"
 MODEL = find_model("Llama-3.1-8B").model
 """Above 10^9 parameters, so that ZeRO-3 does not keep it whole from forward to backward."""
 GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def errors() -> dict[str, np.ndarray[Any, Any]]:
+    """Relative errors of the times of each measured curve."""
+    benchmark = runpy.run_path(str(BENCHMARK))
+    return {curve.name: benchmark["errors"](curve, benchmark["now"]()) for curve in benchmark["curves"]()}
 
 
 def machines(gpu_name: str, gpus: int, nodes: int, network: str = "ib-hdr") -> Cluster:
@@ -129,7 +140,7 @@ def test_large_collectives_take_as_long_as_measured(
     rounds = 2 if kind == "all-reduce" else 1
     measured_s = rounds * (gpus - 1) / gpus * payload_gib * GIB / (bus_gb_per_s * 1e9)
 
-    found = collective_seconds(kind, payload_gib * GIB, 1, ring(machines(gpu, gpus, nodes, network), Group(gpus)))
+    found = collective_seconds(kind, payload_gib * GIB, 1, path(machines(gpu, gpus, nodes, network), Group(gpus)))
 
     assert float(found) == pytest.approx(measured_s, rel=0.06)
 
@@ -137,6 +148,28 @@ def test_large_collectives_take_as_long_as_measured(
 # The same tables: a 32 KiB all-reduce takes 43.8 us on 8 A100, and 32 KiB at 1.44 GB/s on 8 H200.
 @pytest.mark.parametrize(("gpu", "measured_s"), [("A100-80GB", 43.83e-6), ("H200", 1.75 * 2**15 / 1.44e9)])
 def test_small_collectives_take_their_latency(gpu: str, measured_s: float) -> None:
-    found = collective_seconds("all-reduce", 2**15, 1, ring(machines(gpu, 8, 1), Group(8)))
+    found = collective_seconds("all-reduce", 2**15, 1, path(machines(gpu, 8, 1), Group(8)))
 
     assert float(found) == pytest.approx(measured_s, rel=0.05)
+
+
+# benchmarks/fit_collectives.py prints every curve of profiles/rates/collectives.csv beside its prediction.
+@pytest.mark.parametrize(
+    ("curve", "mean_error"),
+    [
+        ("8 A100", 0.12),
+        ("8 H200", 0.13),
+        ("8 H200, gather and scatter", 0.02),
+        ("8 B200", 0.10),
+        ("4 x 8 B200 over EFA", 0.06),
+        ("2 x 8 H100 over TCPXO", 0.07),
+        ("H100 over EFA, all-reduce", 0.24),
+        ("H100 over EFA, all-gather", 0.20),
+        ("H100 over EFA, reduce-scatter", 0.20),
+        ("MI300X", 0.05),
+    ],
+)
+def test_curves_are_predicted_within_a_mean_error(
+    errors: dict[str, np.ndarray[Any, Any]], curve: str, mean_error: float
+) -> None:
+    assert np.abs(errors[curve]).mean() < mean_error
