@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, cast
 
 from advisor.catalog.calibrations import calibration_of, find_calibration
 from advisor.catalog.detect import Detected, detect
 from advisor.catalog.gpus import find_gpu
 from advisor.catalog.links import find_link
 from advisor.catalog.models import FoundConfiguration, find_model
+from advisor.catalog.training import TrainingWords, training_of
 from advisor.errors import SpecError
 from advisor.specs.calibration import Calibration
 from advisor.specs.hardware import Cluster, Gpu, Link
@@ -26,7 +27,7 @@ DEFAULT_NETWORK = "ib-hdr"
 GIB = 2**30
 
 
-class Words(TypedDict, total=False):
+class Words(TrainingWords, total=False):
     """What may be said beside the model. Absent or None means: found on this machine, or assumed and said so."""
 
     gpus: int | None
@@ -105,6 +106,8 @@ def resolve(model: str, *, describe: Describe = by_formulas, **words: Unpack[Wor
         inputs.insert(-1, Input("loss", job.loss, "given"))
     if job.padded:
         inputs.insert(-1, Input("padded", True, "given"))
+    training, training_inputs = training_of(cast(TrainingWords, words), job, gpu)
+    inputs[-1:-1] = training_inputs
     if nodes > 1:
         network_origin: Origin = "given" if network else "assumed"
         inputs[3:3] = [Input("nodes", nodes, "given"), Input("network", cluster.network.name, network_origin)]
@@ -116,6 +119,7 @@ def resolve(model: str, *, describe: Describe = by_formulas, **words: Unpack[Wor
         cluster=cluster,
         calibration=calibration,
         given_margin_share=_margin(words.get("margin", "auto")),
+        training=training,
         inputs=tuple(inputs),
         warnings=tuple(_warnings(found.note, described, job)),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from decimal import Decimal, InvalidOperation
 from typing import Any, TypeVar, get_args
 
 import click
@@ -61,6 +62,26 @@ def elements(text: str) -> int:
     return int(number)
 
 
+def amount(text: str) -> int:
+    """A number of tokens or samples: 1000000, 1e9, 300B."""
+    power = {"k": 3, "m": 6, "b": 9, "t": 12}.get(text[-1:].casefold(), 0)
+    try:
+        number = Decimal(text[:-1] if power else text).scaleb(power)
+    except InvalidOperation:
+        number = Decimal("nan")
+    if not number.is_finite() or number != number.to_integral_value():
+        raise click.BadParameter(f"{text!r} is not a whole number; give one such as 1000000, 1e9 or 300B")
+    return int(number)
+
+
+def price(text: str) -> str | float:
+    """USD, or the name of a provider."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def nvme(text: str) -> str | float:
     """GiB of an NVMe, or a folder on it."""
     try:
@@ -111,6 +132,7 @@ def _starting(names: Iterable[str], incomplete: str) -> list[CompletionItem]:
 
 
 _TRAIN, _WHERE, _HOW, _ANSWER = "What to train", "Where", "How", "The answer"
+_WHOLE = "The whole training"
 
 question_options = options(
     option(
@@ -199,6 +221,22 @@ question_options = options(
 )
 """The job and the machine, as `recommend` and `estimate` both ask for them."""
 
+
+training_options = options(
+    option(_WHOLE, "--tokens", type=amount, metavar="NUMBER", help="Tokens to train on, such as 1e9 or 300B."),
+    option(_WHOLE, "--samples", type=amount, metavar="NUMBER", help="The same in sequences."),
+    option(_WHOLE, "--epochs", type=float, metavar="NUMBER", help="How often to go through them.  [default: once]"),
+    option(
+        _WHOLE,
+        "--price",
+        type=price,
+        metavar="USD|PROVIDER",
+        help="What a GPU costs for an hour, or whose list price.  [default: a list price, with its date]",
+    ),
+    option(_WHOLE, "--max-hours", type=float, metavar="HOURS", help="Refuse plans that take longer."),
+    option(_WHOLE, "--max-cost", type=float, metavar="USD", help="Refuse plans that cost more."),
+)
+"""How much is trained on in all, and what that may take."""
 
 trust_option = option(
     _TRAIN,

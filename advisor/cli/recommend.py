@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from advisor.cli.answer import NOTHING_FITS, form_of, note, notes, print_answer, traced_first
-from advisor.cli.options import SectionCommand, form_options, given, option, question_options, trace_options
+from advisor.cli.options import (
+    SectionCommand,
+    form_options,
+    given,
+    option,
+    question_options,
+    trace_options,
+    training_options,
+)
+from advisor.specs.training import Objective
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -21,6 +30,16 @@ if TYPE_CHECKING:
 @click.command(cls=SectionCommand)
 @question_options
 @trace_options
+@training_options
+@option(
+    "The answer",
+    "--objective",
+    type=click.Choice(get_args(Objective)),
+    default="time",
+    show_default=True,
+    help="What the best plan has least of; on given GPUs cost and energy go with time.",
+)
+@option("The answer", "--pareto", is_flag=True, help="Show all plans that none beats in time and memory.")
 @option(
     "The answer",
     "--out",
@@ -42,6 +61,7 @@ def recommend(
     Examples:
       advisor recommend --model Qwen2.5-1.5B --gpus 4
       advisor recommend --model Llama-3.1-8B --gpus 8 --gpu H100 --out run
+      advisor recommend --model Llama-3.1-8B --gpus 8 --tokens 1e9 --max-cost 500
     """
     from advisor.launch.files import launch_of, write
     from advisor.search.recommend import recommend as search

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from advisor.cost.results import Estimate, Memory, StepTime, TrafficLine
-from advisor.search.results import Recommendation
+from advisor.search.results import Recommendation, row, training_columns
 from advisor.specs.hardware import Gpu
 from advisor.specs.model import ModelSpec
 from advisor.specs.plan import Plan
@@ -50,6 +50,7 @@ def estimate_object(estimate: Estimate) -> Json:
         "memory": _memory(estimate.memory),
         "traffic": [_traffic(line) for line in estimate.traffic],
         "time": _time(estimate.time),
+        "training": training_columns(estimate.training) if estimate.training else None,
         "verdict": estimate.verdict,
         "why": estimate.why,
         "warnings": list(estimate.warnings),
@@ -76,6 +77,7 @@ def recommendation_object(recommendation: Recommendation, launch: Launch | None)
             for rejected in recommendation.rejected
         ],
         "fewest_gpus": recommendation.fewest_gpus,
+        "pareto": [row(estimate) for estimate in recommendation.pareto] or None,
         "launch": _launch(launch) if launch else None,
         "considered": recommendation.considered,
         "seconds": recommendation.seconds,

@@ -26,6 +26,16 @@ def rate(per_second: float) -> str:
     return _significant(per_second)
 
 
+def significant(value: float) -> str:
+    """A quantity to three digits, with thousands set apart: ``28.4``, ``1,330,000``."""
+    return _significant(value)
+
+
+def days(hours: float) -> str:
+    """Hours from two days on as days, with a separator behind: ``12.5 days; ``. Else nothing."""
+    return f"{_significant(hours / 24)} days; " if hours >= 48 else ""
+
+
 def percent(share: float) -> str:
     """A share of one as whole percent, or with a decimal below ten: ``48 %``, ``3.5 %``."""
     decimals = 0 if abs(share) >= 0.0995 else 1

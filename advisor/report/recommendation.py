@@ -16,6 +16,7 @@ from advisor.cost.results import Estimate
 from advisor.report.numbers import GB, GIB, aligned, gib, percent, rate
 from advisor.report.question import assumed_line, question_line, sentence
 from advisor.report.tables import INDENT, Column, faint, fitting, list_of, natural_width, section, table_of, verbatim
+from advisor.report.training import training_columns, training_section
 from advisor.search.results import Recommendation, Rejected
 from advisor.specs.plan import Plan
 
@@ -49,6 +50,10 @@ def recommendation_report(
     ]
     if best:
         parts += [Text(), *_plans(recommendation.plans, width)]
+        if best.training:
+            parts += training_section(best.training, recommendation.cluster)
+    if recommendation.pareto:
+        parts += section("No plan beats these in time and memory", *_front(recommendation.pareto, width - INDENT))
     if others:
         parts += section("Why not the others", list_of(_losses(others, width)))
     if recommendation.rejected:
@@ -70,6 +75,27 @@ def _plans(plans: Sequence[Estimate], width: int) -> list[RenderableType]:
     return parts
 
 
+def _front(plans: Sequence[Estimate], width: int) -> list[RenderableType]:
+    names = [each.plan.title for each in plans]
+    columns = _front_columns(plans, names)
+    if natural_width(columns) > width:
+        columns = _front_columns(plans, [_folded(name) for name in names])
+    kept, _ = fitting(columns, width)
+    return [table_of(kept)]
+
+
+def _front_columns(plans: Sequence[Estimate], names: Sequence[str]) -> list[Column]:
+    peaks = aligned([each.memory.device_used_bytes / GIB for each in plans], most_decimals=1)
+    return [
+        Column(header="Strategy", cells=names, justify="left"),
+        Column(header="Batch", cells=_batches(plans)),
+        Column(header="Check-\npoints", cells=[each.plan.checkpointing.value for each in plans], rank=2),
+        Column(header="Peak\nGiB", cells=peaks),
+        Column(header="Tokens\nper s", cells=[rate(each.time.tokens_per_s) for each in plans]),
+        *training_columns(plans),
+    ]
+
+
 def _columns(plans: Sequence[Estimate], titles: Sequence[str]) -> list[Column]:
     memory = [plan.memory for plan in plans]
     ends = aligned([end / GIB for each in memory for end in (each.low_bytes, each.high_bytes)], significant=2)
@@ -89,6 +115,7 @@ def _columns(plans: Sequence[Estimate], titles: Sequence[str]) -> list[Column]:
         Column(header="Step\ns", cells=aligned([each.time.step_s for each in plans])),
         Column(header="Tokens\nper s", cells=[rate(each.time.tokens_per_s) for each in plans]),
         Column(header="MFU", cells=[percent(each.time.mfu) for each in plans], rank=5),
+        *training_columns(plans),
     ]
     if any(each.verdict == "tight" for each in plans):
         columns.insert(4, Column(header="Fits", cells=["tight" if each.verdict == "tight" else "" for each in plans]))

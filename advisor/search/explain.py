@@ -14,6 +14,7 @@ from advisor.cost.memory import footprint, short_by
 from advisor.cost.question import program, program_of_contenders
 from advisor.cost.results import Estimate, Memory
 from advisor.errors import ConfigError
+from advisor.search.contenders import nearest_beyond
 from advisor.search.results import Rejected
 from advisor.search.sheet import held_by, of_fullest, shortfall
 from advisor.search.space import Barred, bar, fsdp_settings, nearest_batch, variants
@@ -74,6 +75,27 @@ def lost(best: Estimate, other: Estimate) -> str:
     if len(parts) == 1 and slower < 0.005:
         parts.append("more involved to run")
     return ", ".join(parts)
+
+
+def saves(ranked: Sequence[Estimate]) -> str:
+    """What makes the first of *ranked* the best where memory is what counts."""
+    best = ranked[0]
+    room = f"{best.memory.device_used_bytes / GIB:.1f} of {best.memory.capacity_bytes / GIB:.1f} GiB per GPU"
+    if len(ranked) == 1:
+        return f"the only strategy that fits: {room}"
+    second, fastest = ranked[1], max(ranked, key=lambda estimate: estimate.time.tokens_per_s)
+    less = (second.memory.device_used_bytes - best.memory.device_used_bytes) / GIB
+    slower = 1 - best.time.tokens_per_s / fastest.time.tokens_per_s
+    price = f", and {100 * slower:.0f} % slower than {fastest.plan.title}" if slower >= 0.005 else ""
+    return f"{less:.1f} GiB less than {second.plan.title}, the next{price}; {room}"
+
+
+def leaner(best: Estimate, other: Estimate) -> str:
+    """What a plan needs more where memory is what counts, and what that buys."""
+    more = (other.memory.device_used_bytes - best.memory.device_used_bytes) / GIB
+    faster = other.time.tokens_per_s / best.time.tokens_per_s - 1
+    pace = f"{100 * abs(faster):.0f} % {'faster' if faster > 0 else 'slower'}" if abs(faster) >= 0.005 else "as fast"
+    return f"needs {more:.1f} GiB more, {pace}"
 
 
 def barred(question: Question, found: Barred) -> Rejected:
@@ -258,7 +280,11 @@ def _short_by(question: Question, plan: Plan) -> NDArray[np.float64]:
 
 
 def headline(
-    question: Question, plans: Sequence[Estimate], rejected: Sequence[Rejected], known: Leasts
+    question: Question,
+    plans: Sequence[Estimate],
+    rejected: Sequence[Rejected],
+    beyond: Sequence[Estimate],
+    known: Leasts,
 ) -> tuple[str, int | None]:
     """The verdict in one line, and where nothing fits the fewest GPUs on which something would."""
     cluster, name = question.cluster, question.model.name
@@ -269,6 +295,9 @@ def headline(
             f"Fits: train {name} on {where} with {best.plan.title}, "
             f"{best.time.tokens_per_s:,.0f} tokens/s, {best.memory.device_used_bytes / GIB:.1f} GiB per GPU"
         ), None
+    if beyond:
+        nearest_in_time = nearest_beyond(beyond)
+        return f"Beyond a limit: {name} on {where} with {nearest_in_time.plan.title}: {nearest_in_time.why}", None
     missing = [each for each in rejected if each.short_by_bytes > 0]
     nearest = min(missing, key=lambda each: each.short_by_bytes)
     fewest = fewest_gpus(question, variants(question.cluster), known)
