@@ -1,7 +1,7 @@
 """advisor: whether a training run fits, what is fastest, and what to type.
 
-``recommend``, ``estimate``, ``launch_files`` and ``validate`` take the words of the command line and return frozen
-values; ``read_records`` returns what ``validate`` recorded.
+``recommend``, ``compare``, ``estimate``, ``launch_files`` and ``validate`` take the words of the command line and
+return frozen values; ``read_records`` returns what ``validate`` recorded.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from advisor.version import __version__
 if TYPE_CHECKING:
     from advisor.cost.estimate import estimate
     from advisor.launch.files import launch_files
+    from advisor.search.compare import compare
     from advisor.search.recommend import recommend
     from advisor.validation.campaign import validate
     from advisor.validation.recorded import read_records
 
-__all__ = ["__version__", "estimate", "launch_files", "read_records", "recommend", "validate"]
+__all__ = ["__version__", "compare", "estimate", "launch_files", "read_records", "recommend", "validate"]
 
 _HOMES = {
+    "compare": "advisor.search.compare",
     "estimate": "advisor.cost.estimate",
     "launch_files": "advisor.launch.files",
     "read_records": "advisor.validation.recorded",

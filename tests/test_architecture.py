@@ -85,6 +85,7 @@ def test_every_name_of_the_interface_is_there_and_no_other() -> None:
 
 def test_the_functions_of_the_interface_are_those_of_their_modules() -> None:
     homes = {
+        "compare": "search.compare",
         "estimate": "cost.estimate",
         "launch_files": "launch.files",
         "read_records": "validation.recorded",

@@ -27,11 +27,10 @@ DEFAULT_NETWORK = "ib-hdr"
 GIB = 2**30
 
 
-class Words(TrainingWords, total=False):
-    """What may be said beside the model. Absent or None means: found on this machine, or assumed and said so."""
+class JobWords(TrainingWords, total=False):
+    """What may be said beside the model and the number of GPUs. Absent or None means: found on this machine, or assumed
+    and said so."""
 
-    gpus: int | None
-    nodes: int
     gpu: str | None
     link: str | None
     network: str | None
@@ -48,6 +47,13 @@ class Words(TrainingWords, total=False):
     margin: float | str
     calibration: str | None
     """A name or a file; by default what was measured on this machine's GPU, if that is the one that is meant."""
+
+
+class Words(JobWords, total=False):
+    """The same with how many GPUs there are."""
+
+    gpus: int | None
+    nodes: int
 
 
 Describe = Callable[[FoundConfiguration, Job], ModelSpec]

@@ -134,7 +134,13 @@ def _starting(names: Iterable[str], incomplete: str) -> list[CompletionItem]:
 _TRAIN, _WHERE, _HOW, _ANSWER = "What to train", "Where", "How", "The answer"
 _WHOLE = "The whole training"
 
-question_options = options(
+
+def job_options(*counts: Callable[[Decorated], Decorated]) -> Callable[[Decorated], Decorated]:
+    """What is trained, where and how, with the options *counts* that say on how many GPUs."""
+    return options(_job, *counts, _machine_and_method)
+
+
+_job = options(
     option(
         _TRAIN,
         "--model",
@@ -152,8 +158,9 @@ question_options = options(
         show_default=True,
         help="Sequences per optimizer step, all GPUs.",
     ),
-    option(_WHERE, "--gpus", type=int, help="GPUs in all.  [default: those found, else 1]"),
-    option(_WHERE, "--nodes", type=int, default=1, show_default=True, help="Machines they are in."),
+)
+
+_machine_and_method = options(
     option(
         _WHERE,
         "--gpu",
@@ -218,6 +225,11 @@ question_options = options(
         metavar="NAME|FILE",
         help="Measured constants to use.  [default: those that `advisor calibrate` found here for the GPU]",
     ),
+)
+
+question_options = job_options(
+    option(_WHERE, "--gpus", type=int, help="GPUs in all.  [default: those found, else 1]"),
+    option(_WHERE, "--nodes", type=int, default=1, show_default=True, help="Machines they are in."),
 )
 """The job and the machine, as `recommend` and `estimate` both ask for them."""
 

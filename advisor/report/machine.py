@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from advisor.cost.results import Estimate, Memory, StepTime, TrafficLine
+from advisor.search.compare import Comparison
 from advisor.search.results import Recommendation, row, training_columns
 from advisor.specs.hardware import Gpu
 from advisor.specs.model import ModelSpec
@@ -83,6 +84,44 @@ def recommendation_object(recommendation: Recommendation, launch: Launch | None)
         "seconds": recommendation.seconds,
         "warnings": list(recommendation.warnings),
     }
+
+
+def comparison_object(comparison: Comparison) -> Json:
+    """Every count with its plans; a count on which nothing fits has none, and says why."""
+    return {
+        "schema": SCHEMA,
+        "scaling": comparison.scaling,
+        "inputs": inputs_object(comparison.inputs),
+        "model": _model(comparison.model),
+        "fewest_gpus": comparison.fewest_gpus,
+        "counts": [
+            {
+                "gpus": scale.cluster.gpus,
+                "nodes": scale.cluster.nodes,
+                "global_batch": scale.job.global_batch,
+                "why_none": scale.why_none or None,
+                "losses": [asdict(loss) for loss in comparison.losses(scale.plans[0])] if scale.plans else [],
+                "plans": [_compared(comparison, plan) for plan in scale.plans],
+            }
+            for scale in comparison.scales
+        ],
+        "considered": comparison.considered,
+        "seconds": comparison.seconds,
+        "warnings": list(comparison.warnings),
+    }
+
+
+def comparison_rows(comparison: Comparison) -> list[Json]:
+    """One row per count and strategy that fits, the best of each count first."""
+    return [
+        {"nodes": scale.cluster.nodes, "rank": rank, **_compared(comparison, plan)}
+        for scale in comparison.scales
+        for rank, plan in enumerate(scale.plans, 1)
+    ]
+
+
+def _compared(comparison: Comparison, plan: Estimate) -> Json:
+    return {**row(plan), "speed_up": comparison.speed_up(plan), "efficiency": comparison.efficiency(plan)}
 
 
 def launch_object(estimate: Estimate, launch: Launch) -> Json:
