@@ -88,6 +88,7 @@ def test_the_functions_of_the_interface_are_those_of_their_modules() -> None:
         "compare": "search.compare",
         "estimate": "cost.estimate",
         "launch_files": "launch.files",
+        "rank_gpus": "search.gpu_types",
         "read_records": "validation.recorded",
         "recommend": "search.recommend",
         "validate": "validation.campaign",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 
 from rich.console import RenderableType
@@ -11,11 +10,11 @@ from rich.text import Text
 from advisor.cost.results import Estimate
 from advisor.report.numbers import GIB, aligned, parameter_count, percent, rate
 from advisor.report.question import assumed_line, sentence
-from advisor.report.tables import INDENT, Column, faint, fitting, list_of, natural_width, section, table_of
+from advisor.report.recommendation import batches, folded
+from advisor.report.tables import INDENT, Column, fitted_table, list_of, natural_width, section
 from advisor.report.training import LEFT_OUT, training_columns
 from advisor.search.compare import Comparison, Scale
 
-FOLDED_WIDTH = 18
 LEAST_SHARE = 0.005
 """What rounds to less than a percent is no reason."""
 MOST_LOSSES = 2
@@ -34,15 +33,18 @@ def comparison_report(comparison: Comparison, *, width: int) -> list[RenderableT
     ]
     if scales:
         best = [scale.plans[0] for scale in scales]
-        parts += [Text(), *_fitted(_scale_columns(comparison, best), width), faint(_legend(comparison, best))]
+        parts += [Text(), *fitted_table(_scale_columns(comparison, best), width, legend=_legend(comparison, best))]
         changes = [(f"{each.plan.gpus} GPUs", text) for each in best if (text := _changes(comparison, each))]
         if changes:
             parts += section("What makes the efficiency", list_of(changes))
         if len(scales[0].plans) > 1 or len(scales) > 1:
             parts += section(
                 "Tokens per second by strategy",
-                *_fitted(_strategy_columns(scales, width), width - INDENT),
-                faint(f"{NONE}: does not fit, or does not run there."),
+                *fitted_table(
+                    _strategy_columns(scales, width),
+                    width - INDENT,
+                    legend=f"{NONE}: does not fit, or does not run there.",
+                ),
             )
     if without:
         reasons = [(_gpus(scale), sentence(scale.why_none)) for scale in without]
@@ -83,12 +85,11 @@ def _gpus(scale: Scale) -> str:
 def _scale_columns(comparison: Comparison, best: Sequence[Estimate]) -> list[Column]:
     plans = [each.plan for each in best]
     peaks = aligned([each.memory.device_used_bytes / GIB for each in best], most_decimals=1)
-    batches = [f"{plan.micro_batch} × {plan.accumulation_steps}" for plan in plans]
     return [
         Column(header="GPUs", cells=[str(plan.gpus) for plan in plans]),
         Column(header="Machines", cells=[str(each.cluster.nodes) for each in best], rank=5),
-        Column(header="Best strategy", cells=[_folded(plan.title) for plan in plans], justify="left"),
-        Column(header="Batch", cells=batches, rank=3),
+        Column(header="Best strategy", cells=[folded(plan.title) for plan in plans], justify="left"),
+        Column(header="Batch", cells=batches(best), rank=3),
         Column(header="Check-\npoints", cells=[plan.checkpointing.value for plan in plans], rank=4),
         Column(header="Peak\nGiB", cells=peaks, rank=2),
         Column(header="Tokens\nper s", cells=[rate(each.time.tokens_per_s) for each in best]),
@@ -128,18 +129,5 @@ def _strategy_columns(scales: Sequence[Scale], width: int) -> list[Column]:
     ]
     columns = [Column(header="GPUs", cells=titles, justify="left"), *counts]
     if natural_width(columns) > width - INDENT:
-        columns[0] = Column(header="GPUs", cells=[_folded(title) for title in titles], justify="left")
+        columns[0] = Column(header="GPUs", cells=[folded(title) for title in titles], justify="left")
     return columns
-
-
-def _fitted(columns: Sequence[Column], width: int) -> list[RenderableType]:
-    kept, dropped = fitting(columns, width)
-    parts: list[RenderableType] = [table_of(kept)]
-    if dropped:
-        names = ", ".join(column.title for column in reversed(dropped))
-        parts.append(faint(f"No room here for: {names}. Widen to {natural_width(columns)} columns, or give --csv."))
-    return parts
-
-
-def _folded(name: str) -> str:
-    return "\n".join(textwrap.wrap(name, FOLDED_WIDTH, subsequent_indent=" "))

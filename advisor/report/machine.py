@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from advisor.cost.results import Estimate, Memory, StepTime, TrafficLine
 from advisor.search.compare import Comparison
+from advisor.search.gpu_types import GpuRanking
 from advisor.search.results import Recommendation, row, training_columns
 from advisor.specs.hardware import Gpu
 from advisor.specs.model import ModelSpec
@@ -122,6 +123,39 @@ def comparison_rows(comparison: Comparison) -> list[Json]:
 
 def _compared(comparison: Comparison, plan: Estimate) -> Json:
     return {**row(plan), "speed_up": comparison.speed_up(plan), "efficiency": comparison.efficiency(plan)}
+
+
+def ranking_object(ranking: GpuRanking, launch: Launch | None) -> Json:
+    """Every GPU with its best plan; ``best`` and ``launch`` are null where nothing fits."""
+    return {
+        "schema": SCHEMA,
+        "objective": ranking.objective,
+        "inputs": inputs_object(ranking.inputs),
+        "model": _model(ranking.model),
+        "best": estimate_object(ranking.best) if ranking.best else None,
+        "gpus": [
+            {
+                "gpu": choice.cluster.gpu.name,
+                "why_none": choice.why_none or None,
+                "best": row(choice.best) if choice.best else None,
+            }
+            for choice in ranking.choices
+        ],
+        "pareto": [_on_gpu(plan) for plan in ranking.pareto] or None,
+        "launch": _launch(launch) if launch else None,
+        "considered": ranking.considered,
+        "seconds": ranking.seconds,
+        "warnings": list(ranking.warnings),
+    }
+
+
+def ranking_rows(ranking: GpuRanking) -> list[Json]:
+    """One row per GPU that has a plan, best first."""
+    return [_on_gpu(plan) for plan in ranking.plans]
+
+
+def _on_gpu(plan: Estimate) -> Json:
+    return {"gpu": plan.cluster.gpu.name, **row(plan)}
 
 
 def launch_object(estimate: Estimate, launch: Launch) -> Json:

@@ -31,9 +31,11 @@ def significant(value: float) -> str:
     return _significant(value)
 
 
-def days(hours: float) -> str:
-    """Hours from two days on as days, with a separator behind: ``12.5 days; ``. Else nothing."""
-    return f"{_significant(hours / 24)} days; " if hours >= 48 else ""
+def spelled(hours: float) -> str:
+    """Hours as days from two days on, as minutes below one hour, in between as they are: ``12.5 days``."""
+    if hours >= 48:
+        return f"{_significant(hours / 24)} days"
+    return f"{_significant(hours)} hours" if hours >= 1 else f"{_significant(60 * hours)} minutes"
 
 
 def percent(share: float) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import RenderableType
 
 from advisor.cost.results import Estimate, TrainingCost
-from advisor.report.numbers import aligned, days, significant
+from advisor.report.numbers import aligned, significant, spelled
 from advisor.report.tables import Column, faint, list_of, section
 from advisor.specs.hardware import Cluster
 from advisor.specs.training import CURRENCY
@@ -17,10 +17,11 @@ LEFT_OUT = "Optimizer steps alone: loading, evaluation, checkpoints and restarts
 
 def training_section(training: TrainingCost, cluster: Cluster) -> list[RenderableType]:
     """What the whole run takes, line by line, each with where it comes from."""
-    hours = f"a real run may take {significant(training.low_hours)} to {significant(training.high_hours)}"
+    ends = f"a real run may take {significant(training.low_hours)} to {significant(training.high_hours)}"
+    hours = ends if 1 <= training.hours < 48 else f"{spelled(training.hours)}; {ends}"
     lines = [
         ("steps", f"{training.steps:,}", ""),
-        ("hours", significant(training.hours), f"{days(training.hours)}{hours}"),
+        ("hours", significant(training.hours), hours),
         ("GPU-hours", significant(training.gpu_hours), f"{cluster.gpus} × {cluster.gpu.name}"),
         ("cost", *_cost(training)),
         ("energy", *_energy(training, cluster)),

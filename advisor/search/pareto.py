@@ -37,6 +37,22 @@ def undominated(estimates: Sequence[Estimate]) -> tuple[Estimate, ...]:
     )
 
 
+NEAR_SHARE = 0.1
+
+
+def thinned(estimates: Sequence[Estimate], near_share: float = NEAR_SHARE) -> tuple[Estimate, ...]:
+    """Those of *estimates* that say something new: of the others each is in no respect more than *near_share* better
+    than one before it that stays."""
+    kept: list[Estimate] = []
+    for estimate in estimates:
+        point = respects(estimate)
+        if not any(
+            all(a <= b * (1 + near_share) for a, b in zip(respects(other), point, strict=True)) for other in kept
+        ):
+            kept.append(estimate)
+    return tuple(kept)
+
+
 def respects(estimate: Estimate) -> tuple[float, ...]:
     """What a plan should have little of: seconds per token, device memory, and money where it is known."""
     cost = estimate.training.cost_usd if estimate.training else None

@@ -236,3 +236,24 @@ def test_what_is_no_number_of_tokens_is_refused(api: Api, run: Run, number: str)
     assert result.exit_code == 2
     assert "give one such as 1000000, 1e9 or 300B" in result.stderr
     assert api.asked == []
+
+
+def test_any_gpu_asks_for_a_ranking_of_all(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("advisor.search.gpu_types.priced_gpus", lambda provider: ("RTX 4090", "A40"))
+    asked = ("recommend", "--model", "gpt2", "--gpus", "1", "--seq-len", "256", "--global-batch", "8", "--gpu", "Any")
+
+    answer = json.loads(run(*asked, "--json").stdout)
+    page = run(*asked, "--out", str(tmp_path / "run"), columns=120)
+    rows = list(csv.DictReader(io.StringIO(run(*asked, "--csv").stdout)))
+
+    assert [each["gpu"] for each in answer["gpus"]] == [row["gpu"] for row in rows] == ["RTX 4090", "A40"]
+    assert answer["launch"]["files"]
+    assert page.stdout.startswith("Fastest: 1 × RTX 4090")
+    assert (tmp_path / "run" / "run.sh").is_file()
+
+
+def test_no_one_price_holds_for_any_gpu(run: Run) -> None:
+    result = run("recommend", "--model", "gpt2", "--gpus", "1", "--gpu", "any", "--tokens", "1e9", "--price", "2")
+
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("Error: --price 2 cannot hold for every GPU")

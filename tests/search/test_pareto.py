@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from report.samples import made_estimate
 
 from advisor.cost.results import Estimate
-from advisor.search.pareto import dominates, respects, undominated
+from advisor.search.pareto import dominates, respects, thinned, undominated
 from advisor.search.recommend import search
 from search.questions import ASKED, priced, question
 from search.test_recommend import every_legal_plan
@@ -74,3 +74,14 @@ def test_money_is_a_respect_of_its_own() -> None:
 
 def test_none_is_looked_for_where_none_is_asked() -> None:
     assert search(ASKED["one GPU"]).pareto == ()
+
+
+@given(points)
+def test_what_is_left_out_of_a_short_list_is_near_to_what_stays(each: list[tuple[float, float]]) -> None:
+    made = undominated([made_estimate(step_s=step_s, device_gib=gib) for step_s, gib in each])
+
+    kept = thinned(made, 0.1)
+
+    assert kept[0] == made[0]
+    for left_out in (one for one in made if one not in kept):
+        assert any(all(a <= 1.1 * b for a, b in zip(key(one), key(left_out), strict=True)) for one in kept)
