@@ -119,7 +119,9 @@ def compare(
     """
     started = time.perf_counter()
     counts = sorted(set(gpus))
-    if not counts or counts[0] < 1 or gpus_per_node < 1:
+    if gpus_per_node < 1:
+        raise SpecError(f"--gpus-per-node must be at least 1, got {gpus_per_node}")
+    if not counts or counts[0] < 1:
         raise SpecError(f"a comparison needs counts of at least one GPU, got {', '.join(map(str, counts)) or 'none'}")
     if scaling not in ("strong", "weak"):
         raise SpecError(f"--scaling must be strong or weak, got {scaling!r}")
@@ -215,10 +217,13 @@ def _titles(base: Estimate, scaled: Estimate) -> dict[Part, str]:
         (line.what, line.collective): f"waiting for {line.what} ({line.collective} over {line.link})"
         for line in (*base.traffic, *scaled.traffic)
     }
-    computing = "computing"
-    if scaled.plan.checkpointing is not base.plan.checkpointing:
-        again = scaled.plan.checkpointing is Checkpointing.FULL
-        computing = "computing activations again" if again else "computing, without doing it again"
-    elif scaled.plan.micro_batch != base.plan.micro_batch:
-        computing = f"computing, {scaled.plan.micro_batch} sequences at a time in place of {base.plan.micro_batch}"
-    return titles | {COMPUTING: computing, UPDATING: UPDATING[0]}
+    one, other = base.plan, scaled.plan
+    ways = ["computing"]
+    if one.checkpointing is not other.checkpointing:
+        again = other.checkpointing is Checkpointing.FULL
+        ways.append("activations again" if again else "no activations again")
+    if one.micro_batch != other.micro_batch:
+        ways.append(f"{other.micro_batch} sequences at a time in place of {one.micro_batch}")
+    if one.framework != other.framework:
+        ways.append(f"by {other.framework_title} in place of {one.framework_title}")
+    return titles | {COMPUTING: " ".join(ways), UPDATING: UPDATING[0]}

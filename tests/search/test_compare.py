@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -10,8 +11,9 @@ import pytest
 
 from advisor.cost.results import Estimate
 from advisor.errors import SpecError
-from advisor.search.compare import Comparison, compare
+from advisor.search.compare import Comparison, compare, losses
 from advisor.search.recommend import recommend
+from advisor.specs.plan import Checkpointing, Strategy
 
 SMALL: dict[str, Any] = {"model": "gpt2", "gpu": "A100", "global_batch": 32, "seq_len": 256}
 
@@ -61,6 +63,22 @@ def test_the_global_batch_stays_or_grows_with_the_count() -> None:
     assert all(plan.plan.global_batch == 32 for plan in plans(found("strong")))
 
 
+def test_what_makes_computing_differ_is_named() -> None:
+    base = found().base
+    assert base
+    base = replace(base, plan=replace(base.plan, micro_batch=32))
+    others = {
+        "computing": replace(base, plan=replace(base.plan, gpus=2)),
+        "computing activations again": replace(base, plan=replace(base.plan, checkpointing=Checkpointing.FULL)),
+        "computing 64 sequences at a time in place of 32 by FSDP in place of DDP": replace(
+            base, plan=replace(base.plan, strategy=Strategy.FSDP, micro_batch=64)
+        ),
+    }
+
+    for title, other in others.items():
+        assert title in {loss.what for loss in losses(base, other)}
+
+
 def test_a_slower_network_lowers_the_efficiency_and_is_what_it_is_lost_to() -> None:
     fast, slow = found(gpus_per_node=4), found(gpus_per_node=4, network="ethernet-10g")
     (fast_best, *_), (slow_best, *_) = fast.scales[-1].plans, slow.scales[-1].plans
@@ -89,6 +107,7 @@ def test_where_nothing_fits_the_nearest_miss_is_told() -> None:
     [
         ({"gpus": (0, 1)}, "counts of at least one GPU, got 0, 1"),
         ({"gpus": ()}, "counts of at least one GPU, got none"),
+        ({"gpus": (1,), "gpus_per_node": 0}, "--gpus-per-node must be at least 1, got 0"),
         ({"gpus": (1, 12)}, "12 GPUs are no whole machines of 8; give a multiple such as 16"),
         ({"gpus": (3, 6), "scaling": "weak"}, "a global batch of 32 does not divide over 3 GPUs"),
         ({"gpus": (1,), "scaling": "none"}, "--scaling must be strong or weak"),
