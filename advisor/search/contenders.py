@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from advisor.cost.estimate import judge
 from advisor.cost.results import Estimate
 from advisor.errors import ConfigError
+from advisor.search.explain import nearest_beyond
+from advisor.search.rank import outdone, promise
 from advisor.search.sheet import Sheet, fastest, held_by, leanest, nearest_miss, price_sheet
 from advisor.search.space import Barred, sheets
 from advisor.specs.plan import Offload, Strategy
@@ -38,16 +39,22 @@ class Contenders:
         return sum(sheet.size for sheet in self.sheets)
 
 
-def contenders(question: Question, objective: Objective = "time") -> Contenders:
+def contenders(question: Question, objective: Objective = "time", *, only_best: bool = False) -> Contenders:
     """Every legal plan, exhaustively; of each strategy the one with least of *objective*.
 
-    On one cluster cost and energy go with time. Raises ConfigError where a traced model runs in no way.
+    On one cluster cost and energy go with time. With *only_best*, strategies are left out whose bounds say that none of
+    their plans can come first. Raises ConfigError where a traced model runs in no way.
     """
     priced, barred = _priced(question)
     best: list[Estimate] = []
     beyond: list[Estimate] = []
     too_large: list[tuple[Sheet, ...]] = []
-    for variant in priced.values():
+    variants = list(priced.values())
+    if only_best:
+        variants.sort(key=lambda variant: promise(variant, objective))
+    for variant in variants:
+        if only_best and outdone(variant, best, objective):
+            continue
         found = fastest(question, variant)
         if found is None:
             too_large.append(tuple(variant))
@@ -95,8 +102,3 @@ def why_none(question: Question, found: Contenders) -> str:
     plan = nearest_miss([sheet for variant in found.too_large for sheet in variant])
     _, why = judge(held_by(question, plan, squeezed=True), question.margin_share(plan))
     return f"{plan.title}: {why}"
-
-
-def nearest_beyond(beyond: Sequence[Estimate]) -> Estimate:
-    """Of plans beyond a limit the fastest, which on one cluster is the cheapest too."""
-    return max(beyond, key=lambda estimate: estimate.time.tokens_per_s)

@@ -14,7 +14,6 @@ from advisor.cost.memory import footprint, short_by
 from advisor.cost.question import program, program_of_contenders
 from advisor.cost.results import Estimate, Memory
 from advisor.errors import ConfigError
-from advisor.search.contenders import nearest_beyond
 from advisor.search.results import Rejected
 from advisor.search.sheet import held_by, of_fullest, shortfall
 from advisor.search.space import Barred, bar, fsdp_settings, nearest_batch, variants
@@ -277,6 +276,11 @@ def _short_by(question: Question, plan: Plan) -> NDArray[np.float64]:
     found = footprint(step, plan, question.cluster, question.calibration)
     (short,) = of_fullest(step, np.shape(plan.gpus), shortfall(found, question.cluster, question.margin_share(plan)))
     return short
+
+
+def nearest_beyond(beyond: Sequence[Estimate]) -> Estimate:
+    """Of plans beyond a limit the fastest, which on one cluster is the cheapest too."""
+    return max(beyond, key=lambda estimate: estimate.time.tokens_per_s)
 
 
 def headline(

@@ -14,7 +14,7 @@ from advisor.cost.results import Estimate
 from advisor.errors import SpecError
 from advisor.search.contenders import contenders, why_none
 from advisor.search.pareto import front, undominated
-from advisor.search.rank import ranked
+from advisor.search.rank import ordered
 from advisor.specs.hardware import Cluster
 from advisor.specs.model import ModelSpec
 from advisor.specs.question import Input, Question
@@ -100,8 +100,8 @@ def rank_gpus(
     beaten_by_none: list[Estimate] = []
     considered = 0
     for question in questions:
-        found = contenders(question, objective)
-        plans = ranked(found.best, objective)
+        found = contenders(question, objective, only_best=True)
+        plans = ordered(found.best, objective)
         choices.append(
             GpuChoice(
                 cluster=question.cluster,

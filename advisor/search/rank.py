@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from advisor.cost.estimate import explained
 from advisor.cost.results import Estimate
 from advisor.search.explain import leaner, lost, saves, won
+from advisor.search.sheet import Sheet, possible
 from advisor.search.space import VARIANTS
+from advisor.specs.plan import Plan
 from advisor.specs.training import Objective
 
 TIE_SHARE = 0.03
@@ -22,14 +25,36 @@ def ranked(estimates: Sequence[Estimate], objective: Objective) -> tuple[Estimat
     """*estimates* of one cluster, best first, each with its reason. There cost and energy go with time."""
     if not estimates:
         return ()
+    best, *others = order = ordered(estimates, objective)
+    first, last = (saves, leaner) if objective == "memory" else (won, lost)
+    return (explained(best, first(order)), *(explained(other, last(best, other)) for other in others))
+
+
+def ordered(estimates: Sequence[Estimate], objective: Objective) -> list[Estimate]:
+    """The same without reasons."""
     if objective == "memory":
-        order = sorted(estimates, key=lambda each: (each.memory.device_used_bytes, -each.time.tokens_per_s))
-        first, last = saves, leaner
-    else:
-        order = _by_speed(estimates)
-        first, last = won, lost
-    best = order[0]
-    return (explained(best, first(order)), *(explained(other, last(best, other)) for other in order[1:]))
+        return sorted(estimates, key=lambda each: (each.memory.device_used_bytes, -each.time.tokens_per_s))
+    return _by_speed(estimates)
+
+
+def promise(sheets: Sequence[Sheet], objective: Objective) -> float:
+    """What the plans of one strategy's *sheets* take of *objective* at least, for an order; by bounds."""
+    places = possible(sheets)
+    if not places:
+        return math.inf
+    if objective == "memory":
+        return min(float(sheet.device_used_bytes[index]) for sheet, index in places)
+    sheet, index = places[0]
+    return -float(sheet.tokens_per_s[index]) * _credit(sheet.plan)
+
+
+def outdone(sheets: Sequence[Sheet], best: Sequence[Estimate], objective: Objective) -> bool:
+    """Whether no plan of *sheets* can come before all of *best*."""
+    if not best:
+        return False
+    if objective == "memory":
+        return promise(sheets, objective) > min(each.memory.device_used_bytes for each in best)
+    return -promise(sheets, objective) < max(map(_standing, best)) * (1 - TIE_SHARE)
 
 
 def _by_speed(estimates: Sequence[Estimate]) -> list[Estimate]:
@@ -47,7 +72,11 @@ def _by_speed(estimates: Sequence[Estimate]) -> list[Estimate]:
 
 def _standing(estimate: Estimate) -> float:
     """Tokens per second, less the lead that offloading has to have."""
-    return estimate.time.tokens_per_s * (1 - OFFLOAD_LEAD * estimate.plan.offload.optimizer)
+    return estimate.time.tokens_per_s * _credit(estimate.plan)
+
+
+def _credit(plan: Plan) -> float:
+    return 1 - OFFLOAD_LEAD * plan.offload.optimizer
 
 
 def _simplicity(estimate: Estimate) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any, get_args
 
@@ -39,9 +40,12 @@ def test_gpus_stand_in_the_order_of_the_objective(objective: Objective) -> None:
     assert ranking.least(objective) == ranking.best
 
 
-def test_each_gpu_has_the_plan_that_is_recommended_on_it() -> None:
-    for plan in found("cost").plans:
-        assert plan == recommend(**SMALL, gpu=plan.cluster.gpu.name).best
+@pytest.mark.parametrize("objective", ["cost", "memory"])
+def test_each_gpu_has_the_plan_that_is_recommended_on_it(objective: Objective) -> None:
+    for plan in found(objective).plans:
+        best = recommend(**SMALL, gpu=plan.cluster.gpu.name, objective=objective).best
+        assert best
+        assert plan == replace(best, why=plan.why)
 
 
 def test_the_best_by_another_objective_is_that_of_its_own_ranking() -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from advisor.cost.results import Estimate
 from advisor.errors import SpecError
-from advisor.search.rank import OFFLOAD_LEAD, TIE_SHARE
+from advisor.search.contenders import contenders
+from advisor.search.rank import OFFLOAD_LEAD, TIE_SHARE, ordered
 from advisor.search.recommend import recommend, search
 from advisor.search.results import Recommendation, row
 from advisor.search.sheet import price_sheet
@@ -341,3 +342,13 @@ def test_a_lean_plan_beyond_a_limit_gives_way_to_one_within() -> None:
     assert within.best.training
     assert within.best.training.hours < lean.training.hours
     assert within.best.memory.device_used_bytes >= lean.memory.device_used_bytes
+
+
+@pytest.mark.parametrize("objective", ["time", "memory"])
+@pytest.mark.parametrize("name", ["one GPU", "three GPUs", "offload fits"])
+def test_strategies_that_cannot_come_first_are_passed_over(name: str, objective: Objective) -> None:
+    whole = contenders(ASKED[name], objective)
+    short = contenders(ASKED[name], objective, only_best=True)
+
+    assert ordered(short.best, objective)[0] == ordered(whole.best, objective)[0]
+    assert {variant_of(each.plan) for each in short.best} <= {variant_of(each.plan) for each in whole.best}
