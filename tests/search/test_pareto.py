@@ -47,7 +47,7 @@ def test_the_front_is_that_of_all_legal_plans(name: str) -> None:
 
 
 def test_the_fastest_and_the_leanest_plan_are_its_ends() -> None:
-    asked = question(gpus=2, global_batch=8, seq_len=512, tokens=10**8)
+    asked = question("gpt2", gpus=2, global_batch=4, seq_len=128, tokens=10**8)
     found, lean = search(asked, pareto=True), search(asked, objective="memory")
 
     assert lean.best
