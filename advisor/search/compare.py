@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import time as clock
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
@@ -117,7 +117,7 @@ def compare(
     *scaling* weak, ``global_batch`` is that of the fewest GPUs. A count over which the batch does not divide is an
     answer. Raises SpecError or UnknownNameError for words that make no sense.
     """
-    started = time.perf_counter()
+    started = clock.perf_counter()
     counts = sorted(set(gpus))
     if gpus_per_node < 1:
         raise SpecError(f"--gpus-per-node must be at least 1, got {gpus_per_node}")
@@ -140,7 +140,7 @@ def compare(
         scaling=scaling,
         inputs=_common_inputs(first, question),
         scales=tuple(scales),
-        seconds=time.perf_counter() - started,
+        seconds=clock.perf_counter() - started,
         warnings=first.warnings,
     )
 
@@ -198,16 +198,17 @@ def losses(base: Estimate, scaled: Estimate) -> tuple[Loss, ...]:
 
 
 Part = tuple[str, str]
-COMPUTING, UPDATING = ("computing", ""), ("updating the weights", "")
+COMPUTING, LAUNCHING, UPDATING = ("computing", ""), ("launching kernels", ""), ("updating the weights", "")
 
 
 def _gpu_seconds_per_token(estimate: Estimate) -> dict[Part, float]:
-    """GPU-seconds per token of each part of a step: compute, update, and each purpose that it waits for."""
-    found = {COMPUTING: estimate.time.compute_s, UPDATING: estimate.time.optimizer_s}
+    """GPU-seconds per token of each part of a step: compute, launches, update, and each purpose that it waits for."""
+    time = estimate.time
+    found = {COMPUTING: time.compute_s, LAUNCHING: time.launch_s, UPDATING: time.optimizer_s}
     for line in estimate.traffic:
         part = (line.what, line.collective)
         found[part] = found.get(part, 0.0) + line.exposed_seconds
-    per_token = 1 / (estimate.time.tokens_per_s_per_gpu * estimate.time.step_s)
+    per_token = 1 / (time.tokens_per_s_per_gpu * time.step_s)
     return {part: seconds * per_token for part, seconds in found.items()}
 
 
@@ -226,4 +227,4 @@ def _titles(base: Estimate, scaled: Estimate) -> dict[Part, str]:
         ways.append(f"{other.micro_batch} sequences at a time in place of {one.micro_batch}")
     if one.framework != other.framework:
         ways.append(f"by {other.framework_title} in place of {one.framework_title}")
-    return titles | {COMPUTING: " ".join(ways), UPDATING: UPDATING[0]}
+    return titles | {COMPUTING: " ".join(ways), LAUNCHING: LAUNCHING[0], UPDATING: UPDATING[0]}

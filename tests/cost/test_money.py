@@ -28,6 +28,7 @@ def time(step_s: float = 2.0) -> StepTime:
         low_s=0.9 * step_s,
         high_s=1.2 * step_s,
         compute_s=step_s,
+        launch_s=0.0,
         exposed_communication_s=0.0,
         optimizer_s=0.0,
         tokens_per_s=PER_STEP / step_s,
