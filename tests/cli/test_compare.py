@@ -4,8 +4,11 @@ import csv
 import io
 import json
 
+import click
 import pytest
 
+from advisor.cli.compare import compare
+from advisor.search.compare import USUAL_COUNTS, USUAL_GPUS_PER_NODE
 from cli.conftest import Run
 
 SMALL = ("compare", "--model", "gpt2", "--gpu", "A100", "--gpus", "1,2", "--global-batch", "16", "--seq-len", "128")
@@ -53,3 +56,11 @@ def test_what_cannot_be_meant_is_one_line(run: Run, words: tuple[str, ...], said
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.count("\n") == 1
     assert said in result.stderr
+
+
+def test_the_defaults_that_help_shows_are_those_that_answer() -> None:
+    shown = {each.name: each.type_cast_value(click.Context(compare), each.default) for each in compare.params}
+
+    assert shown["gpus"] == USUAL_COUNTS
+    assert shown["gpus_per_node"] == USUAL_GPUS_PER_NODE
+    assert shown["scaling"] == "strong"

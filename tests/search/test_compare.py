@@ -96,7 +96,7 @@ def test_a_count_over_which_the_batch_does_not_divide_is_an_answer() -> None:
 
 
 def test_where_nothing_fits_the_nearest_miss_is_told() -> None:
-    comparison = compare("Llama-3.1-70B", gpu="T4", gpus=(1,), precision="fp16")
+    comparison = compare("Qwen2.5-7B", gpu="A10", gpus=(1,), global_batch=1, seq_len=512)
 
     assert (comparison.base, comparison.fewest_gpus, comparison.fastest) == (None, None, None)
     assert "GiB short" in comparison.scales[0].why_none

@@ -16,7 +16,7 @@ from advisor.search.pareto import dominates, respects
 from advisor.search.recommend import recommend
 from advisor.specs.training import Objective
 
-SMALL: dict[str, Any] = {"model": "gpt2", "gpus": 2, "global_batch": 16, "seq_len": 256, "tokens": 10**8}
+SMALL: dict[str, Any] = {"model": "gpt2", "gpus": 2, "global_batch": 4, "seq_len": 256, "tokens": 10**8}
 SOME = ("H100-SXM5-80GB", "RTX 4090", "A40")
 
 
@@ -72,7 +72,7 @@ def test_inputs_are_those_that_all_share() -> None:
 
 
 def test_a_gpu_on_which_nothing_fits_stands_last_with_the_reason() -> None:
-    ranking = rank_gpus("Qwen2.5-7B", gpus=1, global_batch=4, seq_len=512, host_memory=64)
+    ranking = rank_gpus("Qwen2.5-7B", gpus=1, global_batch=1, seq_len=512, host_memory=64)
 
     assert ranking.best is None
     assert ranking.least("time") is None
