@@ -59,7 +59,7 @@ def beyond_limits(training: Training, found: TrainingCost, time: StepTime) -> st
     if training.most_usd is not None and found.price and found.cost_usd and found.cost_usd > training.most_usd:
         parts.append(
             f"{found.gpu_hours:,.1f} GPU-hours × {found.price.usd_per_gpu_hour:.2f} = "
-            f"{found.cost_usd:,.0f} {CURRENCY}, {found.cost_usd - training.most_usd:,.0f} {CURRENCY} beyond "
+            f"{found.cost_usd:,.2f} {CURRENCY}, {found.cost_usd - training.most_usd:,.2f} {CURRENCY} beyond "
             f"--max-cost {training.most_usd:g}"
         )
     return "; ".join(parts) or None

@@ -113,7 +113,7 @@ def test_limits_are_refused_with_their_arithmetic() -> None:
 
     assert beyond_limits(training, training_cost(training, PER_STEP, time(), CLUSTER), time()) == (
         "1,800 steps × 2 s = 1.0 h, 0.2 h beyond --max-hours 0.75; "
-        "8.0 GPU-hours × 3.00 = 24 USD, 4 USD beyond --max-cost 20"
+        "8.0 GPU-hours × 3.00 = 24.00 USD, 4.00 USD beyond --max-cost 20"
     )
 
 
