@@ -58,7 +58,8 @@ def headline(comparison: Comparison) -> str:
     counts = ", ".join(str(scale.cluster.gpus) for scale in comparison.scales)
     fastest = comparison.fastest
     if not fastest:
-        return f"Does not fit: {name} on none of {counts} × {gpu}"
+        way_out = f"; {comparison.way_out}" if comparison.way_out else ""
+        return f"Does not fit: {name} on none of {counts} × {gpu}{way_out}"
     return (
         f"Fits from {comparison.fewest_gpus} × {gpu} on; of {counts} the fastest is {fastest.plan.gpus} with "
         f"{fastest.plan.title}, {fastest.time.tokens_per_s:,.0f} tokens/s"

@@ -11,6 +11,7 @@ from advisor.cost.question import ask
 from advisor.cost.results import Estimate
 from advisor.errors import SpecError
 from advisor.search.contenders import contenders, why_none
+from advisor.search.explain import fewest_that_would_do
 from advisor.search.rank import ranked
 from advisor.search.space import micro_batches
 from advisor.specs.hardware import Cluster
@@ -41,6 +42,8 @@ class Scale:
     """Best first; empty where nothing fits."""
     why_none: str
     """Why nothing fits, or the batch does not divide; empty where there are plans."""
+    too_large: bool
+    """Whether memory is why."""
     considered: int
 
 
@@ -63,6 +66,10 @@ class Comparison:
     """Those that hold for every count."""
     scales: tuple[Scale, ...]
     """By GPU count, fewest first."""
+    fewest_beyond: int | None
+    """Where nothing fits on any of the counts: the fewest GPUs above them on which something would, if found."""
+    way_out: str
+    """The same in words; empty where something fits or none was found."""
     seconds: float
     warnings: tuple[str, ...] = ()
 
@@ -73,8 +80,8 @@ class Comparison:
 
     @property
     def fewest_gpus(self) -> int | None:
-        """The fewest GPUs of those asked about on which something fits."""
-        return int(self.base.plan.gpus) if self.base else None
+        """The fewest GPUs of those asked about on which something fits, else the fewest above them."""
+        return int(self.base.plan.gpus) if self.base else self.fewest_beyond
 
     @property
     def fastest(self) -> Estimate | None:
@@ -135,11 +142,16 @@ def compare(
             words = {**words, "global_batch": batch * count // counts[0]}
         question = _question(model, count, gpus_per_node, words)
         scales.append(scale_of(question))
+    fewest, way_out = None, ""
+    if scales[-1].too_large and not any(scale.plans for scale in scales):
+        fewest, way_out = fewest_that_would_do(question, {})
     return Comparison(
         model=first.model,
         scaling=scaling,
         inputs=_common_inputs(first, question),
         scales=tuple(scales),
+        fewest_beyond=fewest,
+        way_out=way_out,
         seconds=clock.perf_counter() - started,
         warnings=first.warnings,
     )
@@ -170,7 +182,14 @@ def scale_of(question: Question) -> Scale:
     try:
         micro_batches(question.job, question.cluster.gpus)
     except SpecError as error:
-        return Scale(job=question.job, cluster=question.cluster, plans=(), why_none=str(error), considered=0)
+        return Scale(
+            job=question.job,
+            cluster=question.cluster,
+            plans=(),
+            why_none=str(error),
+            too_large=False,
+            considered=0,
+        )
     found = contenders(question)
     plans = ranked(found.best, "time")
     return Scale(
@@ -178,6 +197,7 @@ def scale_of(question: Question) -> Scale:
         cluster=question.cluster,
         plans=plans,
         why_none="" if plans else why_none(question, found),
+        too_large=not plans and not found.beyond and bool(found.too_large),
         considered=found.considered,
     )
 

@@ -170,6 +170,13 @@ def _with_batch(question: Question, gpus: int) -> str:
     return "" if near == question.job.global_batch else f" with --global-batch {near}"
 
 
+def fewest_that_would_do(question: Question, known: Leasts) -> tuple[int | None, str]:
+    """Where nothing fits: the fewest GPUs on which something would, and the same in words; None and none if more never
+    help."""
+    fewest = fewest_gpus(question, variants(question.cluster), known)
+    return fewest, f"the fewest that would do: {fewest} GPUs{_with_batch(question, fewest)}" if fewest else ""
+
+
 def fewest_gpus(question: Question, variants: Iterable[Variant], known: Leasts) -> int | None:
     """The fewest GPUs, in machines like the given ones, on which one of *variants* fits; None where more never helps.
 
@@ -304,9 +311,8 @@ def headline(
         return f"Beyond a limit: {name} on {where} with {nearest_in_time.plan.title}: {nearest_in_time.why}", None
     missing = [each for each in rejected if each.short_by_bytes > 0]
     nearest = min(missing, key=lambda each: each.short_by_bytes)
-    fewest = fewest_gpus(question, variants(question.cluster), known)
-    way_out = f"; the fewest that would do: {fewest} GPUs{_with_batch(question, fewest)}" if fewest else ""
+    fewest, way_out = fewest_that_would_do(question, known)
     return (
         f"Does not fit: {name} on {where}. Nearest is {nearest.plan.title}, "
-        f"{nearest.short_by_bytes / GIB:.1f} GiB short{way_out}"
+        f"{nearest.short_by_bytes / GIB:.1f} GiB short{f'; {way_out}' if way_out else ''}"
     ), fewest

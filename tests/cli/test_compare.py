@@ -33,7 +33,8 @@ def test_the_machine_forms_are_one_answer(run: Run) -> None:
 
 
 def test_where_nothing_fits_the_exit_code_is_3(run: Run) -> None:
-    result = run("compare", "--model", "Llama-3.1-8B", "--gpu", "A10", "--gpus", "1")
+    asked = ("--model", "Qwen2.5-7B", "--gpu", "A10", "--gpus", "1", "--global-batch", "1", "--seq-len", "512")
+    result = run("compare", *asked)
 
     assert result.exit_code == 3
     assert result.stdout.startswith("Does not fit")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -49,9 +50,12 @@ def test_the_headline_has_the_fewest_and_the_fastest(capsys: pytest.CaptureFixtu
 
 
 def test_a_comparison_that_fits_nowhere_says_so() -> None:
-    answer = compare("Llama-3.1-8B", gpu="A10", gpus=(1,))
+    refused = replace(made(), scales=(made().scales[-1],))
 
-    assert headline(answer) == "Does not fit: Llama-3.1-8B on none of 1 × A10"
+    assert headline(refused) == "Does not fit: gpt2 on none of 24 × A100-SXM4-80GB"
+    assert headline(replace(refused, way_out="the fewest that would do: 32 GPUs")).endswith(
+        "; the fewest that would do: 32 GPUs"
+    )
 
 
 def test_csv_has_one_row_per_count_and_strategy() -> None:

@@ -95,11 +95,20 @@ def test_a_count_over_which_the_batch_does_not_divide_is_an_answer() -> None:
     assert "a global batch of 2 does not divide over 4 GPUs" in comparison.scales[1].why_none
 
 
-def test_where_nothing_fits_the_nearest_miss_is_told() -> None:
+def test_where_nothing_fits_the_nearest_miss_and_the_way_out_are_told() -> None:
     comparison = compare("Qwen2.5-7B", gpu="A10", gpus=(1,), global_batch=1, seq_len=512)
 
-    assert (comparison.base, comparison.fewest_gpus, comparison.fastest) == (None, None, None)
+    assert (comparison.base, comparison.fastest) == (None, None)
     assert "GiB short" in comparison.scales[0].why_none
+    assert comparison.fewest_gpus == recommend("Qwen2.5-7B", gpu="A10", gpus=1, global_batch=1, seq_len=512).fewest_gpus
+    assert comparison.way_out.startswith(f"the fewest that would do: {comparison.fewest_gpus} GPUs with --global-batch")
+
+
+def test_beyond_a_limit_more_memory_is_no_way_out() -> None:
+    comparison = compare(**SMALL, gpus=(1,), tokens=10**9, max_hours=0.01)
+
+    assert (comparison.base, comparison.fewest_gpus, comparison.way_out) == (None, None, "")
+    assert "h beyond --max-hours 0.01" in comparison.scales[0].why_none
 
 
 @pytest.mark.parametrize(
