@@ -1,7 +1,7 @@
 """advisor: whether a training run fits, what is fastest, and what to type.
 
-``recommend``, ``estimate``, ``launch_files`` and ``validate`` take the words of the command line and return frozen
-values; ``read_records`` returns what ``validate`` recorded.
+``recommend``, ``rank_gpus``, ``compare``, ``estimate``, ``launch_files`` and ``validate`` take the words of the
+command line and return frozen values; ``read_records`` returns what ``validate`` recorded.
 """
 
 from __future__ import annotations
@@ -14,15 +14,19 @@ from advisor.version import __version__
 if TYPE_CHECKING:
     from advisor.cost.estimate import estimate
     from advisor.launch.files import launch_files
+    from advisor.search.compare import compare
+    from advisor.search.gpu_types import rank_gpus
     from advisor.search.recommend import recommend
     from advisor.validation.campaign import validate
     from advisor.validation.recorded import read_records
 
-__all__ = ["__version__", "estimate", "launch_files", "read_records", "recommend", "validate"]
+__all__ = ["__version__", "compare", "estimate", "launch_files", "rank_gpus", "read_records", "recommend", "validate"]
 
 _HOMES = {
+    "compare": "advisor.search.compare",
     "estimate": "advisor.cost.estimate",
     "launch_files": "advisor.launch.files",
+    "rank_gpus": "advisor.search.gpu_types",
     "read_records": "advisor.validation.recorded",
     "recommend": "advisor.search.recommend",
     "validate": "advisor.validation.campaign",

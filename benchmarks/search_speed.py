@@ -18,6 +18,8 @@ from statistics import median
 import numpy as np
 
 from advisor.catalog.request import resolve
+from advisor.search.compare import compare
+from advisor.search.gpu_types import rank_gpus
 from advisor.search.recommend import search
 from advisor.search.sheet import price_sheet
 from advisor.search.space import VARIANTS, sheets
@@ -86,6 +88,8 @@ def measured() -> list[Speed]:
     return [
         speed("the search of recommend, with its reasons", lambda: search(question).considered),
         speed("its sheets alone", lambda: sheets_priced(question, few)),
+        speed("compare on 1, 2, 4, 8 and 16 GPUs", lambda: compare(MODEL).considered),
+        speed("recommend --gpu any, over the price list", lambda: rank_gpus(MODEL, gpus=GPUS).considered),
         speed("wide: 10 GPU counts x 16 x 16", lambda: sheets_priced(question, powers)),
         speed("wide: 128 GPU counts x 16 x 8", lambda: sheets_priced(question, machines)),
     ]

@@ -85,8 +85,10 @@ def test_every_name_of_the_interface_is_there_and_no_other() -> None:
 
 def test_the_functions_of_the_interface_are_those_of_their_modules() -> None:
     homes = {
+        "compare": "search.compare",
         "estimate": "cost.estimate",
         "launch_files": "launch.files",
+        "rank_gpus": "search.gpu_types",
         "read_records": "validation.recorded",
         "recommend": "search.recommend",
         "validate": "validation.campaign",

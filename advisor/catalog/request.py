@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, cast
 
 from advisor.catalog.calibrations import calibration_of, find_calibration
 from advisor.catalog.clusters import ClusterProfile, find_cluster
@@ -12,6 +12,7 @@ from advisor.catalog.detect import Detected, detect
 from advisor.catalog.gpus import find_gpu
 from advisor.catalog.links import find_link
 from advisor.catalog.models import FoundConfiguration, find_model
+from advisor.catalog.training import TrainingWords, training_of
 from advisor.errors import SpecError
 from advisor.specs.calibration import Calibration
 from advisor.specs.hardware import Cluster, Gpu, Link, Topology
@@ -27,13 +28,10 @@ DEFAULT_NETWORK = "ib-hdr"
 GIB = 2**30
 
 
-class Words(TypedDict, total=False):
-    """What may be said beside the model. Absent or None means: found on this machine, or assumed and said so."""
+class JobWords(TrainingWords, total=False):
+    """What may be said beside the model and the number of GPUs. Absent or None means: found on this machine, or assumed
+    and said so."""
 
-    cluster: str | None
-    """A name or a YAML file. It says what the words below it do not."""
-    gpus: int | None
-    nodes: int
     gpu: str | None
     link: str | None
     network: str | None
@@ -50,6 +48,15 @@ class Words(TypedDict, total=False):
     margin: float | str
     calibration: str | None
     """A name or a file; by default what was measured on this machine's GPU, if that is the one that is meant."""
+
+
+class Words(JobWords, total=False):
+    """The same with how many GPUs there are."""
+
+    cluster: str | None
+    """A name or a YAML file. It says what the other words do not."""
+    gpus: int | None
+    nodes: int
 
 
 Describe = Callable[[FoundConfiguration, Job], ModelSpec]
@@ -125,6 +132,8 @@ def resolve(model: str, *, describe: Describe = by_formulas, **words: Unpack[Wor
         inputs.insert(-1, Input("loss", job.loss, "given"))
     if job.padded:
         inputs.insert(-1, Input("padded", True, "given"))
+    training, training_inputs = training_of(cast(TrainingWords, words), job, gpu)
+    inputs[-1:-1] = training_inputs
     return Question(
         model=described,
         config=found.config,
@@ -133,6 +142,7 @@ def resolve(model: str, *, describe: Describe = by_formulas, **words: Unpack[Wor
         cluster=cluster,
         calibration=calibration,
         given_margin_share=_margin(words.get("margin", "auto")),
+        training=training,
         inputs=tuple(inputs),
         warnings=tuple(_warnings(found.note, described, job)),
     )

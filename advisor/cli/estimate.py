@@ -18,6 +18,7 @@ from advisor.cli.options import (
     options,
     question_options,
     trace_options,
+    training_options,
 )
 from advisor.specs.plan import OWN_STRATEGIES, Checkpointing, GradientFormat, Offload, OffloadPlace
 
@@ -141,6 +142,7 @@ rank_option = option("The plan", "--rank", type=int, help="Whose memory to show.
 @plan_options
 @parallel_options
 @rank_option
+@training_options
 @form_options
 @click.pass_context
 def estimate(context: click.Context, /, *, as_json: bool, as_csv: bool, **question: Any) -> None:
@@ -154,6 +156,7 @@ def estimate(context: click.Context, /, *, as_json: bool, as_csv: bool, **questi
       advisor estimate --model Llama-3.1-8B --gpus 8 --gpu H100 --strategy fsdp
       advisor estimate --model Llama-3.1-8B --gpu H100 --config accelerate.yaml
       advisor estimate --model Qwen3-32B --gpus 16 --trainer megatron --tp 8
+      advisor estimate --model Llama-3.1-8B --gpus 8 --strategy fsdp --tokens 1e9
     """
     from advisor.cost.estimate import estimate as price
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from decimal import Decimal, InvalidOperation
 from typing import Any, TypeVar, get_args
 
 import click
@@ -59,6 +60,26 @@ def elements(text: str) -> int:
     if not number.is_integer():
         raise click.BadParameter(f"{text!r} is not a whole number of elements; give one such as 500000000 or 5e8")
     return int(number)
+
+
+def amount(text: str) -> int:
+    """A number of tokens or samples: 1000000, 1e9, 300B."""
+    power = {"k": 3, "m": 6, "b": 9, "t": 12}.get(text[-1:].casefold(), 0)
+    try:
+        number = Decimal(text[:-1] if power else text).scaleb(power)
+    except InvalidOperation:
+        number = Decimal("nan")
+    if not number.is_finite() or number != number.to_integral_value():
+        raise click.BadParameter(f"{text!r} is not a whole number; give one such as 1000000, 1e9 or 300B")
+    return int(number)
+
+
+def price(text: str) -> str | float:
+    """USD, or the name of a provider."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def nvme(text: str) -> str | float:
@@ -118,8 +139,15 @@ def _starting(names: Iterable[str], incomplete: str) -> list[CompletionItem]:
 
 
 _TRAIN, _WHERE, _HOW, _ANSWER = "What to train", "Where", "How", "The answer"
+_WHOLE = "The whole training"
 
-question_options = options(
+
+def job_options(*counts: Callable[[Decorated], Decorated]) -> Callable[[Decorated], Decorated]:
+    """What is trained, where and how, with the options *counts* that say on how many GPUs."""
+    return options(_job, *counts, _machine_and_method)
+
+
+_job = options(
     option(
         _TRAIN,
         "--model",
@@ -137,15 +165,9 @@ question_options = options(
         show_default=True,
         help="Sequences per optimizer step, all GPUs.",
     ),
-    option(
-        _WHERE,
-        "--cluster",
-        metavar="NAME|FILE",
-        shell_complete=complete_cluster,
-        help="A name from `advisor clusters`, or a YAML file. Flags below win over it.",
-    ),
-    option(_WHERE, "--gpus", type=int, help="GPUs in all.  [default: those found, else 1]"),
-    option(_WHERE, "--nodes", type=int, default=1, show_default=True, help="Machines they are in."),
+)
+
+_machine_and_method = options(
     option(
         _WHERE,
         "--gpu",
@@ -211,8 +233,36 @@ question_options = options(
         help="Measured constants to use.  [default: those that `advisor calibrate` found here for the GPU]",
     ),
 )
+
+question_options = job_options(
+    option(
+        _WHERE,
+        "--cluster",
+        metavar="NAME|FILE",
+        shell_complete=complete_cluster,
+        help="A name from `advisor clusters`, or a YAML file. Flags below win over it.",
+    ),
+    option(_WHERE, "--gpus", type=int, help="GPUs in all.  [default: those found, else 1]"),
+    option(_WHERE, "--nodes", type=int, default=1, show_default=True, help="Machines they are in."),
+)
 """The job and the machine, as `recommend` and `estimate` both ask for them."""
 
+
+training_options = options(
+    option(_WHOLE, "--tokens", type=amount, metavar="NUMBER", help="Tokens to train on, such as 1e9 or 300B."),
+    option(_WHOLE, "--samples", type=amount, metavar="NUMBER", help="The same in sequences."),
+    option(_WHOLE, "--epochs", type=float, metavar="NUMBER", help="How often to go through them.  [default: once]"),
+    option(
+        _WHOLE,
+        "--price",
+        type=price,
+        metavar="USD|PROVIDER",
+        help="What a GPU costs for an hour, or whose list price.  [default: a list price, with its date]",
+    ),
+    option(_WHOLE, "--max-hours", type=float, metavar="HOURS", help="Refuse plans that take longer."),
+    option(_WHOLE, "--max-cost", type=float, metavar="USD", help="Refuse plans that cost more."),
+)
+"""How much is trained on in all, and what that may take."""
 
 trust_option = option(
     _TRAIN,

@@ -4,23 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from advisor.cli.answer import NOTHING_FITS, form_of, note, notes, print_answer, traced_first
-from advisor.cli.options import SectionCommand, form_options, given, option, question_options, trace_options
+from advisor.cli.options import (
+    SectionCommand,
+    form_options,
+    given,
+    option,
+    question_options,
+    trace_options,
+    training_options,
+)
+from advisor.specs.training import Objective
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from advisor.launch.files import Launch
+    from advisor.search.gpu_types import GpuRanking
     from advisor.search.results import Recommendation
 
 
 @click.command(cls=SectionCommand)
 @question_options
 @trace_options
+@training_options
+@option(
+    "The answer",
+    "--objective",
+    type=click.Choice(get_args(Objective)),
+    default="time",
+    show_default=True,
+    help="What the best plan has least of; on given GPUs cost and energy go with time.",
+)
+@option("The answer", "--pareto", is_flag=True, help="Show all plans that none beats in time and memory.")
 @option(
     "The answer",
     "--out",
@@ -36,19 +56,20 @@ def recommend(
 ) -> None:
     """Find the fastest plan that fits, and say why not the others.
 
-    Exits with 3 where nothing fits.
+    With --gpu any, rank the GPUs that have a list price. Exits with 3 where nothing fits.
 
     \b
     Examples:
       advisor recommend --model Qwen2.5-1.5B --gpus 4
       advisor recommend --model Llama-3.1-8B --gpus 8 --gpu H100 --out run
+      advisor recommend --model Llama-3.1-8B --gpus 8 --tokens 1e9 --max-cost 500
+      advisor recommend --model gpt2 --gpu any --tokens 1e9 --objective cost
     """
     from advisor.launch.files import launch_of, write
-    from advisor.search.recommend import recommend as search
 
     form = form_of(as_json, as_csv)
     with traced_first(question["trace"]):
-        answer = search(**given(context, question))
+        answer = _answer(given(context, question))
     launch = launch_of(answer.best) if answer.best else None
     written = write(launch, out, force) if launch and out else ()
     notes(answer.warnings)
@@ -62,27 +83,52 @@ def recommend(
         note(f"Compared {answer.considered:,} plans in {answer.seconds:.2f} s.")
     if not answer.best:
         if form != "table":
-            note(answer.headline)
+            note(_headline(answer))
         if out:
             note(f"Nothing is written to {out}, since nothing fits.")
         context.exit(NOTHING_FITS)
 
 
-def _whole(answer: Recommendation, launch: Launch | None) -> Mapping[str, object]:
-    from advisor.report.machine import recommendation_object
+def _answer(words: dict[str, Any]) -> Recommendation | GpuRanking:
+    """The best plan on the GPUs that *words* say, or on those of every kind."""
+    if str(words.get("gpu")).casefold() == "any":
+        from advisor.search.gpu_types import rank_gpus
 
-    return recommendation_object(answer, launch)
+        return rank_gpus(**{name: value for name, value in words.items() if name != "gpu"})
+    from advisor.search.recommend import recommend as search
+
+    return search(**words)
 
 
-def _rows(answer: Recommendation) -> Sequence[Mapping[str, object]]:
+def _headline(answer: Recommendation | GpuRanking) -> str:
+    from advisor.report.gpu_types import headline
+    from advisor.search.gpu_types import GpuRanking
+
+    return headline(answer) if isinstance(answer, GpuRanking) else answer.headline
+
+
+def _whole(answer: Recommendation | GpuRanking, launch: Launch | None) -> Mapping[str, object]:
+    from advisor.report.machine import ranking_object, recommendation_object
+    from advisor.search.gpu_types import GpuRanking
+
+    return ranking_object(answer, launch) if isinstance(answer, GpuRanking) else recommendation_object(answer, launch)
+
+
+def _rows(answer: Recommendation | GpuRanking) -> Sequence[Mapping[str, object]]:
+    from advisor.report.machine import ranking_rows
+    from advisor.search.gpu_types import GpuRanking
     from advisor.search.results import row
 
-    return [row(plan) for plan in answer.plans]
+    return ranking_rows(answer) if isinstance(answer, GpuRanking) else [row(plan) for plan in answer.plans]
 
 
 def _page(
-    answer: Recommendation, launch: Launch | None, width: int, written: Sequence[Path]
+    answer: Recommendation | GpuRanking, launch: Launch | None, width: int, written: Sequence[Path]
 ) -> Iterable[RenderableType]:
+    from advisor.report.gpu_types import ranking_report
     from advisor.report.recommendation import recommendation_report
+    from advisor.search.gpu_types import GpuRanking
 
+    if isinstance(answer, GpuRanking):
+        return ranking_report(answer, launch, width=width, written=written)
     return recommendation_report(answer, launch, width=width, written=written)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
 from advisor.catalog.request import Describe, Words, by_formulas, with_nvme
 from advisor.cost.memory import memory, short_by
+from advisor.cost.money import beyond_limits, training_cost
 from advisor.cost.question import ask, program
 from advisor.cost.results import Estimate, Memory, Verdict
 from advisor.cost.schedule import step_time
@@ -323,7 +324,14 @@ def price(question: Question, plan: Plan, rank: int | None = None) -> Estimate:
 def priced(question: Question, plan: Plan, step: StepProgram, held: Memory) -> Estimate:
     """The same where *step*, the program of *plan*, and what it holds are known."""
     timed = step_time(step.pace, question.job, plan, question.cluster, question.calibration)
+    time, training = timed.at(0), None
     verdict, why = judge(held, question.margin_share(plan))
+    if question.training:
+        tokens_per_step = int(plan.global_batch) * question.job.sequence_length
+        training = training_cost(question.training, tokens_per_step, time, question.cluster)
+        beyond = beyond_limits(question.training, training, time)
+        if beyond:
+            verdict, why = "no", f"{why}; {beyond}" if verdict == "no" else beyond
     return Estimate(
         model=question.model,
         job=question.job,
@@ -332,10 +340,11 @@ def priced(question: Question, plan: Plan, step: StepProgram, held: Memory) -> E
         inputs=question.inputs,
         memory=held,
         traffic=timed.traffic_at(0),
-        time=timed.at(0),
+        time=time,
         verdict=verdict,
         why=why,
         warnings=question.warnings,
+        training=training,
     )
 
 

@@ -10,9 +10,10 @@ from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
 from advisor.specs.plan import Plan
 from advisor.specs.question import Input, Origin
+from advisor.specs.training import Price
 from advisor.step.program import Line
 
-__all__ = ["Estimate", "Input", "Memory", "Origin", "PhaseMemory", "StepTime", "TrafficLine", "Verdict"]
+__all__ = ["Estimate", "Input", "Memory", "Origin", "PhaseMemory", "StepTime", "TrafficLine", "TrainingCost", "Verdict"]
 
 Verdict = Literal["fits", "tight", "no"]
 
@@ -102,6 +103,27 @@ class StepTime:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingCost:
+    """What a whole training run takes: its steps, nothing between or around them (:mod:`advisor.cost.money`)."""
+
+    tokens: int
+    """As asked; the last step may see some more."""
+    steps: int
+    hours: float
+    low_hours: float
+    high_hours: float
+    """Range in which the hours may lie, as the step's time does."""
+    gpu_hours: float
+    price: Price | None
+    cost_usd: float | None
+    """At the middle of the price; None without one."""
+    low_cost_usd: float | None
+    high_cost_usd: float | None
+    energy_kwh: float | None
+    """Of the GPUs at their board power limit, which is an upper bound; None where that is not known."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
     """One plan, priced."""
 
@@ -117,6 +139,8 @@ class Estimate:
     why: str
     """One sentence: what makes it fit or not; in a recommendation, what made it win or lose."""
     warnings: tuple[str, ...] = ()
+    training: TrainingCost | None = None
+    """None where nobody said how much is to be trained on."""
 
     @property
     def sent_bytes(self) -> int:

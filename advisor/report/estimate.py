@@ -11,6 +11,7 @@ from advisor.cost.results import Estimate, Memory, StepTime, TrafficLine
 from advisor.report.numbers import GB, GIB, aligned, bar, gib, percent, rate, seconds
 from advisor.report.question import assumed_line, question_line, read_lines, sentence
 from advisor.report.tables import INDENT, Column, faint, fitting, list_of, section, table_of
+from advisor.report.training import training_section
 from advisor.step.program import Line
 
 VERDICTS = {"fits": ("Fits", "bold green"), "tight": ("Tight", "bold yellow"), "no": ("Does not fit", "bold red")}
@@ -53,6 +54,8 @@ def estimate_report(estimate: Estimate, *, width: int) -> list[RenderableType]:
     if estimate.traffic:
         parts += section("What one GPU sends and copies in a step", *_traffic(estimate.traffic, width))
     parts += section("Time of a step", _time(estimate.time))
+    if estimate.training:
+        parts += training_section(estimate.training, estimate.cluster)
     return list(parts)
 
 

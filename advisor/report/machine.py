@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 from advisor.catalog.clusters import ClusterProfile
 from advisor.cost.results import Estimate, Memory, StepTime, TrafficLine
-from advisor.search.results import Recommendation
+from advisor.search.compare import Comparison
+from advisor.search.gpu_types import GpuRanking
+from advisor.search.results import Recommendation, row, training_columns
 from advisor.specs.hardware import Gpu
 from advisor.specs.model import ModelSpec
 from advisor.specs.plan import Plan
@@ -51,6 +53,7 @@ def estimate_object(estimate: Estimate) -> Json:
         "memory": _memory(estimate.memory),
         "traffic": [_traffic(line) for line in estimate.traffic],
         "time": _time(estimate.time),
+        "training": training_columns(estimate.training) if estimate.training else None,
         "verdict": estimate.verdict,
         "why": estimate.why,
         "warnings": list(estimate.warnings),
@@ -77,11 +80,83 @@ def recommendation_object(recommendation: Recommendation, launch: Launch | None)
             for rejected in recommendation.rejected
         ],
         "fewest_gpus": recommendation.fewest_gpus,
+        "pareto": [row(estimate) for estimate in recommendation.pareto] or None,
         "launch": _launch(launch) if launch else None,
         "considered": recommendation.considered,
         "seconds": recommendation.seconds,
         "warnings": list(recommendation.warnings),
     }
+
+
+def comparison_object(comparison: Comparison) -> Json:
+    """Every count with its plans; a count on which nothing fits has none, and says why."""
+    return {
+        "schema": SCHEMA,
+        "scaling": comparison.scaling,
+        "inputs": inputs_object(comparison.inputs),
+        "model": _model(comparison.model),
+        "fewest_gpus": comparison.fewest_gpus,
+        "counts": [
+            {
+                "gpus": scale.cluster.gpus,
+                "nodes": scale.cluster.nodes,
+                "global_batch": scale.job.global_batch,
+                "why_none": scale.why_none or None,
+                "losses": [asdict(loss) for loss in comparison.losses(scale.plans[0])] if scale.plans else [],
+                "plans": [_compared(comparison, plan) for plan in scale.plans],
+            }
+            for scale in comparison.scales
+        ],
+        "considered": comparison.considered,
+        "seconds": comparison.seconds,
+        "warnings": list(comparison.warnings),
+    }
+
+
+def comparison_rows(comparison: Comparison) -> list[Json]:
+    """One row per count and strategy that fits, the best of each count first."""
+    return [
+        {"nodes": scale.cluster.nodes, "rank": rank, **_compared(comparison, plan)}
+        for scale in comparison.scales
+        for rank, plan in enumerate(scale.plans, 1)
+    ]
+
+
+def _compared(comparison: Comparison, plan: Estimate) -> Json:
+    return {**row(plan), "speed_up": comparison.speed_up(plan), "efficiency": comparison.efficiency(plan)}
+
+
+def ranking_object(ranking: GpuRanking, launch: Launch | None) -> Json:
+    """Every GPU with its best plan; ``best`` and ``launch`` are null where nothing fits."""
+    return {
+        "schema": SCHEMA,
+        "objective": ranking.objective,
+        "inputs": inputs_object(ranking.inputs),
+        "model": _model(ranking.model),
+        "best": estimate_object(ranking.best) if ranking.best else None,
+        "gpus": [
+            {
+                "gpu": choice.cluster.gpu.name,
+                "why_none": choice.why_none or None,
+                "best": row(choice.best) if choice.best else None,
+            }
+            for choice in ranking.choices
+        ],
+        "pareto": [_on_gpu(plan) for plan in ranking.pareto] or None,
+        "launch": _launch(launch) if launch else None,
+        "considered": ranking.considered,
+        "seconds": ranking.seconds,
+        "warnings": list(ranking.warnings),
+    }
+
+
+def ranking_rows(ranking: GpuRanking) -> list[Json]:
+    """One row per GPU that has a plan, best first."""
+    return [_on_gpu(plan) for plan in ranking.plans]
+
+
+def _on_gpu(plan: Estimate) -> Json:
+    return {"gpu": plan.cluster.gpu.name, **row(plan)}
 
 
 def launch_object(estimate: Estimate, launch: Launch) -> Json:

@@ -26,6 +26,18 @@ def rate(per_second: float) -> str:
     return _significant(per_second)
 
 
+def significant(value: float) -> str:
+    """A quantity to three digits, with thousands set apart: ``28.4``, ``1,330,000``."""
+    return _significant(value)
+
+
+def spelled(hours: float) -> str:
+    """Hours as days from two days on, as minutes below one hour, in between as they are: ``12.5 days``."""
+    if hours >= 48:
+        return f"{_significant(hours / 24)} days"
+    return f"{_significant(hours)} hours" if hours >= 1 else f"{_significant(60 * hours)} minutes"
+
+
 def percent(share: float) -> str:
     """A share of one as whole percent, or with a decimal below ten: ``48 %``, ``3.5 %``."""
     decimals = 0 if abs(share) >= 0.0995 else 1

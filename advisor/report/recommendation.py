@@ -15,7 +15,18 @@ from rich.text import Text
 from advisor.cost.results import Estimate
 from advisor.report.numbers import GB, GIB, aligned, gib, percent, rate
 from advisor.report.question import assumed_line, question_line, read_lines, sentence
-from advisor.report.tables import INDENT, Column, faint, fitting, list_of, natural_width, section, table_of, verbatim
+from advisor.report.tables import (
+    INDENT,
+    Column,
+    faint,
+    fitted_table,
+    list_of,
+    natural_width,
+    section,
+    verbatim,
+)
+from advisor.report.training import training_columns, training_section
+from advisor.search.pareto import NEAR_SHARE, thinned
 from advisor.search.results import Recommendation, Rejected
 from advisor.specs.plan import Plan
 
@@ -25,6 +36,10 @@ if TYPE_CHECKING:
 LEGEND = (
     "Batch: sequences a GPU takes at once × accumulation steps. Peak, range: memory of the fullest GPU, and where a "
     "real run may end up. Sent: by one GPU in a step."
+)
+
+LEFT_OUT_OF_FRONT = (
+    f"Left out: what is within {100 * NEAR_SHARE:.0f} % of a plan above it in every respect; --json has all."
 )
 
 FOLDED_WIDTH = 18
@@ -50,25 +65,47 @@ def recommendation_report(
     ]
     if best:
         parts += [Text(), *_plans(recommendation.plans, width)]
+        if best.training:
+            parts += training_section(best.training, recommendation.cluster)
+    if recommendation.pareto:
+        shown = thinned(recommendation.pareto)
+        parts += section(
+            "No plan beats these in time and memory", *_front(shown, width - INDENT), faint(LEFT_OUT_OF_FRONT)
+        )
     if others:
         parts += section("Why not the others", list_of(_losses(others, width)))
     if recommendation.rejected:
         parts += section("What is ruled out", list_of(_rejections(recommendation.rejected, width)))
     if launch:
-        parts += _launch(launch, recommendation.cluster.nodes, width, written)
+        parts += launch_section(launch, recommendation.cluster.nodes, width, written)
     return parts
 
 
 def _plans(plans: Sequence[Estimate], width: int) -> list[RenderableType]:
     columns = _columns(plans, [each.plan.title for each in plans])
     if natural_width(columns) > width:
-        columns = _columns(plans, [_folded(each.plan.title) for each in plans])
-    kept, dropped = fitting(columns, width)
-    parts: list[RenderableType] = [table_of(kept, strong_rows=[0]), faint(LEGEND)]
-    if dropped:
-        names = ", ".join(column.title for column in reversed(dropped))
-        parts.append(faint(f"No room here for: {names}. Widen to {natural_width(columns)} columns, or give --csv."))
-    return parts
+        columns = _columns(plans, [folded(each.plan.title) for each in plans])
+    return fitted_table(columns, width, legend=LEGEND, strong=True)
+
+
+def _front(plans: Sequence[Estimate], width: int) -> list[RenderableType]:
+    names = [each.plan.title for each in plans]
+    columns = _front_columns(plans, names)
+    if natural_width(columns) > width:
+        columns = _front_columns(plans, [folded(name) for name in names])
+    return fitted_table(columns, width)
+
+
+def _front_columns(plans: Sequence[Estimate], names: Sequence[str]) -> list[Column]:
+    peaks = aligned([each.memory.device_used_bytes / GIB for each in plans], most_decimals=1)
+    return [
+        Column(header="Strategy", cells=names, justify="left"),
+        Column(header="Batch", cells=batches(plans)),
+        Column(header="Check-\npoints", cells=[each.plan.checkpointing.value for each in plans], rank=2),
+        Column(header="Peak\nGiB", cells=peaks),
+        Column(header="Tokens\nper s", cells=[rate(each.time.tokens_per_s) for each in plans]),
+        *training_columns(plans),
+    ]
 
 
 def _columns(plans: Sequence[Estimate], titles: Sequence[str]) -> list[Column]:
@@ -77,7 +114,7 @@ def _columns(plans: Sequence[Estimate], titles: Sequence[str]) -> list[Column]:
     ranges = [f"{low}–{high}" for low, high in zip(ends[::2], ends[1::2], strict=True)]
     columns = [
         Column(header="Strategy", cells=titles, justify="left"),
-        Column(header="Batch", cells=_batches(plans)),
+        Column(header="Batch", cells=batches(plans)),
         Column(header="Check-\npoints", cells=[each.plan.checkpointing.value for each in plans], rank=1),
         Column(header="Peak\nGiB", cells=aligned([each.device_used_bytes / GIB for each in memory], most_decimals=1)),
         Column(header="Range\nGiB", cells=ranges, rank=2),
@@ -90,13 +127,14 @@ def _columns(plans: Sequence[Estimate], titles: Sequence[str]) -> list[Column]:
         Column(header="Step\ns", cells=aligned([each.time.step_s for each in plans])),
         Column(header="Tokens\nper s", cells=[rate(each.time.tokens_per_s) for each in plans]),
         Column(header="MFU", cells=[percent(each.time.mfu) for each in plans], rank=5),
+        *training_columns(plans),
     ]
     if any(each.verdict == "tight" for each in plans):
         columns.insert(4, Column(header="Fits", cells=["tight" if each.verdict == "tight" else "" for each in plans]))
     return columns
 
 
-def _batches(plans: Sequence[Estimate]) -> list[str]:
+def batches(plans: Sequence[Estimate]) -> list[str]:
     """Micro-batch × accumulation steps, the signs under each other."""
     width = max(len(str(each.plan.accumulation_steps)) for each in plans)
     return [f"{each.plan.micro_batch} × {each.plan.accumulation_steps!s:<{width}}" for each in plans]
@@ -118,14 +156,16 @@ def _rejections(rejections: Sequence[Rejected], width: int) -> list[tuple[str, s
 
 
 def _title_in_list(plan: Plan, width: int) -> str:
-    return plan.title if width >= WIDE else _folded(plan.title)
+    return plan.title if width >= WIDE else folded(plan.title)
 
 
-def _folded(name: str) -> str:
+def folded(name: str) -> str:
+    """*name* over lines of at most :data:`FOLDED_WIDTH` characters."""
     return "\n".join(textwrap.wrap(name, FOLDED_WIDTH, subsequent_indent=" "))
 
 
-def _launch(launch: Launch, nodes: int, width: int, written: Sequence[Path]) -> list[RenderableType]:
+def launch_section(launch: Launch, nodes: int, width: int, written: Sequence[Path]) -> list[RenderableType]:
+    """What to type, or where it was written."""
     names = ", ".join(file.name for file in launch.files)
     if written:
         script = next(path for path in written if path.name == "run.sh")

@@ -81,6 +81,20 @@ def table_of(columns: Sequence[Column], *, strong_rows: Iterable[int] = ()) -> T
     return table
 
 
+def fitted_table(
+    columns: Sequence[Column], width: int, *, legend: str = "", strong: bool = False
+) -> list[RenderableType]:
+    """The columns that have room in *width*, what they mean, and which others there are; *strong* is the first row."""
+    kept, dropped = fitting(columns, width)
+    parts: list[RenderableType] = [table_of(kept, strong_rows=[0] if strong else ())]
+    if legend:
+        parts.append(faint(legend))
+    if dropped:
+        names = ", ".join(column.title for column in reversed(dropped))
+        parts.append(faint(f"No room here for: {names}. Widen to {natural_width(columns)} columns, or give --csv."))
+    return parts
+
+
 def list_of(entries: Iterable[Sequence[str]]) -> Table:
     """Entries as rows without a header: short words first, the last cell wraps under itself."""
     table = Table.grid(padding=(0, GAP, 0, 0))

@@ -76,6 +76,27 @@ def lost(best: Estimate, other: Estimate) -> str:
     return ", ".join(parts)
 
 
+def saves(ranked: Sequence[Estimate]) -> str:
+    """What makes the first of *ranked* the best where memory is what counts."""
+    best = ranked[0]
+    room = f"{best.memory.device_used_bytes / GIB:.1f} of {best.memory.capacity_bytes / GIB:.1f} GiB per GPU"
+    if len(ranked) == 1:
+        return f"the only strategy that fits: {room}"
+    second, fastest = ranked[1], max(ranked, key=lambda estimate: estimate.time.tokens_per_s)
+    less = (second.memory.device_used_bytes - best.memory.device_used_bytes) / GIB
+    slower = 1 - best.time.tokens_per_s / fastest.time.tokens_per_s
+    price = f", and {100 * slower:.0f} % slower than {fastest.plan.title}" if slower >= 0.005 else ""
+    return f"{less:.1f} GiB less than {second.plan.title}, the next{price}; {room}"
+
+
+def leaner(best: Estimate, other: Estimate) -> str:
+    """What a plan needs more where memory is what counts, and what that buys."""
+    more = (other.memory.device_used_bytes - best.memory.device_used_bytes) / GIB
+    faster = other.time.tokens_per_s / best.time.tokens_per_s - 1
+    pace = f"{100 * abs(faster):.0f} % {'faster' if faster > 0 else 'slower'}" if abs(faster) >= 0.005 else "as fast"
+    return f"needs {more:.1f} GiB more, {pace}"
+
+
 def barred(question: Question, found: Barred) -> Rejected:
     """A strategy that cannot run the job, as an answer."""
     plan = _leanest(question, found.strategy, found.offload, question.cluster.gpus).at(0)
@@ -147,6 +168,13 @@ def _with_batch(question: Question, gpus: int) -> str:
     """The global batch that *gpus* ask for, where the given one does not divide over them."""
     near = nearest_batch(question.job.global_batch, gpus)
     return "" if near == question.job.global_batch else f" with --global-batch {near}"
+
+
+def fewest_that_would_do(question: Question, known: Leasts) -> tuple[int | None, str]:
+    """Where nothing fits: the fewest GPUs on which something would, and the same in words; None and none if more never
+    help."""
+    fewest = fewest_gpus(question, variants(question.cluster), known)
+    return fewest, f"the fewest that would do: {fewest} GPUs{_with_batch(question, fewest)}" if fewest else ""
 
 
 def fewest_gpus(question: Question, variants: Iterable[Variant], known: Leasts) -> int | None:
@@ -257,8 +285,17 @@ def _short_by(question: Question, plan: Plan) -> NDArray[np.float64]:
     return short
 
 
+def nearest_beyond(beyond: Sequence[Estimate]) -> Estimate:
+    """Of plans beyond a limit the fastest, which on one cluster is the cheapest too."""
+    return max(beyond, key=lambda estimate: estimate.time.tokens_per_s)
+
+
 def headline(
-    question: Question, plans: Sequence[Estimate], rejected: Sequence[Rejected], known: Leasts
+    question: Question,
+    plans: Sequence[Estimate],
+    rejected: Sequence[Rejected],
+    beyond: Sequence[Estimate],
+    known: Leasts,
 ) -> tuple[str, int | None]:
     """The verdict in one line, and where nothing fits the fewest GPUs on which something would."""
     cluster, name = question.cluster, question.model.name
@@ -269,11 +306,13 @@ def headline(
             f"Fits: train {name} on {where} with {best.plan.title}, "
             f"{best.time.tokens_per_s:,.0f} tokens/s, {best.memory.device_used_bytes / GIB:.1f} GiB per GPU"
         ), None
+    if beyond:
+        nearest_in_time = nearest_beyond(beyond)
+        return f"Beyond a limit: {name} on {where} with {nearest_in_time.plan.title}: {nearest_in_time.why}", None
     missing = [each for each in rejected if each.short_by_bytes > 0]
     nearest = min(missing, key=lambda each: each.short_by_bytes)
-    fewest = fewest_gpus(question, variants(question.cluster), known)
-    way_out = f"; the fewest that would do: {fewest} GPUs{_with_batch(question, fewest)}" if fewest else ""
+    fewest, way_out = fewest_that_would_do(question, known)
     return (
         f"Does not fit: {name} on {where}. Nearest is {nearest.plan.title}, "
-        f"{nearest.short_by_bytes / GIB:.1f} GiB short{way_out}"
+        f"{nearest.short_by_bytes / GIB:.1f} GiB short{f'; {way_out}' if way_out else ''}"
     ), fewest

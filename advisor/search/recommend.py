@@ -3,79 +3,59 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from advisor.cost.estimate import explained
 from advisor.cost.question import ask
-from advisor.cost.results import Estimate
-from advisor.errors import ConfigError
-from advisor.search.explain import Leasts, barred, headline, lost, refused, won
+from advisor.search.contenders import contenders
+from advisor.search.explain import Leasts, barred, headline, refused
+from advisor.search.pareto import front
+from advisor.search.rank import ranked
 from advisor.search.results import Recommendation, Rejected
-from advisor.search.sheet import Sheet, fastest, nearest_miss, price_sheet
-from advisor.search.space import VARIANTS, Barred, sheets
-from advisor.specs.plan import Offload, Strategy
+from advisor.search.sheet import nearest_miss
 from advisor.specs.question import Question
+from advisor.specs.training import Objective
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from advisor.catalog.request import Words
 
-TIE_SHARE = 0.03
-"""Plans whose throughput differs by less than this count as equally fast, which is finer than the time model can
-tell apart without a measurement; the simpler strategy goes first."""
-
-OFFLOAD_LEAD = 0.1
-"""By how much an offloading plan has to be faster to come first: it rests on the host's speed, which is assumed."""
-
 
 def recommend(
-    model: str, *, trace: bool = False, trust_remote_code: bool = False, **words: Unpack[Words]
+    model: str,
+    *,
+    objective: Objective = "time",
+    pareto: bool = False,
+    trace: bool = False,
+    trust_remote_code: bool = False,
+    **words: Unpack[Words],
 ) -> Recommendation:
     """The best plan for *model* on a cluster, the best of each strategy, and why each other lost.
 
     Words: ``cluster``, ``gpus``, ``nodes``, ``gpu``, ``link``, ``network``, ``host_memory`` (GiB per machine),
-    ``seq_len``, ``global_batch``, ``precision``, ``param_dtype``, ``optimizer``, ``attention``, ``loss``, ``margin``.
-    With *trace*, transformers' own code on tensors without memory stands in for formulas, which takes any causal
-    language model and the extra ``run``; *trust_remote_code* lets that code come from the model's repository. Raises
+    ``seq_len``, ``global_batch``, ``precision``, ``param_dtype``, ``optimizer``, ``attention``, ``loss``, ``margin``;
+    of a whole training ``tokens`` or ``samples``, ``epochs``, ``price``, ``max_hours``, ``max_cost``. *objective* says
+    what the best plan has least of; *pareto* asks for all plans that none beats in time and memory. With *trace*,
+    transformers' own code on tensors without memory stands in for formulas, which takes any causal language model and
+    the extra ``run``; *trust_remote_code* lets that code come from the model's repository. Raises
     SpecError or UnknownNameError for words that make no sense, ConfigError for a model that cannot be read.
     """
-    return search(ask(model, trace=trace, trust_remote_code=trust_remote_code, **words))
+    question = ask(model, trace=trace, trust_remote_code=trust_remote_code, **words)
+    return search(question, objective=objective, pareto=pareto)
 
 
-def search(question: Question) -> Recommendation:
+def search(question: Question, *, objective: Objective = "time", pareto: bool = False) -> Recommendation:
     """Every legal plan, exhaustively."""
     started = time.perf_counter()
-    priced: dict[tuple[Strategy, Offload], list[Sheet]] = {}
-    untraceable: dict[tuple[Strategy, Offload], str] = {}
-    ruled_out: list[Rejected] = []
-    for each in sheets(question):
-        if isinstance(each, Barred):
-            ruled_out.append(barred(question, each))
-            continue
-        try:
-            sheet = price_sheet(question, each)
-        except ConfigError as error:
-            # A traced model's code does not run in every number format, or knows no checkpointing.
-            untraceable[each.strategy, each.offload] = str(error)
-        else:
-            priced.setdefault((each.strategy, each.offload), []).append(sheet)
-    if untraceable and not priced:
-        raise ConfigError(next(iter(untraceable.values())))
-    ruled_out += [
-        barred(question, Barred(*variant, why)) for variant, why in untraceable.items() if variant not in priced
-    ]
-    chosen: list[Estimate] = []
+    found = contenders(question, objective)
     known: Leasts = {}
-    for variant in priced.values():
-        best = fastest(question, variant)
-        if best is None:
-            ruled_out.append(refused(question, nearest_miss(variant), known))
-        else:
-            chosen.append(best)
-    plans = _explained(_ranked(chosen))
-    text, fewest = headline(question, plans, ruled_out, known)
+    ruled_out = [
+        *(barred(question, each) for each in found.barred),
+        *(Rejected(plan=each.plan, why=each.why, short_by_bytes=0, remedy=None) for each in found.beyond),
+        *(refused(question, nearest_miss(each), known) for each in found.too_large),
+    ]
+    plans = ranked(found.best, objective)
+    text, fewest = headline(question, plans, ruled_out, found.beyond, known)
     return Recommendation(
         model=question.model,
         job=question.job,
@@ -85,36 +65,8 @@ def search(question: Question) -> Recommendation:
         rejected=tuple(ruled_out),
         headline=text,
         fewest_gpus=fewest,
-        considered=sum(sheet.size for variant in priced.values() for sheet in variant),
+        considered=found.considered,
         seconds=time.perf_counter() - started,
         warnings=question.warnings,
+        pareto=front(question, found.sheets) if pareto else (),
     )
-
-
-def _ranked(estimates: Sequence[Estimate]) -> list[Estimate]:
-    """Fastest first; among those within the tie share of the fastest left, the simplest first."""
-    left = sorted(estimates, key=_standing, reverse=True)
-    ranked: list[Estimate] = []
-    while left:
-        floor = _standing(left[0]) * (1 - TIE_SHARE)
-        tied = [estimate for estimate in left if _standing(estimate) >= floor]
-        simplest = min(tied, key=_simplicity)
-        ranked.append(simplest)
-        left.remove(simplest)
-    return ranked
-
-
-def _standing(estimate: Estimate) -> float:
-    """Tokens per second, less the lead that offloading has to have."""
-    return estimate.time.tokens_per_s * (1 - OFFLOAD_LEAD * estimate.plan.offload.optimizer)
-
-
-def _simplicity(estimate: Estimate) -> int:
-    return VARIANTS.index((estimate.plan.strategy, estimate.plan.offload))
-
-
-def _explained(ranked: list[Estimate]) -> tuple[Estimate, ...]:
-    if not ranked:
-        return ()
-    best = ranked[0]
-    return (explained(best, won(ranked)), *(explained(other, lost(best, other)) for other in ranked[1:]))

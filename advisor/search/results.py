@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from advisor.cost.results import Estimate, Input
+from advisor.cost.results import Estimate, Input, TrainingCost
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
 from advisor.specs.plan import Plan
+from advisor.specs.training import CURRENCY
 
 if TYPE_CHECKING:
     import pandas
@@ -47,6 +48,8 @@ class Recommendation:
     seconds: float
     """Time the search took."""
     warnings: tuple[str, ...] = ()
+    pareto: tuple[Estimate, ...] = ()
+    """Of all plans considered those that none beats in time and memory, fastest first; empty where not asked for."""
 
     @property
     def best(self) -> Estimate | None:
@@ -59,10 +62,10 @@ class Recommendation:
         return pandas.DataFrame([row(estimate) for estimate in self.plans])
 
 
-def row(estimate: Estimate) -> dict[str, str | int | float]:
-    """One plan as flat columns in base units."""
+def row(estimate: Estimate) -> dict[str, str | int | float | None]:
+    """One plan as flat columns in base units, with those of the whole training where there is one."""
     plan, memory, time = estimate.plan, estimate.memory, estimate.time
-    return {
+    columns: dict[str, str | int | float | None] = {
         "strategy": plan.strategy.value,
         "offload": plan.offload.value,
         "gpus": int(plan.gpus),
@@ -87,4 +90,27 @@ def row(estimate: Estimate) -> dict[str, str | int | float]:
         "tokens_per_s": time.tokens_per_s,
         "mfu": time.mfu,
         "why": estimate.why,
+    }
+    if estimate.training:
+        columns |= training_columns(estimate.training)
+    return columns
+
+
+def training_columns(training: TrainingCost) -> dict[str, str | int | float | None]:
+    """A whole training run as flat columns, in hours, US dollars and kilowatt-hours."""
+    price = training.price
+    return {
+        "tokens": training.tokens,
+        "steps": training.steps,
+        "hours": training.hours,
+        "low_hours": training.low_hours,
+        "high_hours": training.high_hours,
+        "gpu_hours": training.gpu_hours,
+        "cost": training.cost_usd,
+        "low_cost": training.low_cost_usd,
+        "high_cost": training.high_cost_usd,
+        "currency": CURRENCY if price else None,
+        "price_per_gpu_hour": price.usd_per_gpu_hour if price else None,
+        "price_source": price.source if price else None,
+        "energy_kwh": training.energy_kwh,
     }

@@ -34,6 +34,8 @@ class Sheet:
     rank: NDArray[Any]
     """The one that holds most."""
     tokens_per_s: NDArray[Any]
+    device_used_bytes: NDArray[Any]
+    """At least."""
     short_by_bytes: NDArray[Any]
     """Device or host memory that is lacking at least, whichever is worse; above 0, a plan cannot fit."""
 
@@ -50,7 +52,8 @@ def price_sheet(question: Question, plan: Plan) -> Sheet:
     short = shortfall(found, question.cluster, question.margin_share(plan))
     counts = (plan.gpus, plan.micro_batch, plan.accumulation_steps)
     shape = np.broadcast_shapes(*(np.shape(each) for each in counts))
-    return Sheet(plan, *of_fullest(step, shape, step.rank, timed.tokens_per_s, short))
+    readings = (step.rank, timed.tokens_per_s, found.device_used_bytes, short)
+    return Sheet(plan, *of_fullest(step, shape, *readings))
 
 
 def of_fullest(step: StepProgram, shape: tuple[int, ...], *readings: Amount) -> Iterator[NDArray[Any]]:
@@ -69,25 +72,52 @@ def shortfall(found: Footprint, cluster: Cluster, margin_share: float) -> NDArra
     return short
 
 
+Place = tuple[Sheet, int]
+"""A sheet and which of its plans."""
+
+
+def possible(sheets: Sequence[Sheet]) -> list[Place]:
+    """The plans whose bounds fit, fastest first."""
+    places = [(sheet, int(index)) for sheet in sheets for index in np.flatnonzero(sheet.short_by_bytes <= 0)]
+    return sorted(places, key=lambda place: -place[0].tokens_per_s[place[1]])
+
+
 def fastest(question: Question, sheets: Sequence[Sheet]) -> Estimate | None:
-    """The fastest plan that fits, of one strategy's sheets. A sheet's bound proposes, the price of the plan decides."""
-    possible = [
-        (float(sheet.tokens_per_s[index]), sheet, int(index))
-        for sheet in sheets
-        for index in np.flatnonzero(sheet.short_by_bytes <= 0)
-    ]
-    for _, sheet, index in sorted(possible, key=lambda each: -each[0]):
-        plan = sheet.plan.at(index)
-        margin_share = question.margin_share(plan)
-        most_bytes = math.ceil(question.cluster.gpu.memory_bytes * (1 - margin_share))
-        step = program(question, plan, int(sheet.rank[index]))
-        try:
-            held = memory(step, plan, question.cluster, question.calibration, most_bytes=most_bytes)
-        except OutOfMemoryError:
-            continue
-        if max(shortages(held, margin_share)) <= 0:
-            return priced(question, plan, step, held)
-    return None
+    """The fastest plan that fits, of one strategy's sheets; where it is beyond a limit of the training, all are.
+
+    A sheet's bound proposes, the price of the plan decides.
+    """
+    found = (fitting(question, *place) for place in possible(sheets))
+    return next(filter(None, found), None)
+
+
+def leanest(question: Question, sheets: Sequence[Sheet]) -> Estimate | None:
+    """The plan of one strategy's sheets that uses the least device memory, within all limits; of equals the fastest."""
+    best: Estimate | None = None
+    for sheet, index in sorted(possible(sheets), key=lambda place: place[0].device_used_bytes[place[1]]):
+        if best and sheet.device_used_bytes[index] >= best.memory.device_used_bytes:
+            break
+        found = fitting(question, sheet, index, below_bytes=best.memory.device_used_bytes if best else None)
+        if found and found.verdict != "no":
+            best = found
+    return best
+
+
+def fitting(question: Question, sheet: Sheet, index: int, *, below_bytes: int | None = None) -> Estimate | None:
+    """The plan of *sheet* at *index*, priced, if it fits and uses less than *below_bytes* of the device."""
+    plan = sheet.plan.at(index)
+    margin_share = question.margin_share(plan)
+    most_bytes = math.ceil(question.cluster.gpu.memory_bytes * (1 - margin_share))
+    if below_bytes is not None:
+        most_bytes = min(most_bytes, below_bytes - 1)
+    step = program(question, plan, int(sheet.rank[index]))
+    try:
+        held = memory(step, plan, question.cluster, question.calibration, most_bytes=most_bytes)
+    except OutOfMemoryError:
+        return None
+    if max(shortages(held, margin_share)) > 0 or held.device_used_bytes > most_bytes:
+        return None
+    return priced(question, plan, step, held)
 
 
 def nearest_miss(sheets: Sequence[Sheet]) -> Plan:

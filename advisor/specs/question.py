@@ -11,6 +11,7 @@ from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
 from advisor.specs.plan import Plan
+from advisor.specs.training import Training
 
 Origin = Literal["given", "found", "assumed", "file", "default"]
 """``given``: by a flag or an argument. ``found``: on this machine. ``assumed``: because nobody said. ``file``: read
@@ -43,6 +44,7 @@ class Question:
     calibration: Calibration
     given_margin_share: float | None = None
     """Share of device memory that is to stay free; None leaves it to the calibration."""
+    training: Training | None = None
     inputs: tuple[Input, ...]
     warnings: tuple[str, ...] = ()
 

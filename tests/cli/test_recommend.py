@@ -206,3 +206,54 @@ def test_a_margin_that_is_no_share_is_refused(api: Api, run: Run, share: str) ->
 
     assert result.exit_code == 2
     assert "such as 0.1 or 10%" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "asked"),
+    [
+        (["--tokens", "1e9"], {"tokens": 10**9}),
+        (["--tokens", "300B"], {"tokens": 300 * 10**9}),
+        (["--tokens", "2.3b"], {"tokens": 2_300_000_000}),
+        (["--samples", "50k", "--epochs", "1.5"], {"samples": 50_000, "epochs": 1.5}),
+        (["--tokens", "5", "--price", "2.5"], {"tokens": 5, "price": 2.5}),
+        (["--tokens", "5", "--price", "AWS"], {"tokens": 5, "price": "AWS"}),
+        (["--max-hours", "24", "--max-cost", "1e3"], {"max_hours": 24.0, "max_cost": 1000.0}),
+        (["--objective", "memory", "--pareto"], {"objective": "memory", "pareto": True}),
+    ],
+)
+def test_what_a_training_may_take_reaches_the_search(
+    api: Api, run: Run, flags: list[str], asked: dict[str, object]
+) -> None:
+    run(*MAIN_JOB, *flags)
+
+    assert api.asked == [{"model": "Qwen2.5-1.5B", "gpus": 4, **asked}]
+
+
+@pytest.mark.parametrize("number", ["many", "1.5", "1e-3", "nan", "inf", "B", ""])
+def test_what_is_no_number_of_tokens_is_refused(api: Api, run: Run, number: str) -> None:
+    result = run(*MAIN_JOB, f"--tokens={number}")
+
+    assert result.exit_code == 2
+    assert "give one such as 1000000, 1e9 or 300B" in result.stderr
+    assert api.asked == []
+
+
+def test_any_gpu_asks_for_a_ranking_of_all(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("advisor.search.gpu_types.priced_gpus", lambda provider: ("RTX 4090", "A40"))
+    asked = ("recommend", "--model", "gpt2", "--gpus", "1", "--seq-len", "256", "--global-batch", "8", "--gpu", "Any")
+
+    answer = json.loads(run(*asked, "--json").stdout)
+    page = run(*asked, "--out", str(tmp_path / "run"), columns=120)
+    rows = list(csv.DictReader(io.StringIO(run(*asked, "--csv").stdout)))
+
+    assert [each["gpu"] for each in answer["gpus"]] == [row["gpu"] for row in rows] == ["RTX 4090", "A40"]
+    assert answer["launch"]["files"]
+    assert page.stdout.startswith("Fastest: 1 × RTX 4090")
+    assert (tmp_path / "run" / "run.sh").is_file()
+
+
+def test_no_one_price_holds_for_any_gpu(run: Run) -> None:
+    result = run("recommend", "--model", "gpt2", "--gpus", "1", "--gpu", "any", "--tokens", "1e9", "--price", "2")
+
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("Error: --price 2 cannot hold for every GPU")

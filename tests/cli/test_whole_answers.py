@@ -114,6 +114,11 @@ def test_where_nothing_fits_the_shortfall_and_the_fewest_gpus_are_said(run: Run)
         (("--model", "gpt2", "--gpus", "1", "--seq-len", "0"), 2, "at least 1"),
         (("--model", "gpt2", "--gpus", "1", "--gpu", "T4", "--precision", "bf16"), 2, "no bf16"),
         (("--model", "no/such/folder", "--gpus", "1"), 2, "no/such/folder"),
+        (("--model", "gpt2", "--gpus", "1", "--tokens", "1000"), 2, "less than the 131,072 of one optimizer step"),
+        (("--model", "gpt2", "--gpus", "1", "--tokens", "-5"), 2, "--tokens must be a positive number"),
+        (("--model", "gpt2", "--gpus", "1", "--tokens", "1e9", "--price", "-1"), 2, "--price must be a positive"),
+        (("--model", "gpt2", "--gpus", "1", "--max-hours", "3"), 2, "give --tokens"),
+        (("--model", "gpt2", "--gpus", "1", "--tokens", "1e9", "--samples", "1e6"), 2, "give one"),
     ],
 )
 @pytest.mark.parametrize("command", ["recommend", "estimate"])
@@ -126,6 +131,14 @@ def test_bad_input_is_one_line_that_says_what_to_do(
     assert result.stderr.startswith("Error: ")
     assert result.stderr.count("\n") == 1
     assert said in result.stderr
+
+
+@pytest.mark.parametrize("words", [MAIN_JOB, ONE_PLAN])
+def test_beyond_a_limit_is_an_answer_with_its_exit_code(run: Run, words: tuple[str, ...]) -> None:
+    result = run(*words, "--tokens", "1e9", "--max-hours", "1", columns=300)
+
+    assert result.exit_code == 3
+    assert "h beyond --max-hours 1" in result.stdout.splitlines()[0]
 
 
 def test_a_sequence_beyond_the_model_is_a_note(run: Run) -> None:

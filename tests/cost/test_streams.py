@@ -137,7 +137,6 @@ blocks = st.one_of(
     st.just(ARRIVED),
 )
 bodies = st.lists(blocks, min_size=1, max_size=5).map(lambda steps: then(*steps))
-LAUNCHING = IDLE._replace(launch_s=lambda node: 1.5 if busy_s(node) else 0.0)
 
 
 def unrolled(node: Node) -> Node:

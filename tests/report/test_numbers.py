@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from advisor.report.numbers import GIB, aligned, bar, gib, parameter_count, percent, rate, seconds
+from advisor.report.numbers import GIB, aligned, bar, gib, parameter_count, percent, rate, seconds, significant, spelled
 
 
 @pytest.mark.parametrize(
@@ -77,3 +77,15 @@ def test_a_bar_is_as_wide_as_asked(share: float, width: int) -> None:
 def test_a_bar_is_full_at_one_and_stays_full_above() -> None:
     assert bar(0.25, 8) == "██░░░░░░"
     assert bar(1, 4) == bar(3, 4) == "████"
+
+
+@pytest.mark.parametrize(
+    ("hours", "text"),
+    [(0.136, "8.16 minutes"), (1.0, "1.00 hours"), (47.9, "47.9 hours"), (48.0, "2.00 days"), (2400.0, "100 days")],
+)
+def test_a_long_time_is_spelled_in_the_unit_that_people_use(hours: float, text: str) -> None:
+    assert spelled(hours) == text
+
+
+def test_a_quantity_has_three_digits() -> None:
+    assert [significant(value) for value in (0, 0.01234, 28.44, 8417.9)] == ["0", "0.0123", "28.4", "8,420"]

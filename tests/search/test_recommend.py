@@ -10,12 +10,15 @@ import pytest
 
 from advisor.cost.results import Estimate
 from advisor.errors import SpecError
-from advisor.search.recommend import OFFLOAD_LEAD, TIE_SHARE, recommend, search
+from advisor.search.contenders import contenders
+from advisor.search.rank import OFFLOAD_LEAD, TIE_SHARE, ordered
+from advisor.search.recommend import recommend, search
 from advisor.search.results import Recommendation, row
 from advisor.search.sheet import price_sheet
 from advisor.search.space import SEARCHED_CHECKPOINTING, VARIANTS, bar, fsdp_settings, sheets, variants
 from advisor.specs.plan import Offload, Plan, Strategy, zero_settings
 from advisor.specs.question import Question
+from advisor.specs.training import Objective
 from search.questions import ASKED, answer, bounded, priced, question, variant_of, with_free_communication, with_memory
 
 every_question = pytest.mark.parametrize("name", ASKED)
@@ -269,3 +272,83 @@ def test_a_frame_has_a_row_for_each_plan_in_their_order(name: str) -> None:
     if len(frame):
         assert frame["strategy"].tolist() == [each.plan.strategy.value for each in found.plans]
         assert frame["traffic_bytes"].tolist() == [each.sent_bytes for each in found.plans]
+
+
+@pytest.mark.parametrize("objective", ["cost", "energy"])
+def test_on_given_gpus_cost_and_energy_go_with_time(objective: Objective) -> None:
+    found = search(ASKED["three GPUs"], objective=objective)
+
+    assert replace(found, seconds=0) == replace(answer("three GPUs"), seconds=0)
+
+
+def test_for_memory_the_leanest_plan_of_each_strategy_is_offered_leanest_first() -> None:
+    name = "three GPUs"
+    fitting = [each for plan in every_legal_plan(ASKED[name]) if (each := priced(name, plan)).verdict == "fits"]
+    least: dict[tuple[Strategy, Offload], int] = {}
+    for each in fitting:
+        used = each.memory.device_used_bytes
+        least[variant_of(each.plan)] = min(used, least.get(variant_of(each.plan), used))
+
+    found = search(ASKED[name], objective="memory")
+
+    assert [each.memory.device_used_bytes for each in found.plans] == sorted(least.values())
+    assert {variant_of(each.plan): each.memory.device_used_bytes for each in found.plans} == least
+    assert f" GiB less than {found.plans[1].plan.title}, the next" in found.plans[0].why
+    assert all(" GiB more, " in each.why for each in found.plans[1:])
+
+
+def test_the_length_of_a_training_changes_no_plan() -> None:
+    words = {"gpus": 2, "global_batch": 8, "seq_len": 512}
+    silent, asked = search(question(**words)), search(question(**words, tokens=10**9))
+
+    assert [replace(each, training=None, inputs=()) for each in asked.plans] == [
+        replace(each, inputs=()) for each in silent.plans
+    ]
+    assert all(each.training and each.training.tokens == 10**9 for each in asked.plans)
+    assert all(each.training is None for each in silent.plans)
+    assert asked.headline == silent.headline
+
+
+def test_plans_beyond_a_limit_are_refused_with_the_arithmetic() -> None:
+    words = {"gpus": 2, "global_batch": 8, "seq_len": 512, "tokens": 10**9}
+    hours = {variant_of(each.plan): each.training.hours for each in search(question(**words)).plans if each.training}
+    limit = sorted(hours.values())[len(hours) // 2]
+
+    found = search(question(**words, max_hours=limit))
+
+    assert {variant_of(each.plan) for each in found.plans} == {each for each in hours if hours[each] <= limit}
+    refusals = {variant_of(each.plan): each.why for each in found.rejected}
+    assert refusals.keys() == {each for each in hours if hours[each] > limit}
+    assert all("steps × " in why and "h beyond --max-hours" in why for why in refusals.values())
+
+
+def test_where_all_plans_are_beyond_a_limit_the_nearest_is_named() -> None:
+    found = search(question(gpus=2, global_batch=8, seq_len=512, tokens=10**9, max_cost=1))
+
+    assert found.best is None
+    assert found.headline.startswith("Beyond a limit: Qwen2.5-0.5B on 2 × A100-SXM4-80GB with ")
+    assert found.headline.endswith("USD beyond --max-cost 1")
+    assert found.fewest_gpus is None
+
+
+def test_a_lean_plan_beyond_a_limit_gives_way_to_one_within() -> None:
+    words = {"gpus": 2, "global_batch": 8, "seq_len": 512, "tokens": 10**9}
+    lean = search(question(**words), objective="memory").plans[0]
+    assert lean.training
+
+    within = search(question(**words, max_hours=0.99 * lean.training.hours), objective="memory")
+
+    assert within.best
+    assert within.best.training
+    assert within.best.training.hours < lean.training.hours
+    assert within.best.memory.device_used_bytes >= lean.memory.device_used_bytes
+
+
+@pytest.mark.parametrize("objective", ["time", "memory"])
+@pytest.mark.parametrize("name", ["one GPU", "three GPUs", "offload fits"])
+def test_strategies_that_cannot_come_first_are_passed_over(name: str, objective: Objective) -> None:
+    whole = contenders(ASKED[name], objective)
+    short = contenders(ASKED[name], objective, only_best=True)
+
+    assert ordered(short.best, objective)[0] == ordered(whole.best, objective)[0]
+    assert {variant_of(each.plan) for each in short.best} <= {variant_of(each.plan) for each in whole.best}
