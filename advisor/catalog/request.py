@@ -44,6 +44,7 @@ class JobWords(TrainingWords, total=False):
     optimizer: str
     attention: str
     loss: str
+    compile: bool
     padded: bool
     margin: float | str
     calibration: str | None
@@ -130,6 +131,8 @@ def resolve(model: str, *, describe: Describe = by_formulas, **words: Unpack[Wor
     ]
     if job.loss != "full":
         inputs.insert(-1, Input("loss", job.loss, "given"))
+    if job.compile:
+        inputs.insert(-1, Input("compile", True, "given"))
     if job.padded:
         inputs.insert(-1, Input("padded", True, "given"))
     training, training_inputs = training_of(cast(TrainingWords, words), job, gpu)
@@ -297,6 +300,7 @@ def _job(words: Words, gpu: Gpu) -> Job:
         optimizer=words.get("optimizer", "adamw-fused"),  # type: ignore[arg-type]
         attention=words.get("attention", "sdpa"),  # type: ignore[arg-type]
         loss=words.get("loss", "full"),  # type: ignore[arg-type]
+        compile=words.get("compile", False),
         padded=words.get("padded", False),
     )
 
@@ -316,6 +320,8 @@ def _margin(margin: float | str) -> float | None:
 
 def _warnings(note: str | None, model: ModelSpec, job: Job) -> list[str]:
     warnings = [note] if note else []
+    if job.compile:
+        warnings.append("memory is that of eager mode: torch.compile keeps other tensors for backward, mostly fewer")
     if model.maximum_positions is not None and job.sequence_length > model.maximum_positions:
         warnings.append(
             f"sequence length {job.sequence_length} is beyond the {model.maximum_positions} positions that "

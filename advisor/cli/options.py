@@ -208,6 +208,7 @@ _machine_and_method = options(
         show_default=True,
         help="Attention kernel, in transformers' words.",
     ),
+    option(_HOW, "--compile", is_flag=True, help="Each layer through torch.compile. Memory is priced as without it."),
     option(_HOW, "--padded", is_flag=True, help="Sequences of a batch are padded to one length, not joined and cut."),
     option(
         _HOW,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from advisor.catalog.request import Describe, Words, by_formulas, resolve
+from advisor.errors import SpecError
 from advisor.specs.plan import Plan
 from advisor.specs.question import Input, Question
 from advisor.step.build import StepProgram, build, build_contenders
@@ -33,6 +34,8 @@ def ask(
     """The question that *words* ask of *model*; *trace* lets transformers' code stand in for formulas."""
     if not trace:
         return resolve(model, describe=describe, **words)
+    if words.get("compile"):
+        raise SpecError("--trace sees kernels of eager mode, which --compile would fuse: drop one of them")
     from advisor.tracing.real_model import described
     from advisor.tracing.source import TracedSource, traced
 

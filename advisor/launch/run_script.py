@@ -33,7 +33,7 @@ def train_arguments(model: ModelSpec, job: Job, plan: Plan, weights_from: str) -
         "optimizer": job.optimizer,
     }
     arguments = tuple(f"--{name}={value}" for name, value in flags.items())
-    switches = {"--padded": job.padded, "--random-weights": holds_no_weights(weights_from)}
+    switches = {"--compile": job.compile, "--padded": job.padded, "--random-weights": holds_no_weights(weights_from)}
     return (*arguments, *(name for name, on in switches.items() if on))
 
 

@@ -30,6 +30,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
 
 MODEL_CLASSES: dict[str, Any] = {
@@ -68,6 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     model.add_argument("--weights", choices=FORMATS, default="fp32", help="number format the weights are built in")
     model.add_argument("--attention", choices=ATTENTION, default="sdpa")
     model.add_argument("--loss", choices=["full", "chunked", "fused"], default="full", help="fused needs liger-kernel")
+    model.add_argument("--compile", action="store_true", help="compile each layer with torch.compile")
     model.add_argument("--checkpointing", choices=["none", "selective", "full"], default="none", help="of activations")
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", help="text file, JSONL file with a field 'text', or Hub dataset; else random tokens")
@@ -101,6 +103,9 @@ def main() -> None:
     beside = Path(arguments.model).parent if arguments.model.endswith(".json") else arguments.model
     tokenizer = AutoTokenizer.from_pretrained(beside) if arguments.dataset else None
     model = build_model(accelerator, arguments)
+    for layer in model.modules():
+        if arguments.compile and isinstance(layer, GradientCheckpointingLayer):
+            layer.compile()  # in place: names of weights stay, and what FSDP or DeepSpeed adds later is seen
     batches = make_batches(accelerator, arguments, tokenizer, model.config.vocab_size)
     optimizer = build_optimizer(accelerator, arguments, model)
     set_seed(arguments.seed, device_specific=True)  # dropout differs between processes, first weights do not

@@ -29,6 +29,8 @@ class Job:
     optimizer: Optimizer = "adamw-fused"
     attention: AttentionKernel = "sdpa"
     loss: LossKernel = "full"
+    compile: bool = False
+    """Whether ``torch.compile`` fuses what kernels other than products and attention do."""
     padded: bool = False
     """Whether sequences of a batch differ in length and are padded to one, so that attention needs a mask."""
 

@@ -233,7 +233,7 @@ class _Walk:
         self.shared = self._shared()
         self.recorded: dict[int, Recording] = {}
         """By the identity of a layer of the model."""
-        self.laid = laid_for(self.model, scheme.source, self.batch)
+        self.laid = laid_for(self.model, scheme.source, self.batch, scheme.job.compile)
         self.pieces: dict[tuple[int, int], tuple[Sequence, Nodes]] = {}
         self.joined: dict[tuple[tuple[int, int], ...], Sequence] = {}
         self.runs_backward: dict[tuple[int, MicroStep | None], Sequence] = {}

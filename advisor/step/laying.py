@@ -9,6 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from advisor.specs.model import ModelSpec
+from advisor.step.fusing import fused
 from advisor.step.program import Amount, Block, Category, Matmul, Node, Sequence, then
 from advisor.step.recording import Source
 from advisor.step.tape import Event, Product, Scales, Work
@@ -17,10 +18,13 @@ Events = tuple[Event, ...]
 
 
 class Laid:
-    """A model's recordings as blocks of one batch. What was laid before is the same node again, in every program."""
+    """A model's recordings as blocks of one batch. What was laid before is the same node again, in every program.
 
-    def __init__(self, batch: Amount) -> None:
-        self.batch = batch
+    Where *compiled*, kernels that follow one another are fused (``fusing.py``).
+    """
+
+    def __init__(self, batch: Amount, compiled: bool) -> None:
+        self.batch, self.compiled = batch, compiled
         # Events are kept beside what was made of them, so that no others take their identity.
         self._whole: dict[int, tuple[Events, Sequence]] = {}
         self._cut: dict[int, tuple[Events, list[tuple[Sequence, Event | None]]]] = {}
@@ -28,7 +32,7 @@ class Laid:
     def whole(self, events: Events) -> Sequence:
         """All of *events*."""
         if id(events) not in self._whole:
-            self._whole[id(events)] = events, then(*lay(events, self.batch))
+            self._whole[id(events)] = events, self._lay(events)
         return self._whole[id(events)][1]
 
     def cut(self, events: Events) -> list[tuple[Sequence, Event | None]]:
@@ -38,22 +42,25 @@ class Laid:
             start = 0
             for index, event in enumerate(events):
                 if event.kind == "gradient":
-                    found.append((then(*lay(events[start:index], self.batch)), event))
+                    found.append((self._lay(events[start:index]), event))
                     start = index + 1
-            found.append((then(*lay(events[start:], self.batch)), None))
+            found.append((self._lay(events[start:]), None))
             self._cut[id(events)] = events, found
         return self._cut[id(events)][1]
 
+    def _lay(self, events: Events) -> Sequence:
+        return then(*lay(fused(events) if self.compiled else events, self.batch))
 
-def laid_for(model: ModelSpec, source: Source, batch: Amount) -> Laid:
+
+def laid_for(model: ModelSpec, source: Source, batch: Amount, compiled: bool = False) -> Laid:
     """The layings of *model*'s recordings by *source* for *batch*, kept for the next program of them."""
     sizes = np.asarray(batch)
-    return _laid(model, source, sizes.shape, tuple(sizes.reshape(-1).tolist()))
+    return _laid(model, source, sizes.shape, tuple(sizes.reshape(-1).tolist()), compiled)
 
 
 @lru_cache(maxsize=32)
-def _laid(model: ModelSpec, source: Source, shape: tuple[int, ...], sizes: tuple[int, ...]) -> Laid:
-    return Laid(np.array(sizes, dtype=np.int64).reshape(shape) if shape else sizes[0])
+def _laid(model: ModelSpec, source: Source, shape: tuple[int, ...], sizes: tuple[int, ...], compiled: bool) -> Laid:
+    return Laid(np.array(sizes, dtype=np.int64).reshape(shape) if shape else sizes[0], compiled)
 
 
 @dataclass(slots=True)

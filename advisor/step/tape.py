@@ -38,6 +38,18 @@ class Work(NamedTuple):
     fixed_moved_bytes: int = 0
     """Bytes moved whatever the micro-batch, such as a weight's."""
     kernels: int = 0
+    touched: tuple[Touched, ...] = ()
+    """The tensors among those bytes, once for every time that they are read or written."""
+
+
+class Touched(NamedTuple):
+    """A tensor that a kernel reads or writes."""
+
+    storage: int
+    """The number of its memory on the tape."""
+    size_bytes: int
+    scales: bool
+    """Whether that is per sequence."""
 
 
 NO_WORK = Work()
@@ -208,7 +220,8 @@ class Tape:
         """Record kernels that read or write the *touched* tensors, and other bytes per sequence and in all."""
         moved = moved_bytes + sum(tensor.size_bytes for tensor in touched if tensor.scales)
         fixed = fixed_moved_bytes + sum(tensor.size_bytes for tensor in touched if not tensor.scales)
-        done = Work(matmuls, moved, fixed, kernels)
+        known = tuple(Touched(each.storage.event.storage, each.size_bytes, bool(each.scales)) for each in touched)
+        done = Work(matmuls, moved, fixed, kernels, known)
         self.events.append(Event("work", self.scope, "temporaries", 0, False, work=done))
 
     def attach(

@@ -159,6 +159,8 @@ def _refuse_what_cannot_run(question: Question, plans: Sequence[Plan], device: D
         raise SpecError(f"{question.model.name} is no causal model, and only those are run for validation")
     if question.job.padded:
         raise SpecError("padded batches are not run for validation: drop --padded")
+    if question.job.compile:
+        raise SpecError("memory under torch.compile is not modelled, so not run for validation: drop --compile")
     if any(plan.strategy.is_fsdp and plan.fsdp.version == 1 for plan in plans):
         raise SpecError("FSDP version 1 is not run for validation; `advisor trace` counts its bytes")
     if any(plan.swaps for plan in plans):

@@ -55,7 +55,7 @@ def test_every_word_of_a_question_reaches_the_search(api: Api, run: Run) -> None
         "--margin": "auto",
     }
 
-    run(*MAIN_JOB, "--padded", *(word for pair in words.items() for word in pair))
+    run(*MAIN_JOB, "--compile", "--padded", *(word for pair in words.items() for word in pair))
 
     assert api.asked == [
         {
@@ -73,6 +73,7 @@ def test_every_word_of_a_question_reaches_the_search(api: Api, run: Run) -> None
             "optimizer": "adamw-foreach",
             "attention": "flash",
             "loss": "full",
+            "compile": True,
             "padded": True,
             "margin": "auto",
         }

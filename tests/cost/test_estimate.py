@@ -329,3 +329,18 @@ def test_what_is_on_the_nvme_is_not_in_host_memory() -> None:
     assert host.nvme_bytes == 0
     assert sum(line.size_bytes for line in nvme.nvme_ledger) * 4 == nvme.nvme_bytes
     assert nvme.device_used_bytes >= host.device_used_bytes
+
+
+def test_compiling_is_faster_in_the_memory_of_eager_mode_and_says_so() -> None:
+    words: dict[str, Any] = {**FOUR_A100, "strategy": "fsdp", "micro_batch": 2}
+    eager, compiled = estimate("Qwen2.5-1.5B", **words), estimate("Qwen2.5-1.5B", **words, compile=True)
+
+    assert compiled.time.tokens_per_s > 1.05 * eager.time.tokens_per_s
+    assert compiled.memory.peak_allocated_bytes == eager.memory.peak_allocated_bytes
+    assert any("memory is that of eager mode" in each for each in compiled.warnings)
+    assert not eager.warnings
+
+
+def test_a_traced_model_is_not_compiled() -> None:
+    with pytest.raises(SpecError, match="drop one of them"):
+        estimate("Qwen2.5-1.5B", strategy="ddp", trace=True, compile=True, **FOUR_A100)

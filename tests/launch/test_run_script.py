@@ -161,3 +161,8 @@ def test_a_model_without_fused_attention_runs_eager() -> None:
 def test_a_bare_configuration_starts_from_random_weights() -> None:
     assert "--random-weights" in train_arguments(model(), Job(), plan(), "some/config.json")
     assert "--random-weights" not in train_arguments(model(), Job(), plan(), "some/folder")
+
+
+def test_what_is_priced_compiled_is_started_compiled() -> None:
+    assert "--compile" in train_arguments(model(), Job(compile=True), plan(), "tiny")
+    assert "--compile" not in train_arguments(model(), Job(), plan(), "tiny")

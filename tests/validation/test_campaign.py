@@ -274,6 +274,7 @@ def test_what_does_not_fit_this_machine_is_refused_with_the_sum(
         (("--strategy", "zero2", "--launcher", "torchrun"), "give --launcher deepspeed"),
         (("--strategy", "ddp", "--launcher", "accelerate"), "DDP is validated by torchrun"),
         (("--strategy", "ddp", "--padded"), "drop --padded"),
+        (("--strategy", "ddp", "--compile"), "drop --compile"),
         (("--strategy", "ddp", "--precision", "fp16"), "give --precision bf16"),
         (("--model", "bert-base-uncased", "--strategy", "ddp"), "no causal model"),
         (("--strategy", "zero3", "--offload", "optimizer", "--offload-to", "nvme"), "advisor trace"),
