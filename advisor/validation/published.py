@@ -60,7 +60,11 @@ def published(row: Row) -> Published:
         sequence_parallel=row["sequence_parallel"] == "yes",
         pipeline_parallel=int(row["pipeline_parallel"] or 1),
         virtual_stages=int(row["virtual_stages"] or 1),
-        megatron=MegatronSettings(fuses_gradient_sums=row["fuses_gradient_sums"] != "no"),
+        megatron=MegatronSettings(
+            distributed_optimizer=row["distributed_optimizer"] != "no",
+            overlaps_weights=row["distributed_optimizer"] != "no",
+            fuses_gradient_sums=row["fuses_gradient_sums"] != "no",
+        ),
     )
     kernel = "eager" if row.get("attention_kernel") == SCORES else "sdpa"
     job = Job(
