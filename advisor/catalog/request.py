@@ -98,7 +98,7 @@ def resolve(model: str, *, describe: Describe = by_formulas, **words: Unpack[Wor
         cpu_memory_bandwidth_bytes_per_s=calibration.host_bandwidth_bytes_per_s_per_gpu * gpus_per_node,
         nvme_bytes=calibration.nvme_bytes_per_gpu * gpus_per_node,
         nvme_bandwidth_bytes_per_s=calibration.nvme_bandwidth_bytes_per_s_per_gpu * gpus_per_node,
-        topology=topology,
+        topology=topology and replace(topology, between=as_measured(topology.between, calibration)),
     )
     said_by = f"cluster {profile.name}" if profile else ""
 
@@ -178,6 +178,11 @@ def _gpu(name: str | None, profile: ClusterProfile | None, machine: Detected | N
     if profile:
         return profile.gpu, "file"
     if machine:
+        if len(kinds := dict.fromkeys(machine.gpu_names)) > 1:
+            raise SpecError(
+                f"this machine has {' and '.join(kinds)}; advisor plans for one kind of GPU: "
+                "leave one in CUDA_VISIBLE_DEVICES, or give --gpu and --gpus"
+            )
         return find_gpu(machine.gpu_names[0]), "found"
     return find_gpu(DEFAULT_GPU), "assumed"
 
