@@ -3,6 +3,7 @@
     python benchmarks/accuracy.py                                # recorded truths beside the present model; seconds
     python benchmarks/accuracy.py --measure deepspeed            # run one kind of truth anew and record it
     python benchmarks/accuracy.py --measure one-rank --seed 7 --count 20 --nowhere    # other cases, not recorded
+    python benchmarks/accuracy.py --time                         # step times beside published ones
     python benchmarks/accuracy.py --gpu FOLDER                   # with the records of benchmarks/gpu_campaign.py there
 
 Measuring needs the extra "run" and takes from minutes (deepspeed) to an hour (real runs) on two cores. Cases are drawn
@@ -28,6 +29,7 @@ from itertools import groupby
 from pathlib import Path
 
 import click
+import time_scores
 from cases import deepspeed, gloo, one_rank, sharded
 
 from advisor.catalog.calibrations import find_calibration
@@ -182,9 +184,13 @@ def _verdicts(device: str, runs: Sequence[Record]) -> Iterator[str]:
 @click.option("--count", type=int, help="How many cases.  [default: as recorded]")
 @click.option("--nowhere", is_flag=True, help="Record nothing.")
 @click.option("--gpu", type=click.Path(path_type=Path), default=ON_GPUS, help="Folder of a GPU campaign's records.")
-def main(measure: str | None, seed: int, count: int | None, nowhere: bool, gpu: Path) -> None:
-    """Predicted memory beside what is true."""
+@click.option("--time", "times", is_flag=True, help="Step times beside published ones, in place of memory.")
+def main(measure: str | None, seed: int, count: int | None, nowhere: bool, gpu: Path, times: bool) -> None:
+    """Predicted memory, or time, beside what is true."""
     logging.disable(logging.WARNING)
+    if times:
+        print(*time_scores.lines(), sep="\n")
+        return
     if measure is None:
         paths = sorted([*RECORDED.glob("*.jsonl"), *gpu.glob("*.jsonl")])
         records = [record for path in paths for record in read(path)]

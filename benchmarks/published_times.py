@@ -23,8 +23,8 @@ from advisor.step.build import build
 from advisor.validation.published import Row, published, published_rows
 
 ATTENTION_SHARES: dict[str, dict[str, tuple[float, float]]] = {
-    # FlashAttention-1 reaches 25 to 40 % of an A100 (arXiv:2307.08691, abstract), the most on long sequences. On Hopper
-    # it is taken to lose as much as FlashAttention-2 does, from 0.68 to 0.42.
+    # FlashAttention-2 is around twice as fast as FlashAttention-1 (arXiv:2307.08691, abstract); also on Hopper, for
+    # which neither was made.
     "flash-attention-1": {"8.0": (0.34, 0.30), "9.0": (0.21, 0.19)},
     # Fitted by benchmarks/fit_rates.py, as the calibration's FlashAttention-2 is.
     "flash-attention-2": {"8.0": (0.68, 0.6), "9.0": (0.42, 0.38)},

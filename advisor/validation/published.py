@@ -61,7 +61,10 @@ def published(row: Row) -> Published:
         pipeline_parallel=int(row["pipeline_parallel"] or 1),
         virtual_stages=int(row["virtual_stages"] or 1),
         # llm-foundry's composer reduces in every micro-batch (mosaicml 0.16.4, trainer.py ``_train_microbatch``).
-        fsdp=FsdpSettings(syncs_each_micro_batch=row["model"].startswith("MPT")),
+        fsdp=FsdpSettings(
+            syncs_each_micro_batch=row["model"].startswith("MPT"),
+            shard_ranks=gpus // nodes if strategy is Strategy.HSDP else None,
+        ),
         megatron=MegatronSettings(
             distributed_optimizer=row["distributed_optimizer"] != "no",
             overlaps_weights=row["distributed_optimizer"] != "no",
@@ -76,6 +79,7 @@ def published(row: Row) -> Published:
         parameter_format="bf16" if row["parameter_format"] == "bf16" else "fp32",
         attention=row.get("attention") or kernel,  # type: ignore[arg-type]
         loss=row.get("loss") or "full",  # type: ignore[arg-type]
+        compile=row.get("compile") == "yes",
     )
     return Published(_model(row), job, plan, _cluster(row, gpus, nodes))
 
