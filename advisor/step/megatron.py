@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Literal, NamedTuple
 
-import numpy as np
-
 from advisor.errors import SpecError
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec, Parameter, Run
@@ -22,7 +20,7 @@ from advisor.specs.plan import Checkpointing, Plan
 from advisor.step.laying import Events, Laid
 from advisor.step.megatron_exchanges import Exchanges
 from advisor.step.megatron_recording import megatron_mode, source_of
-from advisor.step.megatron_shard import OUTPUT_LAYER, Stage, stage_of
+from advisor.step.megatron_shard import OUTPUT_LAYER, WORD_EMBEDDINGS, Stage, stage_of
 from advisor.step.pipeline import Passes, schedule
 from advisor.step.program import (
     Amount,
@@ -34,6 +32,7 @@ from advisor.step.program import (
     hold,
     phase,
     release,
+    released,
     repeat,
     scratch,
     then,
@@ -63,25 +62,23 @@ class RankStep(NamedTuple):
 def rank_step(model: ModelSpec, job: Job, plan: Plan, rank: int | None = None) -> RankStep:
     """The step of *rank*, or of the first rank of the stage that holds most.
 
-    Ranks of one stage are alike. Raises SpecError for plans with several numbers of GPUs or, without a rank, where
-    several plans of a pipeline are asked for at once.
+    Ranks of one stage are alike. Raises SpecError where several plans of a pipeline are asked for at once.
     """
-    each = plan.gpus // plan.pipeline_parallel
-    if not isinstance(each, int) and np.unique(each).size > 1:
-        raise SpecError(f"{plan.title} is laid out for one number of GPUs at a time")
-    ranks = int(np.asarray(each).reshape(-1)[0])
+    if plan.pipeline_parallel == 1:
+        alone = _StageStep(model, job, plan, 0)
+        return RankStep(rank or 0, alone.states, alone.step, alone.step)
+    if not all(isinstance(count, int) for count in (plan.gpus, plan.micro_batch, plan.accumulation_steps)):
+        raise SpecError(f"{plan.title} is laid out for one plan at a time: its stages take turns at being the fullest")
+    ranks = int(plan.gpus) // plan.pipeline_parallel
     # Of the stages between the first and the last, the first has most micro-batches in flight.
-    numbers = {0, min(1, plan.pipeline_parallel - 1), plan.pipeline_parallel - 1}
-    asked = None if rank is None else rank // ranks
-    stages = {number: _StageStep(model, job, plan, number) for number in sorted(numbers | {asked or 0})}
-    if asked is None and len(stages) > 1:
-        peaks = {number: fold(then(stage.states, stage.step)).peak_bytes for number, stage in stages.items()}
-        if any(np.ndim(peak) for peak in peaks.values()):
-            raise SpecError(f"which stage of {plan.title} holds most is found for one plan at a time; give a rank")
-        asked = max(peaks, key=lambda number: peaks[number])
-    slowest = max((stages[number] for number in sorted(numbers)), key=lambda stage: stage.flop)
-    chosen = stages[asked or 0]
-    return RankStep((asked or 0) * ranks if rank is None else rank, chosen.states, chosen.step, slowest.step)
+    numbers = {0, 1, plan.pipeline_parallel - 1}
+    asked = {rank // ranks} if rank is not None else numbers
+    stages = {number: _StageStep(model, job, plan, number) for number in sorted(numbers | asked)}
+    peaks = {number: fold(then(stages[number].states, stages[number].step)).peak_bytes for number in sorted(asked)}
+    number = max(peaks, key=lambda each: peaks[each])
+    slowest = max((stages[each] for each in sorted(numbers)), key=lambda stage: stage.flop)
+    chosen = stages[number]
+    return RankStep(number * ranks if rank is None else rank, chosen.states, chosen.step, slowest.step)
 
 
 class _StageStep:
@@ -100,9 +97,8 @@ class _StageStep:
 
     @cached_property
     def flop(self) -> float:
-        """Work of the products of a micro-batch, the first of those that the program stands for."""
-        found = total(matmul.flop * runs for _, block, runs in blocks(self.step) for matmul in block.matmuls)
-        return float(np.asarray(found).reshape(-1)[0])
+        """Work of the products of a step."""
+        return float(total(matmul.flop * runs for _, block, runs in blocks(self.step) for matmul in block.matmuls))
 
     @property
     def _buffer_numel(self) -> int:
@@ -146,26 +142,24 @@ class _StageStep:
         return max(gathered, scores) * self.job.compute_bytes * self.plan.micro_batch
 
     def _step(self) -> Node:
-        forward, backward = [], []
-        for place, chunk in enumerate(self.stage.chunks):
-            forward.append(self._forward(place, chunk))
-            backward.append(self._backward(place, chunk))
-        opening = then(*self._gather()) if self.plan.megatron.overlaps_weights else None
-        first = self._forward(0, self.stage.chunks[0], opening) if opening else forward[0]
+        chunks = self.stage.chunks
+        gathers = self._gather() if self.plan.megatron.overlaps_weights else ()
         passes = Passes(
-            tuple(forward), tuple(backward), first, self._backward(0, self.stage.chunks[0], then(*self._reduce()))
+            tuple(self._forward(chunk) for chunk in chunks),
+            tuple(self._backward(chunk) for chunk in chunks),
+            self._forward(chunks[0], *gathers),
+            self._backward(chunks[0], *self._reduce()),
         )
         return then(schedule(passes, self.plan, self.number), phase("step", *self._update()))
 
-    def _forward(self, place: int, chunk: ModelSpec, beside: Node | None = None) -> Node:
+    def _forward(self, chunk: ModelSpec, *beside: Node) -> Node:
         """One micro-batch forwards through *chunk*, with *beside* going on at the same time."""
         opens, closes = bool(chunk.embedding), bool(chunk.head)
         inputs = [
             (each.label, each.category, each.size_bytes * self.plan.micro_batch)
             for each in self.source.inputs(chunk, self.mode)
         ]
-        steps: list[Node] = [] if beside is None else [beside]
-        steps += [hold(*each) for each in inputs]
+        steps: list[Node] = [*beside, *(hold(*each) for each in inputs)]
         if opens:
             steps += [self._lay(self._embedding(chunk).forward), *self.exchanges.embedding()]
         else:
@@ -185,17 +179,16 @@ class _StageStep:
         )
         return phase("forward", *steps, *sent, *given)
 
-    def _backward(self, place: int, chunk: ModelSpec, beside: Node | None = None) -> Node:
+    def _backward(self, chunk: ModelSpec, *beside: Node) -> Node:
         """The same backwards."""
-        steps: list[Node] = [] if beside is None else [beside]
+        steps: list[Node] = [*beside]
         tied = None
         if chunk.head:
             head = self._head(chunk)
             steps += [self._lay(head[2]), self._lay(head[3]), *self.exchanges.head_backward(), self._sums(chunk.head)]
             if chunk.tied_embeddings and not self.plan.megatron.fuses_gradient_sums:
-                size_bytes = chunk.embedding[0].numel * self.job.compute_bytes
-                tied = ("tied output gradient", "gradients", size_bytes)
-                steps.append(hold("tied output gradient", "gradients", size_bytes))
+                tied = hold("tied output gradient", "gradients", chunk.embedding[0].numel * self.job.compute_bytes)
+                steps.append(tied)
         else:
             steps.append(self._passing("take", GRADIENT_STREAM, GRADIENT_NUMBER))
         for run in reversed(chunk.runs):
@@ -207,7 +200,7 @@ class _StageStep:
             steps += [*self.exchanges.embedding(), self._lay(self._embedding(chunk).backward)]
             steps.append(self._sums(chunk.embedding))
             if tied:
-                steps.append(release("tied output gradient", "gradients", tied[2]))
+                steps.append(released(tied))
         else:
             steps += self.exchanges.between_stages("gradients of activations")
             steps.append(self._passing("give", GRADIENT_STREAM, GRADIENT_NUMBER))
@@ -235,7 +228,7 @@ class _StageStep:
     def _reduce(self) -> Iterator[Node]:
         yield self.exchanges.gradients(self._buffer_numel * self._sum_bytes, self._buffer_numel)
         if self.stage.shares_embedding:
-            rows = next(each for each in self.stage.parameters if len(each.shape) == 2)
+            (rows,) = (each for each in self.stage.parameters if each.name in (WORD_EMBEDDINGS, OUTPUT_LAYER))
             yield self.exchanges.shared_embedding(rows.numel * self._sum_bytes)
 
     def _update(self) -> Iterator[Node]:

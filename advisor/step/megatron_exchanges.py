@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from advisor.specs.job import Job
 from advisor.specs.model import Layer, Run
 from advisor.specs.plan import Checkpointing, Plan
@@ -77,8 +79,8 @@ class Exchanges:
         return _sent(Collective("gradient of the embedding", "send-receive", size_bytes, 1, True, "pipeline"))
 
     def _buckets(self, numel: int) -> Amount:
-        ranks = self.plan.group("data").size
-        return 1 + numel // (LEAST_BUCKET if ranks * BUCKET_PER_RANK < LEAST_BUCKET else ranks * BUCKET_PER_RANK)
+        most: Amount = np.maximum(LEAST_BUCKET, self.plan.group("data").size * BUCKET_PER_RANK)
+        return 1 + numel // most
 
     def _tensor(self, messages: int, *, waits: bool, pairs: tuple[CollectiveKind, ...]) -> Iterator[Node]:
         """All-reduces of the stream over tensor-parallel ranks, or *pairs* of kinds where the sequence is cut."""

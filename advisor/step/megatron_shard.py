@@ -42,7 +42,8 @@ def stage_of(model: ModelSpec, job: Job, plan: Plan, number: int) -> Stage:
     check(model, job, plan)
     stages, virtual = plan.pipeline_parallel, plan.virtual_stages
     each = len(model.layers) // (stages * virtual)
-    layers = [_local_layer(layer, model.hidden_size, plan) for layer in model.layers]
+    local = {layer: _local_layer(layer, model.hidden_size, plan) for layer in dict.fromkeys(model.layers)}
+    layers = [local[layer] for layer in model.layers]
     tied = model.tied_embeddings and stages == 1
     chunks = []
     for place in range(virtual):
@@ -121,6 +122,8 @@ def _division_reasons(model: ModelSpec, job: Job, plan: Plan) -> Iterator[str]:
         if isinstance(layer.feed_forward, FeedForward) and layer.feed_forward.width % tensor:
             yield f"a feed-forward width of {layer.feed_forward.width} does not divide over tensor_parallel {tensor}"
     length = job.sequence_length
+    if context > 1 and job.attention == "eager":
+        yield "context parallelism needs a fused attention kernel; take --attention flash"
     if context > 1 and length % (2 * context):
         yield f"a sequence of {length} tokens does not divide into 2 x context_parallel {context} = {2 * context} parts"
     if plan.cuts_sequence and (length // context) % tensor:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -155,11 +156,34 @@ def test_all_stages_together_have_the_paper_s_parameters(stages: int, virtual: i
         ({"tensor_parallel": 4}, "2 key-value heads do not divide over tensor_parallel 4"),
         ({"pipeline_parallel": 8}, "4 layers do not divide over 8 stages x 1 = 8 runs"),
         ({"context_parallel": 8}, "does not divide into 2 x context_parallel 8 = 16 parts"),
+        ({"tensor_parallel": 8, "sequence_parallel": True}, "1001 tokens of a sequence do not divide over"),
     ],
 )
 def test_what_does_not_divide_is_refused_with_the_arithmetic(sizes: dict[str, int], reason: str) -> None:
+    shared = 8 if "sequence_parallel" in sizes else 2
+
     with pytest.raises(SpecError, match=reason):
-        build(gpt_model(shared=2), Job(sequence_length=1000), plan_of(**sizes))
+        build(gpt_model(shared=shared), Job(sequence_length=1001), plan_of(**sizes))
+
+
+def test_context_parallelism_needs_a_fused_kernel() -> None:
+    with pytest.raises(SpecError, match="take --attention flash"):
+        build(gpt_model(), Job(sequence_length=512, attention="eager"), plan_of(context_parallel=2))
+
+
+# With a pipeline, first and last stage have the tied matrix each and add up its gradients, in fp32.
+@pytest.mark.parametrize("stage", [0, 3])
+def test_stages_that_share_an_embedding_add_up_its_gradients(stage: int) -> None:
+    plan = plan_of(pipeline_parallel=4, gpus=4, accumulation_steps=4)
+    (found,) = (
+        each
+        for _, block, _ in blocks(build(gpt_model(), Job(sequence_length=128), plan, stage).step)
+        for each in block.transfers
+        if each.what == "gradient of the embedding"
+    )
+
+    assert isinstance(found, Collective)
+    assert found.payload_bytes == 1024 * 256 * 4
 
 
 @pytest.mark.parametrize(
@@ -219,6 +243,7 @@ def programs(name: str, plan: Plan, attention: Any) -> list[StepProgram]:
 @settings(max_examples=25)
 @given(MODELS, cuts(), st.sampled_from(["flash", "eager"]))
 def test_every_tensor_that_goes_was_there_and_three_readings_agree(name: str, plan: Plan, attention: str) -> None:
+    assume(attention == "flash" or plan.context_parallel == 1)
     for program in programs(name, plan, attention):
         held: dict[object, list[int]] = {}
         walked(moves(program, program.init), held)
@@ -250,9 +275,29 @@ def test_what_is_cut_or_recomputed_never_takes_more(plan: Plan, attention: Any) 
     def peak(changed: Plan) -> Any:
         return fold(build(small("gpt"), job, changed).step).peak_bytes
 
-    assume(plan.sequence_parallel)
+    assume(plan.sequence_parallel and (attention == "flash" or plan.context_parallel == 1))
     assert peak(plan) <= peak(replace(plan, sequence_parallel=False))
     assert peak(plan) <= peak(replace(plan, tensor_parallel=1, gpus=plan.gpus // plan.tensor_parallel))
+
+
+def test_many_plans_at_once_are_each_plan_s_own() -> None:
+    counts = {"gpus": [8, 4, 8], "micro_batch": [2, 3, 5], "accumulation_steps": [1, 2, 7]}
+    model, job = gpt_model(), Job(sequence_length=128, attention="flash")
+    together = plan_of(tensor_parallel=2, **{name: np.array(values) for name, values in counts.items()})
+
+    found = build(model, job, together)
+
+    for index in range(3):
+        alone = build(model, job, together.at(index))
+        assert fold(found.device).peak_bytes[index] == fold(alone.device).peak_bytes  # type: ignore[index]
+        assert fold(found.init).net_bytes[index] == fold(alone.init).net_bytes  # type: ignore[index]
+
+
+def test_a_pipeline_is_laid_out_for_one_plan() -> None:
+    plan = plan_of(pipeline_parallel=2, micro_batch=np.array([1, 2]))
+
+    with pytest.raises(SpecError, match="laid out for one plan at a time"):
+        build(gpt_model(), Job(), plan)
 
 
 def sent(program: StepProgram) -> dict[tuple[str, str], float]:
