@@ -47,10 +47,10 @@ class Compared:
 
 def main() -> None:
     compared = [Compared(row, predict(row)) for row in rows() if not row["not_covered"]]
-    print(f"{'run':66} {'counter':>9} {'published':>10} {'predicted':>10} {'error':>8}")
+    print(f"{'run':92} {'counter':>9} {'published':>10} {'predicted':>10} {'error':>8}")
     for each in compared:
         print(
-            f"{title(each.row):66} {each.row['counter']:>9} {each.published_bytes / GIB:8.1f}   "
+            f"{title(each.row):92} {each.row['counter']:>9} {each.published_bytes / GIB:8.1f}   "
             f"{each.predicted_bytes / GIB:8.1f}   {100 * each.error:+6.1f} %"
         )
     for remark in dict.fromkeys(each.row["remark"] for each in compared if each.row["remark"]):
@@ -58,14 +58,20 @@ def main() -> None:
         print("\n" + textwrap.fill(f"{runs}: {remark}.", 118, subsequent_indent="  "))
     close = sum(abs(each.error) <= CLOSE for each in compared)
     print(f"\n{close} of {len(compared)} within {100 * CLOSE:.0f} %")
+    errors = [abs(each.error) for each in compared if each.row["strategy"] == "megatron"]
+    print(f"Megatron-LM: {len(errors)}, mean {100 * sum(errors) / len(errors):.1f} %, max {100 * max(errors):.1f} %")
     lacking = Counter(row["not_covered"] for row in rows() if row["not_covered"])
     print("not covered: " + ", ".join(f"{count} with {what}" for what, count in lacking.most_common()))
 
 
 def title(row: Row) -> str:
-    cut = [f"tp {row['tensor_parallel']}", f"pp {row['pipeline_parallel']} x {row['virtual_stages']}"]
-    how = f"{row['gpu']}, {', '.join(cut)}" if row["strategy"] == "megatron" else f"{row['loss']} loss"
-    return f"{row['model']}, {row['gpus']} x {row['strategy']}, {row['sequence_length']} tokens, {how}"
+    start = f"{row['model']}, {row['gpus']} x {row['strategy']}, {row['sequence_length']} tokens"
+    if row["strategy"] != "megatron":
+        return f"{start}, {row['loss']} loss"
+    how = [] if row["checkpointing"] == "none" else [f"checkpointing {row['checkpointing']}"]
+    how += ["distributed optimizer"] if row["distributed_optimizer"] == "yes" else []
+    cut = f"tp {row['tensor_parallel']}, pp {row['pipeline_parallel']} x {row['virtual_stages']}"
+    return ", ".join([start, row["gpu"].partition("-")[0], cut, *how])
 
 
 def rows() -> list[Row]:

@@ -62,7 +62,11 @@ def published(row: Row) -> Published:
         virtual_stages=int(row["virtual_stages"] or 1),
         # llm-foundry's composer reduces in every micro-batch (mosaicml 0.16.4, trainer.py ``_train_microbatch``).
         fsdp=FsdpSettings(syncs_each_micro_batch=row["model"].startswith("MPT")),
-        megatron=MegatronSettings(fuses_gradient_sums=row["fuses_gradient_sums"] != "no"),
+        megatron=MegatronSettings(
+            distributed_optimizer=row["distributed_optimizer"] != "no",
+            overlaps_weights=row["distributed_optimizer"] != "no",
+            fuses_gradient_sums=row["fuses_gradient_sums"] != "no",
+        ),
     )
     kernel = "eager" if row.get("attention_kernel") == SCORES else "sdpa"
     job = Job(

@@ -71,18 +71,16 @@ def test_liger_s_other_kernels_keep_as_much_less_as_long_runs_are_overestimated(
     assert found.predicted_bytes - saved < found.published_bytes < found.predicted_bytes
 
 
-# NVIDIA/Megatron-LM d98e8a6, golden values of its functional tests: a 7 B GPT model on 8 GPUs, 4 of them to each layer
-# or 4 stages of 8 virtual ones, the bytes allocated on the last rank.
-@pytest.mark.parametrize("cut", ["tensor_parallel", "pipeline_parallel"])
-def test_megatron_s_own_tests_are_predicted_within_two_per_cent(benchmark: dict[str, Any], cut: str) -> None:
-    found = [
-        benchmark["Compared"](row, benchmark["predict"](row)).error
-        for row in benchmark["rows"]()
-        if row["strategy"] == "megatron" and row[cut] == "4"
-    ]
+# NVIDIA/Megatron-LM d98e8a6, golden values of its functional tests: GPT models of 76 M and 6.7 B parameters on 8 A100,
+# H100 or GB200, with tensor parallelism, pipelines, interleaved ones, full recomputation, with and without the
+# distributed optimizer: the bytes allocated on the last rank.
+def test_megatron_s_own_tests_are_predicted_within_three_per_cent(benchmark: dict[str, Any]) -> None:
+    rows = [row for row in benchmark["rows"]() if row["strategy"] == "megatron"]
+    errors = [abs(benchmark["Compared"](row, benchmark["predict"](row)).error) for row in rows]
 
-    assert len(found) == 3
-    assert max(map(abs, found)) < 0.02
+    assert len(errors) == 23
+    assert max(errors) < 0.03
+    assert sum(errors) / len(errors) < 0.01
 
 
 def test_runs_that_are_not_covered_are_counted_by_what_is_not_modelled(benchmark: dict[str, Any]) -> None:
