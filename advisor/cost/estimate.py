@@ -323,7 +323,7 @@ def price(question: Question, plan: Plan, rank: int | None = None) -> Estimate:
 
 def priced(question: Question, plan: Plan, step: StepProgram, held: Memory) -> Estimate:
     """The same where *step*, the program of *plan*, and what it holds are known."""
-    timed = step_time(step.pace, question.job, plan, question.cluster, question.calibration)
+    timed = step_time(step.pace, question.job, plan, question.cluster, question.calibration, step.slowest_excess)
     time, training = timed.at(0), None
     verdict, why = judge(held, question.margin_share(plan))
     if question.training:

@@ -104,8 +104,11 @@ class StepTimes:
         return tuple(line for line in lines if line.bytes_per_step)
 
 
-def step_time(step: Node, job: Job, plan: Plan, cluster: Cluster, calibration: Calibration) -> StepTimes:
-    """Times of one optimizer step for every plan that *step* was built for."""
+def step_time(
+    step: Node, job: Job, plan: Plan, cluster: Cluster, calibration: Calibration, excess: float = 1.0
+) -> StepTimes:
+    """Times of one optimizer step for every plan that *step* was built for, whose model FLOPs are *excess* times those
+    of a GPU on average."""
     at, ways = rates(cluster.gpu, job.precision, calibration), Ways(cluster, plan)
     host = partial(_host_update_seconds, plan.gpus, cluster, calibration)
     compute: Amount = 0.0
@@ -140,7 +143,7 @@ def step_time(step: Node, job: Job, plan: Plan, cluster: Cluster, calibration: C
         exposed_communication_s=exposed,
         bubble_s=bubble_share(plan) * (compute + launching + exposed),
         optimizer_s=optimizer,
-        model_flop=model_flop,
+        model_flop=model_flop / excess,
         peak_flop_per_s=at.peak_flop_per_s,
         timed_flows=timed,
         gpus=plan.gpus,

@@ -48,7 +48,7 @@ def price_sheet(question: Question, plan: Plan) -> Sheet:
     """Memory and time of every plan that *plan* stands for, in one pass over one program."""
     step = program_of_contenders(question, plan)
     found = footprint(step, plan, question.cluster, question.calibration)
-    timed = step_time(step.pace, question.job, plan, question.cluster, question.calibration)
+    timed = step_time(step.pace, question.job, plan, question.cluster, question.calibration, step.slowest_excess)
     short = shortfall(found, question.cluster, question.margin_share(plan))
     counts = (plan.gpus, plan.micro_batch, plan.accumulation_steps)
     shape = np.broadcast_shapes(*(np.shape(each) for each in counts))

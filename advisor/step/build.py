@@ -75,6 +75,8 @@ class StepProgram:
     """CUDA streams, other than the one that computes, from whose memory a label is taken."""
     slowest: Node = NOTHING
     """The step of the pipeline stage that computes most, at whose pace the others go; nothing without a pipeline."""
+    slowest_excess: float = 1.0
+    """Forward products of that stage over those of a stage on average, whole scores matrices under a causal mask."""
 
     @property
     def pace(self) -> Node:
@@ -122,6 +124,7 @@ def _megatron_program(model: ModelSpec, job: Job, plan: Plan, rank: int | None) 
         host_once=NOTHING,
         rank=found.rank,
         slowest=found.slowest if piped else NOTHING,
+        slowest_excess=found.slowest_excess,
     )
 
 

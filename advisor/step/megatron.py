@@ -57,6 +57,8 @@ class RankStep(NamedTuple):
     step: Node
     slowest: Node
     """The step of the pipeline stage that computes most, at whose pace the others go."""
+    slowest_excess: float = 1.0
+    """Forward products of that stage over those of a stage on average, whole scores matrices under a causal mask."""
 
 
 def rank_step(model: ModelSpec, job: Job, plan: Plan, rank: int | None = None) -> RankStep:
@@ -77,8 +79,10 @@ def rank_step(model: ModelSpec, job: Job, plan: Plan, rank: int | None = None) -
     peaks = {number: fold(then(stages[number].states, stages[number].step)).peak_bytes for number in sorted(asked)}
     number = max(peaks, key=lambda each: peaks[each])
     slowest = max((stages[each] for each in sorted(numbers)), key=lambda stage: stage.flop)
-    chosen = stages[number]
-    return RankStep(number * ranks if rank is None else rank, chosen.states, chosen.step, slowest.step)
+    first, between, last = (stages[each].forward_flop for each in (0, 1, plan.pipeline_parallel - 1))
+    average = (first + last + (plan.pipeline_parallel - 2) * between) / plan.pipeline_parallel
+    chosen, named = stages[number], number * ranks if rank is None else rank
+    return RankStep(named, chosen.states, chosen.step, slowest.step, slowest.forward_flop / average)
 
 
 class _StageStep:
@@ -99,6 +103,19 @@ class _StageStep:
     def flop(self) -> float:
         """Work of the products of a step."""
         return float(total(matmul.flop * runs for _, block, runs in blocks(self.step) for matmul in block.matmuls))
+
+    @property
+    def forward_flop(self) -> float:
+        """The same of one micro-batch forwards, with whole scores matrices under a causal mask."""
+        nodes = (self._forward(chunk) for chunk in self.stage.chunks)
+        return float(
+            total(
+                matmul.flop / matmul.flop_share * runs
+                for node in nodes
+                for _, block, runs in blocks(node)
+                for matmul in block.matmuls
+            )
+        )
 
     @property
     def _buffer_numel(self) -> int:

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from advisor.errors import SpecError
+from advisor.validation.traced import trace
 from cli.conftest import Run
 
 LLAMA_LIKE: dict[str, Any] = {
@@ -139,3 +141,8 @@ def test_a_rank_that_the_plan_does_not_have_is_wrong_usage(small: str, run: Run)
 
     assert result.exit_code == 2
     assert "--rank must be 0 to 0" in result.stderr
+
+
+def test_megatron_s_code_is_not_traced() -> None:
+    with pytest.raises(SpecError, match="Megatron-LM's own code is not traced"):
+        trace("Qwen2.5-0.5B", trainer="megatron", gpus=1, gpu="A100-80GB")

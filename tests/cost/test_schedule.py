@@ -65,6 +65,19 @@ def test_a_pipeline_waits_while_it_fills_and_drains(stages: int, virtual: int, s
     assert found.step_s == pytest.approx((1 + share) * works_s)
 
 
+@pytest.mark.parametrize(("stages", "tensor"), [(1, 2), (2, 1), (4, 2)])
+def test_model_flop_are_the_same_however_the_model_is_cut(stages: int, tensor: int) -> None:
+    def model_flop(plan: Plan) -> float:
+        program = build(MODEL, JOB, plan)
+        found = step_time(program.pace, JOB, plan, cluster(8), CALIBRATION, program.slowest_excess)
+        return float(found.model_flop)
+
+    whole = Plan(strategy=Strategy.MEGATRON, gpus=8, micro_batch=1, accumulation_steps=2)
+    cut = replace(whole, pipeline_parallel=stages, tensor_parallel=tensor, accumulation_steps=2 * stages * tensor)
+
+    assert model_flop(cut) == pytest.approx(model_flop(whole), rel=1e-3)
+
+
 def test_what_nothing_waits_for_hides_behind_the_compute_after_it_by_the_overlap_share() -> None:
     found = timed(phase("backward", sends("gradients", 0.5, waits=False), ONE_SECOND))
 

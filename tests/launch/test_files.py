@@ -105,6 +105,10 @@ def test_no_name_ends_a_comment(name: str, value: str) -> None:
             "accelerate's FSDP cannot shard t5 models with their tied parameters; use ddp or zero2",
         ),
         (
+            lambda: render(model(), Job(), plan(Strategy.MEGATRON), cluster()),
+            "Megatron is not run by the script that advisor writes; take another strategy",
+        ),
+        (
             lambda: render(model(), Job(), plan(), cluster(), weights_from="nul\0"),
             r"the model 'nul\x00' cannot be written on a command line; rename its folder",
         ),

@@ -23,6 +23,7 @@ from advisor.step.moves import moves
 from advisor.step.program import Collective, blocks, expand, fold
 from advisor.step.tape import Event
 from advisor.validation.published import gpt
+from step.catalog_models import PROFILES, model_of
 from step.test_moves import walked
 
 STATISTICS_BYTES = 16
@@ -147,6 +148,22 @@ def test_all_stages_together_have_the_paper_s_parameters(stages: int, virtual: i
 
     copied = 1024 * width * (stages > 1)
     assert total == 12 * layers * width**2 + 13 * layers * width + (1024 + 512) * width + 2 * width + copied
+
+
+def test_stages_share_out_the_parameters_of_every_model_that_megatron_can_train() -> None:
+    plan, job, supported = plan_of(pipeline_parallel=2), Job(sequence_length=512), 0
+    for model in map(model_of, PROFILES):
+        try:
+            held = [stage_of(model, job, plan, number).parameters for number in (0, 1)]
+        except SpecError:
+            continue
+        supported += 1
+        padding = -model.vocabulary_size % 128
+        # A tied matrix is on both stages; an embedding that is not has its own on each.
+        copies, padded = (1, 2) if model.tied_embeddings else (0, 2)
+        total = sum(parameter.numel for each in held for parameter in each)
+        assert total - model.parameter_count == model.hidden_size * (copies * model.vocabulary_size + padded * padding)
+    assert supported > 50
 
 
 @pytest.mark.parametrize(
