@@ -97,7 +97,7 @@ def resolve(model: str, *, describe: Describe = by_formulas, **words: Unpack[Wor
         cpu_memory_bandwidth_bytes_per_s=calibration.host_bandwidth_bytes_per_s_per_gpu * gpus_per_node,
         nvme_bytes=calibration.nvme_bytes_per_gpu * gpus_per_node,
         nvme_bandwidth_bytes_per_s=calibration.nvme_bandwidth_bytes_per_s_per_gpu * gpus_per_node,
-        topology=topology,
+        topology=topology and replace(topology, between=as_measured(topology.between, calibration)),
     )
     said_by = f"cluster {profile.name}" if profile else ""
 

@@ -32,7 +32,7 @@ def test_the_examples_of_the_help_run(run: Run, example: str) -> None:
 
 
 @pytest.mark.parametrize("columns", [60, 80, 100, 140])
-@pytest.mark.parametrize("words", [MAIN_JOB, ONE_PLAN, TOO_LARGE, ("models",), ("gpus",)])
+@pytest.mark.parametrize("words", [MAIN_JOB, ONE_PLAN, TOO_LARGE, ("models",), ("gpus",), ("clusters",)])
 def test_answers_fit_the_page(run: Run, words: tuple[str, ...], columns: int) -> None:
     lines = run(*words, columns=columns).stdout.splitlines()
 
@@ -50,6 +50,15 @@ def test_a_recommendation_is_whole(run: Run) -> None:
     assert {file["name"] for file in found["launch"]["files"]} >= {"run.sh", "train.py", "accelerate.yaml"}
     for each in found["plans"]:
         assert all((each[part] if part else each).keys() >= fields for part, fields in ESTIMATE_FIELDS.items())
+
+
+def test_a_cluster_says_what_it_brings(run: Run) -> None:
+    words = ("estimate", "--model", "Qwen2.5-0.5B", "--cluster", "p5", "--nodes", "2", "--strategy", "zero2")
+    found = answer(run, *words)["inputs"]
+
+    assert found["cluster"] == {"value": "p5.48xlarge", "origin": "given"}
+    assert found["gpus"] == {"value": 16, "origin": "file", "source": "cluster p5.48xlarge"}
+    assert found["network"] == {"value": "efa", "origin": "file", "source": "cluster p5.48xlarge"}
 
 
 def test_an_estimate_is_whole(run: Run) -> None:
