@@ -175,6 +175,11 @@ def _gpu(name: str | None, profile: ClusterProfile | None, machine: Detected | N
     if profile:
         return profile.gpu, "file"
     if machine:
+        if len(kinds := dict.fromkeys(machine.gpu_names)) > 1:
+            raise SpecError(
+                f"this machine has {' and '.join(kinds)}; advisor plans for one kind of GPU: "
+                "leave one in CUDA_VISIBLE_DEVICES, or give --gpu and --gpus"
+            )
         return find_gpu(machine.gpu_names[0]), "found"
     return find_gpu(DEFAULT_GPU), "assumed"
 

@@ -11,6 +11,9 @@ from advisor.specs.hardware import Gpu, Link, Topology
 
 READ = 0
 """``NVML_P2P_CAPS_INDEX_READ`` of nvml.h; nvidia-ml-py 13 has a tuple under that name."""
+WIDE_BRIDGE = 12
+"""NVLinks of an A100 or H100 on PCI Express that its bridges join to another, as many as an A100 has to a switch; an
+RTX 3090 or A6000 has 4."""
 WHOLE_WIDTH = 16
 """Lanes of a slot as profiles/links.csv has them."""
 
@@ -20,8 +23,8 @@ class Wiring(NamedTuple):
 
     islands: tuple[tuple[int, ...], ...]
     """GPUs with a way over NVLink to each other; one by one where there is none."""
-    switched: bool
-    """Whether the NVLinks lead to a switch."""
+    nvlinks: int
+    """How many NVLinks work on the GPU that has the most."""
     pcie_generation: int
     pcie_width: int
     """Lanes of the narrowest slot."""
@@ -35,7 +38,8 @@ class Wiring(NamedTuple):
         if all(len(island) == 1 for island in self.islands):
             return self._pcie(), None
         usual = find_link(gpu.link)
-        joined = usual if usual.kind == "nvlink" else find_link("nvlink3" if self.switched else "nvlink-bridge")
+        wide = self.nvlinks >= WIDE_BRIDGE
+        joined = usual if usual.kind == "nvlink" else find_link("nvlink3" if wide else "nvlink-bridge")
         if len(self.islands) == 1:
             return joined, None
         return joined, Topology(islands=self.islands, between=self._pcie())
@@ -66,7 +70,7 @@ def wiring(pynvml: Any, handles: Sequence[Any]) -> Wiring | None:
         pairs = [(one, other) for place, one in enumerate(handles) for other in handles[:place]]
         return Wiring(
             islands=_islands(remotes, places),
-            switched=any(SWITCH in each for each in remotes),
+            nvlinks=max(len(each) for each in remotes),
             pcie_generation=min(pynvml.nvmlDeviceGetMaxPcieLinkGeneration(handle) for handle in handles),
             pcie_width=min(pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle) for handle in handles),
             peer_to_peer=all(
@@ -85,18 +89,18 @@ SWITCH = "switch"
 """Stands for the switch among the far ends of NVLinks."""
 
 
-def _remotes(pynvml: Any, handle: Any) -> set[str]:
+def _remotes(pynvml: Any, handle: Any) -> list[str]:
     """The far ends of a GPU's working NVLinks: bus addresses of GPUs, or the switch."""
-    found = set()
+    found = []
     for link in range(pynvml.NVML_NVLINK_MAX_LINKS):
         try:
             if not pynvml.nvmlDeviceGetNvLinkState(handle, link):
                 continue
             kind = pynvml.nvmlDeviceGetNvLinkRemoteDeviceType(handle, link)
             if kind == pynvml.NVML_NVLINK_DEVICE_TYPE_SWITCH:
-                found.add(SWITCH)
+                found.append(SWITCH)
             elif kind == pynvml.NVML_NVLINK_DEVICE_TYPE_GPU:
-                found.add(_bus(pynvml.nvmlDeviceGetNvLinkRemotePciInfo(handle, link)))
+                found.append(_bus(pynvml.nvmlDeviceGetNvLinkRemotePciInfo(handle, link)))
         except pynvml.NVMLError:
             # NVML says so of each link that the GPU does not have.
             continue
@@ -109,7 +113,7 @@ def _bus(info: Any) -> str:
     return text.casefold().lstrip("0")
 
 
-def _islands(remotes: Sequence[set[str]], places: dict[str, int]) -> tuple[tuple[int, ...], ...]:
+def _islands(remotes: Sequence[list[str]], places: dict[str, int]) -> tuple[tuple[int, ...], ...]:
     """GPUs that NVLinks join, directly, over others, or by the switch."""
     switched = {place for place, ends in enumerate(remotes) if SWITCH in ends}
     near = [

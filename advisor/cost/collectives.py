@@ -10,11 +10,11 @@ per step, and its bytes over the bandwidth of its slowest stretch (NVIDIA/nccl s
 - tree, for all-reduces over several machines: a chain inside each machine and two binary trees over the machines, each
   for half of the tensor. Its steps grow with the logarithm of the machines. Every link carries 2·S, but of only two
   machines each sends half of the tensor up one tree and half down the other: S.
-- in-switch, for all-reduces of enough GPUs of one machine with NVLink SHARP.
+- in-switch, for all-reduces of enough GPUs of a machine with NVLink SHARP: NVLS, and over several machines NVLS tree.
 
-Protocols (LL, LL128, Simple) and latencies are the links' (``profiles/links.csv``), fitted to measured curves by
-``benchmarks/fit_collectives.py``, which prints how far off they are. Latency is what makes collectives slow at scale: a
-ring of 512 ranks takes 511 steps, whatever it carries.
+Protocols (LL, LL128, Simple) and latencies are the links' (``profiles/links.csv``); ``benchmarks/fit_collectives.py``
+fits some of them to measured curves and prints how far off all curves are. Latency is what makes collectives slow at
+scale: a ring of 512 ranks takes 511 steps, whatever it carries.
 
 Left out: in-network reduction (SHARP of InfiniBand), NCCL's PAT (one GPU per machine), congestion of a network that is
 not full-bisection, the choice of a slower way by NCCL, and in all-to-alls what posting each message costs.
@@ -38,6 +38,7 @@ ROUNDS: dict[CollectiveKind, int] = {"all-reduce": 2, "all-gather": 1, "reduce-s
 """Times that a tensor goes round the ring: an all-reduce is a reduce-scatter and an all-gather."""
 
 TREE_BANDWIDTH_SHARE = 0.92
+"""Of a ring's (tuning.cc)."""
 TREE_NETWORK_STEP = 2
 """A step of a tree over the network takes twice a ring's: 5.0, 8.5 and 28 us for 2.7, 4.0 and 14 (tuning.cc)."""
 
@@ -68,8 +69,8 @@ class Stretch(NamedTuple):
 class Path:
     """The ranks that talk to each other, and the stretches between them, from the inside of a machine outwards."""
 
-    ranks: Count
-    machines: Amount
+    ranks: NDArray[np.int64]
+    machines: NDArray[np.float64]
     stretches: tuple[Stretch, ...]
     in_switch: NDArray[np.bool_]
     """Whether a switch that reduces joins the ranks of a machine."""
@@ -92,33 +93,41 @@ def path(cluster: Cluster, group: Group) -> Path:
     machines = np.ceil(ranks / inside)
     islands = _islands(cluster, inside, stride)
     mates = inside / islands
-    joined = _meshed(cluster.link, mates)
     stretches = [
         Stretch(
-            cluster.link,
-            np.where(mates > 1, joined, np.inf),
-            np.where(mates > 1, _meshed(cluster.link, 2), np.inf),
-            np.maximum(ranks - machines * islands, 0),
-            inside - islands,
-            mates - 1,
+            link=cluster.link,
+            bandwidth_bytes_per_s=np.where(mates > 1, _meshed(cluster.link, mates), np.inf),
+            own_bytes_per_s=np.where(mates > 1, _meshed(cluster.link, 2), np.inf),
+            ring_steps=np.maximum(ranks - machines * islands, 0),
+            tree_steps=inside - islands,
+            peers=mates - 1,
         )
     ]
     if cluster.topology:
         rate = np.where(islands > 1, cluster.topology.between.bandwidth_bytes_per_s, np.inf)
         stretches.append(
-            Stretch(cluster.topology.between, rate, rate, machines * (islands - 1), islands - 1, inside - mates)
+            Stretch(
+                link=cluster.topology.between,
+                bandwidth_bytes_per_s=rate,
+                own_bytes_per_s=rate,
+                ring_steps=machines * (islands - 1),
+                tree_steps=islands - 1,
+                peers=inside - mates,
+            )
         )
     own = np.where(machines > 1, cluster.network.bandwidth_bytes_per_s, np.inf)
-    over_network = Stretch(
-        cluster.network,
-        own * inside,
-        own,
-        machines - 1,
-        TREE_NETWORK_STEP * np.ceil(np.log2(machines)),
-        ranks - inside,
+    stretches.append(
+        Stretch(
+            link=cluster.network,
+            bandwidth_bytes_per_s=own * inside,
+            own_bytes_per_s=own,
+            ring_steps=machines - 1,
+            tree_steps=TREE_NETWORK_STEP * np.ceil(np.log2(machines)),
+            peers=ranks - inside,
+        )
     )
     least = cluster.link.in_switch.least_gpus if cluster.link.in_switch else np.inf
-    return Path(group.size, machines, (*stretches, over_network), (islands == 1) & (inside >= least))
+    return Path(ranks, machines, tuple(stretches), (islands == 1) & (inside >= least))
 
 
 def _islands(cluster: Cluster, inside: NDArray[np.int64], stride: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -156,10 +165,10 @@ def collective_seconds(kind: CollectiveKind, payload_bytes: Amount, messages: Am
         over.known[kind] = _ways(kind, over)
     latency_s, seconds_per_byte = over.known[kind]
     # The ways stay in front where there are many sizes for one group.
-    new_axes = range(1, 1 + max(np.ndim(messages), np.ndim(payload_bytes)) - np.ndim(over.ranks))
+    new_axes = range(1, 1 + max(np.ndim(messages), np.ndim(payload_bytes)) - over.ranks.ndim)
     latency_s, seconds_per_byte = (np.expand_dims(each, tuple(new_axes)) for each in (latency_s, seconds_per_byte))
     seconds = np.min(np.multiply(messages, latency_s) + np.multiply(payload_bytes, seconds_per_byte), axis=0)
-    return np.where(np.asarray(over.ranks) > 1, seconds, 0.0)
+    return np.where(over.ranks > 1, seconds, 0.0)
 
 
 def _ways(kind: CollectiveKind, over: Path) -> Ways:
@@ -167,11 +176,11 @@ def _ways(kind: CollectiveKind, over: Path) -> Ways:
     protocols = list(dict.fromkeys(each.name for stretch in over.stretches for each in stretch.link.protocols))
     found = [_ring(kind, over, each) if kind in ROUNDS else _direct(kind, over, each) for each in protocols]
     if kind == "all-reduce":
-        if np.any(np.asarray(over.machines) > 1):
+        if np.any(over.machines > 1):
             found += [_tree(over, each) for each in protocols]
         if np.any(over.in_switch):
-            found += [_in_switch(over, "Simple")]
-    shape = np.shape(over.ranks)
+            found.append(_in_switch(over))
+    shape = over.ranks.shape
     latencies, rates = zip(*found, strict=True)
     return np.array([np.broadcast_to(each, shape) for each in latencies]), np.array(
         [np.broadcast_to(each, shape) for each in rates]
@@ -186,7 +195,7 @@ def _launch_s(over: Path) -> Amount:
 def _by(protocol: str, over: Path) -> Iterator[tuple[Stretch, float]]:
     """Each stretch as *protocol* drives it, with the seconds of one step."""
     for each in over.stretches:
-        known = {each.name: each for each in each.link.protocols}.get(protocol)
+        known = {one.name: one for one in each.link.protocols}.get(protocol)
         if known is None:
             yield each, NEVER_S
         else:
@@ -217,14 +226,14 @@ def _tree(over: Path, protocol: str) -> tuple[Amount, Amount]:
     latency_s = _launch_s(over) + 2 * sum(step_s * each.tree_steps for each, step_s in stretches)
     *inside, network = (1 / (TREE_BANDWIDTH_SHARE * each.bandwidth_bytes_per_s) for each, _ in stretches)
     slowest = np.max([*(2 * each for each in inside), _over_trees(over) * network], axis=0)
-    return np.where(np.asarray(over.machines) > 1, latency_s, NEVER_S), slowest
+    return np.where(over.machines > 1, latency_s, NEVER_S), slowest
 
 
-def _in_switch(over: Path, protocol: str) -> tuple[Amount, Amount]:
+def _in_switch(over: Path) -> tuple[Amount, Amount]:
     """In the switch of each machine, with trees over the machines where there are several (NVLS and NVLS tree)."""
     in_switch = over.stretches[0].link.in_switch
     assert in_switch
-    network, step_s = list(_by(protocol, over))[-1]
+    network, step_s = list(_by("Simple", over))[-1]
     latency_s = _launch_s(over) + in_switch.latency_s + 2 * step_s * network.tree_steps
     switched = (1 + over.machines / over.ranks) / in_switch.bandwidth_bytes_per_s
     slowest = np.maximum(switched, _over_trees(over) / network.bandwidth_bytes_per_s)
@@ -233,7 +242,7 @@ def _in_switch(over: Path, protocol: str) -> tuple[Amount, Amount]:
 
 def _over_trees(over: Path) -> Amount:
     """How often two trees over the machines carry the tensor through a machine's network cards."""
-    return np.where(np.asarray(over.machines) == 2, 1.0, 2.0)
+    return np.where(over.machines == 2, 1.0, 2.0)
 
 
 def _direct(kind: CollectiveKind, over: Path, protocol: str) -> tuple[Amount, Amount]:

@@ -12,6 +12,7 @@ from advisor.catalog.detect import Detected
 from advisor.catalog.gpus import find_gpu
 from advisor.catalog.request import resolve
 from advisor.catalog.wiring import Wiring, wiring
+from advisor.errors import SpecError
 
 SWITCH = "switch"
 
@@ -81,9 +82,15 @@ def test_bridges_make_pairs() -> None:
 def test_a_switch_joins_all_gpus() -> None:
     wired = found(8, nvlinks={gpu: [SWITCH] * 12 for gpu in range(8)})
 
-    assert (wired.islands, wired.switched) == ((tuple(range(8)),), True)
-    assert wired.links(find_gpu("A100-80GB")) == (wired.links(find_gpu("A100-80GB"))[0], None)
-    assert wired.links(find_gpu("A100-80GB"))[0].name == "nvlink3"
+    link, topology = wired.links(find_gpu("A100-80GB"))
+    assert wired.islands == (tuple(range(8)),)
+    assert (link.name, topology) == ("nvlink3", None)
+
+
+# Three bridges join all 12 links of two A100 on PCI Express, one the 4 of two RTX 3090.
+@pytest.mark.parametrize(("gpu", "nvlinks", "name"), [("A100-PCIe", 12, "nvlink3"), ("RTX 3090", 4, "nvlink-bridge")])
+def test_bridges_differ_in_their_links(gpu: str, nvlinks: int, name: str) -> None:
+    assert found(2, nvlinks={0: [1] * nvlinks, 1: [0] * nvlinks}).links(find_gpu(gpu))[0].name == name
 
 
 # DGX-1: every GPU has links to four others, and over them a way to all.
@@ -146,3 +153,14 @@ def test_what_joins_this_machine_s_gpus_is_taken_unless_it_is_said(monkeypatch: 
     ]
     assert resolve("Qwen2.5-0.5B", link="pcie4").cluster.topology is None
     assert resolve("Qwen2.5-0.5B", gpu="A100-80GB").cluster.link.name == "nvlink3"
+
+
+def test_unlike_gpus_are_refused_unless_one_kind_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Detected(("NVIDIA GeForce RTX 3090", "NVIDIA GeForce RTX 4090"), 24 * 2**30, 2**37)
+    monkeypatch.setattr(request, "detect", lambda: machine)
+
+    with pytest.raises(
+        SpecError, match=r"this machine has NVIDIA GeForce RTX 3090 and NVIDIA GeForce RTX 4090; .*--gpu"
+    ):
+        resolve("Qwen2.5-0.5B")
+    assert resolve("Qwen2.5-0.5B", gpu="RTX 3090").cluster.gpu.name == "RTX 3090"

@@ -294,6 +294,12 @@ def in_pairs(topology: Topology, gpus: int) -> Topology:
     return replace(topology, islands=tuple((gpu, gpu + 1) for gpu in range(0, gpus, 2)))
 
 
+def test_groups_of_one_size_are_priced_for_many_strides() -> None:
+    over = path(cluster(64, nodes=8, fast=200, network=10), Group(2, stride=np.array([1, 8])))
+
+    assert np.asarray(collective_seconds("all-gather", 20e9, 1, over)).tolist() == pytest.approx([0.05, 1.0])
+
+
 def test_one_group_is_priced_for_many_sizes() -> None:
     over = of_all(real("nvlink4", "ib-ndr", 16, 2))
     sizes = np.array([2**10, 2**20, 2**30])
