@@ -85,7 +85,8 @@ def resolve(model: str, *, describe: Describe = by_formulas, **words: Unpack[Wor
     host_memory_bytes, host_origin = _host_memory(
         words.get("host_memory"), profile, machine, calibration.host_memory_bytes_per_gpu * gpus_per_node
     )
-    link, topology, link_origin = _inside(words.get("link"), profile, machine, gpu, gpu_origin)
+    here = machine if gpu_origin == "found" and machine and gpus_per_node <= len(machine.gpu_names) else None
+    link, topology, link_origin = _inside(words.get("link"), profile, here, gpu)
     network, network_origin = _network(words.get("network"), profile, gpus_per_node)
     cluster = Cluster(
         gpu=gpu,
@@ -229,14 +230,14 @@ def _counts(words: Words, profile: ClusterProfile | None, machine: Detected | No
 
 
 def _inside(
-    name: str | None, profile: ClusterProfile | None, machine: Detected | None, gpu: Gpu, gpu_origin: Origin
+    name: str | None, profile: ClusterProfile | None, machine: Detected | None, gpu: Gpu
 ) -> tuple[Link, Topology | None, Origin]:
-    """What joins the GPUs of a machine. A link that was named joins all of them."""
+    """What joins the GPUs of a machine, *machine* if it is this one. A link that was named joins all of them."""
     if name:
         return find_link(name), None, "given"
     if profile:
         return profile.link, profile.topology, "file"
-    if machine and machine.wiring and gpu_origin == "found":
+    if machine and machine.wiring:
         return *machine.wiring.links(gpu), "found"
     return find_link(gpu.link), None, "assumed"
 

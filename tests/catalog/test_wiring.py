@@ -153,6 +153,8 @@ def test_what_joins_this_machine_s_gpus_is_taken_unless_it_is_said(monkeypatch: 
     ]
     assert resolve("Qwen2.5-0.5B", link="pcie4").cluster.topology is None
     assert resolve("Qwen2.5-0.5B", gpu="A100-80GB").cluster.link.name == "nvlink3"
+    assert resolve("Qwen2.5-0.5B", gpus=8).cluster.link.name == "pcie4", "not this machine, which has four"
+    assert resolve("Qwen2.5-0.5B", gpus=8, nodes=2).cluster.topology
 
 
 def test_unlike_gpus_are_refused_unless_one_kind_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
