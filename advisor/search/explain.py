@@ -30,6 +30,10 @@ Leasts = dict[Variant, int | None]
 
 GIB = 2**30
 GB = 10**9
+HELD_UP_SHARE = 0.25
+"""Of a step, from where on it is said of the best plan what it waits for."""
+LEAST_SLOWER_SHARE = 0.005
+"""Below which plans count as equally fast."""
 SHORTEST_SEQUENCE = 256
 MOST_DOUBLINGS = 10
 MOST_COUNTS = 256
@@ -45,11 +49,49 @@ def won(ranked: Sequence[Estimate]) -> str:
         return f"the only strategy that fits: {room}"
     second = max(ranked[1:], key=lambda estimate: estimate.time.tokens_per_s)
     gain = best.time.tokens_per_s / second.time.tokens_per_s - 1
-    if gain < -0.005:
+    room += _held_up(best)
+    if gain < -LEAST_SLOWER_SHARE:
         return f"within {-100 * gain:.0f} % of {second.plan.title} and simpler to run; {room}"
-    if gain < 0.005:
+    if gain < LEAST_SLOWER_SHARE:
         return f"as fast as {second.plan.title} and simpler to run; {room}"
     return f"{100 * gain:.0f} % faster than {second.plan.title}, the next; {room}"
+
+
+def _held_up(estimate: Estimate) -> str:
+    """What the plan waits for through a good part of its step, if it does."""
+    step_s = estimate.time.step_s
+    launching = estimate.time.launch_s / step_s
+    if launching >= HELD_UP_SHARE:
+        return f"; {100 * launching:.0f} % of a step is launching kernels, which the GPU runs faster than they come"
+    found = _waits(estimate)
+    longest = max(found, key=lambda key: found[key], default=None)
+    if longest is None or found[longest] < HELD_UP_SHARE * step_s:
+        return ""
+    return f"; {100 * found[longest] / step_s:.0f} % of a step is waiting for {longest[0]} over {longest[1]}"
+
+
+def _takes_longer(best: Estimate, other: Estimate) -> str | None:
+    """What *other* computes or waits for longer than *best*, where one thing is half of what makes its step longer."""
+    slower_s = other.time.step_s - best.time.step_s
+    if slower_s < LEAST_SLOWER_SHARE * best.time.step_s:
+        return None
+    computing_s = other.time.compute_s - best.time.compute_s
+    before, after = _waits(best), _waits(other)
+    longest = max(after, key=lambda key: after[key] - before.get(key, 0.0), default=None)
+    waiting_s = after[longest] - before.get(longest, 0.0) if longest else 0.0
+    if max(computing_s, waiting_s) < slower_s / 2:
+        return None
+    if longest is None or computing_s >= waiting_s:
+        return f"computes {computing_s:.2g} s longer"
+    return f"waits {waiting_s:.2g} s longer for {longest[0]} over {longest[1]}"
+
+
+def _waits(estimate: Estimate) -> dict[tuple[str, str], float]:
+    """Seconds of a step that stand out of each purpose's transfers over each link."""
+    found: dict[tuple[str, str], float] = {}
+    for line in estimate.traffic:
+        found[line.what, line.link] = found.get((line.what, line.link), 0.0) + line.exposed_seconds
+    return found
 
 
 def lost(best: Estimate, other: Estimate) -> str:
@@ -57,21 +99,24 @@ def lost(best: Estimate, other: Estimate) -> str:
     slower = 1 - other.time.tokens_per_s / best.time.tokens_per_s
     more_traffic = other.sent_bytes - best.sent_bytes
     saved = best.memory.device_used_bytes - other.memory.device_used_bytes
-    pace = f"{100 * slower:.0f} % slower" if slower >= 0.005 else "as fast"
-    if slower <= -0.005:
+    pace = f"{100 * slower:.0f} % slower" if slower >= LEAST_SLOWER_SHARE else "as fast"
+    if slower <= -LEAST_SLOWER_SHARE:
         pace = f"{-100 * slower:.0f} % faster by a model that is no finer than that, and more involved to run"
     parts = [pace]
+    recomputes = other.plan.checkpointing is Checkpointing.FULL and best.plan.checkpointing is Checkpointing.NONE
     if other.plan.offload.optimizer and not best.plan.offload.optimizer:
         parts.append(f"its optimizer runs on the CPU for {other.time.optimizer_s:.1f} s a step")
+    elif longer := _takes_longer(best, other):
+        parts.append(longer)
     elif more_traffic > 0.05 * GB:
         parts.append(f"{more_traffic / GB:.1f} GB more traffic per step")
-    if other.plan.checkpointing is Checkpointing.FULL and best.plan.checkpointing is Checkpointing.NONE:
+    if recomputes:
         parts.append("it has to recompute activations")
     if saved > 0.05 * GIB:
         parts.append(f"saves {saved / GIB:.1f} GiB that you do not need")
     elif saved < -0.05 * GIB:
         parts.append(f"needs {-saved / GIB:.1f} GiB more")
-    if len(parts) == 1 and slower < 0.005:
+    if len(parts) == 1 and slower < LEAST_SLOWER_SHARE:
         parts.append("more involved to run")
     return ", ".join(parts)
 
