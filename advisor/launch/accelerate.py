@@ -8,7 +8,7 @@ from typing import Any
 
 from advisor.launch.deepspeed import deepspeed_json
 from advisor.launch.run_script import ALLOCATOR_SETTING, run_script
-from advisor.launch.training import Launch, LaunchFile, Training, training_program
+from advisor.launch.training import Launch, LaunchFile, Training
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
@@ -61,12 +61,13 @@ def launch(training: Training) -> Launch:
     files = [LaunchFile("accelerate.yaml", partial(accelerate_yaml, model, job, plan, cluster, training.comments))]
     if plan.strategy.zero_stage is not None:
         files.append(LaunchFile("ds_config.json", partial(deepspeed_json, job, plan)))
-    files += [training_program(), LaunchFile("run.sh", partial(_run_script, training))]
+    files += [*training.program.files, LaunchFile("run.sh", partial(_run_script, training))]
     # run.sh asks each machine for what only that machine knows: its rank, and its cores for an optimizer on the CPU.
     if cluster.nodes > 1 or plan.offload.optimizer:
         return Launch(("bash", "run.sh"), {}, tuple(files))
-    command = ("accelerate", "launch", "--config_file", "accelerate.yaml", "train.py", *training.arguments)
-    return Launch(command, dict([ALLOCATOR_SETTING]), tuple(files))
+    program = training.program
+    words = ["--config_file", "accelerate.yaml", *program.module_flag, *map(str, program.words)]
+    return Launch(("accelerate", "launch", *words), dict([ALLOCATOR_SETTING]), tuple(files))
 
 
 def _run_script(training: Training) -> str:
@@ -79,7 +80,7 @@ def _run_script(training: Training) -> str:
             '--main_process_ip "$MAIN_ADDRESS"',
             '--main_process_port "$MAIN_PORT"',
         ]
-    return run_script(training, "accelerate launch", words)
+    return run_script(training, "accelerate launch", [*words, *training.program.module_flag])
 
 
 def accelerate_environment(model: ModelSpec, job: Job, plan: Plan) -> dict[str, str]:

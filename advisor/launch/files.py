@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from advisor.cost.estimate import plan_of
 from advisor.errors import SpecError, WriteError
 from advisor.launch.accelerate import FSDP_REFUSES
-from advisor.launch.run_script import attention_kernel, holds_no_weights, train_arguments
 from advisor.launch.targets import TARGETS, Target
-from advisor.launch.training import Launch, LaunchFile, Training
+from advisor.launch.trainers.advisor import program
+from advisor.launch.trainers.words import attention_kernel, holds_no_weights
+from advisor.launch.training import Launch, LaunchFile, Task, Training
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
@@ -89,14 +90,9 @@ def render(
     _refuse_what_no_command_line_holds("model", weights_from, "rename its folder")
     for argument in more_arguments:
         _refuse_what_no_command_line_holds("argument", argument, "leave it out")
-    training = Training(
-        model=model,
-        job=job,
-        plan=plan,
-        cluster=cluster,
-        arguments=(*train_arguments(model, job, plan, weights_from), *more_arguments),
-        comments=_comments(model, job, plan, cluster, weights_from, inputs),
-    )
+    comments = _comments(model, job, plan, cluster, weights_from, inputs)
+    task = Task(model, job, plan, cluster, weights_from, comments)
+    training = Training(task, program(task, more_arguments))
     launch = import_module(f"advisor.launch.{TARGETS[target]}").launch(training)
     assert isinstance(launch, Launch)
     return launch

@@ -8,12 +8,12 @@ from functools import partial
 from advisor.launch.accelerate import accelerate_environment
 from advisor.launch.deepspeed import deepspeed_json
 from advisor.launch.run_script import run_script
-from advisor.launch.training import Launch, LaunchFile, Training, training_program
+from advisor.launch.training import Launch, LaunchFile, Training
 
 
 def launch(training: Training) -> Launch:
     """``torchrun``, by way of run.sh, which sets what accelerate's launcher would."""
-    files = [training_program(), LaunchFile("run.sh", partial(_run_script, training))]
+    files = [*training.program.files, LaunchFile("run.sh", partial(_run_script, training))]
     if training.plan.strategy.zero_stage is not None:
         files.insert(0, LaunchFile("ds_config.json", partial(deepspeed_json, training.job, training.plan)))
     return Launch(("bash", "run.sh"), {}, tuple(files))
@@ -36,7 +36,7 @@ def _run_script(training: Training) -> str:
             '--rdzv-conf="is_host=$(( NODE_RANK == 0 ))"',
         ]
     # Else torchrun takes arguments of train.py that begin like two of its own options for a mistake: --log does.
-    words.append("--")
+    words += [*training.program.module_flag, "--"]
     return run_script(training, "torchrun", words, exports(training))
 
 
