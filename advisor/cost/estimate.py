@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
 from advisor.catalog.request import Describe, Words, by_formulas, with_nvme
+from advisor.catalog.trainers import refusal_of_plan, refusal_of_strategy
 from advisor.cost.memory import memory, short_by
 from advisor.cost.money import beyond_limits, training_cost
 from advisor.cost.question import ask, program
@@ -115,7 +116,7 @@ def plan_of(
     question = ask_about(model, **_asked(words))
     micro_batch, steps = words.get("micro_batch", 1), words.get("grad_accum")
     kind = _own_strategy("--strategy", strategy)
-    if reason := unsupported(question.model, kind):
+    if reason := unsupported(question.model, question.job, kind):
         raise SpecError(f"{kind.title} cannot train {question.model.name}: {reason}")
     offload = _member(Offload, "--offload", words.get("offload", "none"))
     to, nvme = _offload_to(words.get("offload_to", "cpu")), words.get("nvme")
@@ -205,7 +206,7 @@ def _plan_from_config(
     if "strategy" not in found:
         raise SpecError(f"{config} does not say the strategy; give --strategy")
     kind = _own_strategy("the strategy", str(found["strategy"].value))
-    if reason := unsupported(question.model, kind):
+    if reason := unsupported(question.model, question.job, kind):
         raise SpecError(f"{kind.title} cannot train {question.model.name}: {reason}")
 
     def chosen(name: str, usual: Any) -> Any:
@@ -281,11 +282,11 @@ def _offload_settings(model: ModelSpec, gpus: int, nvme: float | str | None) -> 
     return replace(usual, parameter_buffer=size, parameter_buffers=count)
 
 
-def unsupported(model: ModelSpec, strategy: Strategy) -> str | None:
-    """Why the frameworks' code cannot run *model* by *strategy*, or None."""
+def unsupported(model: ModelSpec, job: Job, strategy: Strategy) -> str | None:
+    """Why the frameworks' code, or the job's trainer, cannot run *model* by *strategy*, or None."""
     if strategy.is_fsdp and model.objective != "causal":
         return "accelerate 1.15 cannot shard the parameters that encoder models tie across groups"
-    return None
+    return refusal_of_strategy(job, strategy)
 
 
 def _accumulation(question: Question, micro_batch: int, cut: int = 1) -> int:
@@ -315,7 +316,12 @@ def _choices(kind: type[Enum]) -> str:
 
 
 def price(question: Question, plan: Plan, rank: int | None = None) -> Estimate:
-    """All readings of a single plan, for *rank* or the rank that holds most."""
+    """All readings of a single plan, for *rank* or the rank that holds most.
+
+    Raises SpecError for a plan that the job's trainer does not run.
+    """
+    if reason := refusal_of_plan(question.job, plan):
+        raise SpecError(reason)
     step = program(question, plan, rank)
     held = memory(step, plan, question.cluster, question.calibration, fullest=rank is None, squeezed=True)
     return priced(question, plan, step, held)

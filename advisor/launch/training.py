@@ -6,12 +6,12 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
-from advisor.specs.plan import Plan
+from advisor.specs.plan import Plan, Strategy
 
 
 class Beside(NamedTuple):
@@ -55,6 +55,19 @@ class LaunchFile:
         return hash((self.name, self.text))
 
 
+class OwnCommand(NamedTuple):
+    """How a program's own command starts it on one machine, by way of accelerate or torchrun."""
+
+    launcher: Literal["accelerate", "torchrun"]
+    words: tuple[str, ...]
+    """The command; the program's arguments follow."""
+    config_flag: str = "--config_file"
+    """What accelerate's configuration is given by."""
+    before_options: tuple[str, ...] = ()
+    """What stands between the arguments and that flag."""
+    environment: tuple[tuple[str, str], ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Program:
     """A training program, as a launcher starts it on every rank."""
@@ -69,6 +82,11 @@ class Program:
     """What may be added to its arguments, in words."""
     install: str
     """What ``pip install`` is given for it."""
+    notes: tuple[str, ...] = ()
+    """What its user has to know besides, a line each."""
+    own_command: OwnCommand | None = None
+    alternatives: tuple[Strategy, ...] = ()
+    """Strategies that accelerate's configuration is written for besides the plan's, each file named after its own."""
     own_parallelism: bool = False
     """Whether it spreads the model over the ranks itself, and so wants no launcher but torchrun."""
 
@@ -130,6 +148,8 @@ class Launch:
     command: tuple[str, ...]
     environment: Mapping[str, str] = field(hash=False)
     files: tuple[LaunchFile, ...]
+    notes: tuple[str, ...] = ()
+    """What its user has to know besides."""
     submits: bool = False
     """Whether the command is given once and hands the job to a scheduler, which starts the machines."""
 

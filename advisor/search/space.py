@@ -95,4 +95,4 @@ def bar(question: Question, strategy: Strategy, offload: Offload) -> str | None:
     gpus = question.cluster.gpus
     if gpus == 1 and strategy is not Strategy.DDP and not offload.optimizer:
         return "one GPU has nobody to share with"
-    return unsupported(question.model, strategy)
+    return unsupported(question.model, question.job, strategy)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from advisor.catalog.trainers import Versions
 from advisor.launch.trainers.words import attention_kernel, holds_no_weights
 from advisor.launch.training import Beside, LaunchFile, Program, Task
 from advisor.specs.job import Job
@@ -13,7 +14,7 @@ from advisor.specs.model import ModelSpec
 from advisor.specs.plan import Plan
 
 
-def program(task: Task, more_arguments: Sequence[str]) -> Program:
+def program(task: Task, versions: Versions, more_arguments: Sequence[str]) -> Program:
     """train.py with the plan in its arguments, and *more_arguments* after them."""
     return Program(
         script=Beside("train.py"),

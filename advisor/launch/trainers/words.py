@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
 
@@ -14,3 +17,10 @@ def attention_kernel(model: ModelSpec, job: Job) -> str:
 def holds_no_weights(weights_from: str) -> bool:
     """Whether the model is given as a bare config.json."""
     return weights_from.endswith(".json")
+
+
+def yaml_text(settings: Mapping[str, Any]) -> str:
+    """*settings* as YAML, in their order."""
+    import yaml
+
+    return yaml.safe_dump(dict(settings), sort_keys=False, width=1000)
