@@ -153,9 +153,15 @@ def refusal_of_plan(job: Job, plan: Plan) -> str | None:
     return None
 
 
+def usual_fsdp_version(job: Job) -> int:
+    """PyTorch's FSDP of the newest version that the job's trainer can be told to run."""
+    versions, _ = versions_of(job.trainer)
+    return max(profile_of(job.trainer, versions).fsdp_versions)
+
+
 def _named(trainer: Trainer, versions: Versions) -> str:
     package = next(iter(versions), None)
-    return trainer if package is None else f"{trainer} (for {package} {versions[package]})"
+    return trainer if package is None else f"{trainer} ({package} {versions[package]})"
 
 
 def differences(job: Job) -> Iterator[str]:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
 from advisor.catalog.request import Describe, Words, by_formulas, with_nvme
-from advisor.catalog.trainers import refusal_of_plan, refusal_of_strategy
+from advisor.catalog.trainers import refusal_of_plan, refusal_of_strategy, usual_fsdp_version
 from advisor.cost.memory import memory, short_by
 from advisor.cost.money import beyond_limits, training_cost
 from advisor.cost.question import ask, program
@@ -133,7 +133,7 @@ def plan_of(
         offload_settings=_offload_settings(question.model, question.cluster.gpus, nvme),
         zero=zero_settings(kind, words.get("bucket_size"), _gradient_format(words.get("grad_accum_dtype"))),
         fsdp=FsdpSettings(
-            version=words.get("fsdp_version", 2),
+            version=words.get("fsdp_version") or usual_fsdp_version(question.job),
             shard_ranks=_shard_ranks(kind, words.get("shard_ranks"), question.cluster),
         ),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,7 @@ from advisor.launch.training import Launch, LaunchFile, Training
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
-from advisor.specs.plan import Offload, Plan, Strategy, zero_settings
+from advisor.specs.plan import Plan, Strategy
 
 LAYER_CLASSES = {
     "bloom": "BloomBlock",
@@ -68,13 +67,9 @@ def launch(training: Training) -> Launch:
 
 
 def _written_for(training: Training) -> tuple[Plan, ...]:
-    """The plan, and beside it the same batch by each of the strategies that the program wants a file for."""
-    others = (each for each in training.program.alternatives if each is not training.plan.strategy)
-    return (training.plan, *(_by(training.plan, each) for each in others))
-
-
-def _by(plan: Plan, strategy: Strategy) -> Plan:
-    return replace(plan, strategy=strategy, offload=Offload.NONE, offload_to="cpu", zero=zero_settings(strategy))
+    """The plan, and those that the program wants a configuration for besides."""
+    others = (each for each in training.program.alternatives if each.strategy is not training.plan.strategy)
+    return (training.plan, *others)
 
 
 def _configuration(training: Training, plan: Plan) -> Iterator[LaunchFile]:

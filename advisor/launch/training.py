@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
-from advisor.specs.plan import Plan, Strategy
+from advisor.specs.plan import Plan
 
 
 class Beside(NamedTuple):
@@ -85,8 +85,8 @@ class Program:
     notes: tuple[str, ...] = ()
     """What its user has to know besides, a line each."""
     own_command: OwnCommand | None = None
-    alternatives: tuple[Strategy, ...] = ()
-    """Strategies that accelerate's configuration is written for besides the plan's, each file named after its own."""
+    alternatives: tuple[Plan, ...] = ()
+    """Plans that accelerate's configuration is written for besides, each file named after its strategy."""
     own_parallelism: bool = False
     """Whether it spreads the model over the ranks itself, and so wants no launcher but torchrun."""
 

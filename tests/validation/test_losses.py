@@ -1,4 +1,4 @@
-"""The chunked and the fused loss as predicted, beside the code that computes them on fake tensors."""
+"""The losses without all logits as predicted, beside the code that computes them on fake tensors."""
 
 from __future__ import annotations
 
@@ -59,6 +59,26 @@ def test_a_loss_in_pieces_takes_what_is_predicted(
     loss: LossKernel, sizes: tuple[str, int, int, bool], tokens: tuple[int, int], held: ParameterFormat, ranks: int
 ) -> None:
     found = compared(loss, sizes, tokens, held, ranks)
+
+    for counter in ("peak", "peak in backward", "end of forward"):
+        assert abs(found.difference_bytes(counter)) <= SCALARS, counter
+
+
+# One row of tiles and several, the last of them full; a vocabulary of one tile and of two.
+@pytest.mark.parametrize(
+    ("sizes", "tokens", "held"),
+    [
+        (("qwen2", 5003, 64, False), (1, 512), "bf16"),
+        (("qwen3", 7001, 64, True), (4, 300), "fp32"),
+        (("llama", 40001, 32, False), (2, 1500), "fp32"),
+        (("llama", 33001, 32, True), (3, 2731), "bf16"),
+        (("mistral", 9001, 32, True), (3, 2732), "fp32"),
+    ],
+)
+def test_trls_tiles_take_what_is_predicted(
+    sizes: tuple[str, int, int, bool], tokens: tuple[int, int], held: ParameterFormat
+) -> None:
+    found = compared("tiled", sizes, tokens, held, ranks=1)
 
     for counter in ("peak", "peak in backward", "end of forward"):
         assert abs(found.difference_bytes(counter)) <= SCALARS, counter
