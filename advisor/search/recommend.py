@@ -33,8 +33,8 @@ def recommend(
     """The best plan for *model* on a cluster, the best of each strategy, and why each other lost.
 
     Words: ``cluster``, ``gpus``, ``nodes``, ``gpu``, ``link``, ``network``, ``host_memory`` (GiB per machine),
-    ``seq_len``, ``global_batch``, ``precision``, ``param_dtype``, ``optimizer``, ``attention``, ``loss``, ``margin``;
-    of a whole training ``tokens`` or ``samples``, ``epochs``, ``price``, ``max_hours``, ``max_cost``. *objective* says
+    ``seq_len``, ``global_batch``, ``precision``, ``param_dtype``, ``optimizer``, ``attention``, ``loss``, ``trainer``,
+    ``margin``; of a whole training ``tokens`` or ``samples``, ``epochs``, ``price``, ``max_hours``, ``max_cost``. *objective* says
     what the best plan has least of; *pareto* asks for all plans that none beats in time and memory. With *trace*,
     transformers' own code on tensors without memory stands in for formulas, which takes any causal language model and
     the extra ``run``; *trust_remote_code* lets that code come from the model's repository. Raises

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -118,17 +117,19 @@ def test_open_r1s_recipe_comes_out_as_it_is() -> None:
     }.items() <= given_.items()
 
 
-def test_deepspeeds_json_and_the_trainers_arguments_agree() -> None:
-    """Else transformers refuses the pair: integrations/deepspeed.py ``trainer_config_process``."""
-    launch = launch_for("trl", plan(Strategy.ZERO3, offload=Offload.OPTIMIZER))
-    given_, config = told("trl", launch), json.loads(text_of(launch, "ds_config.json"))
-    adamw: dict[str, Any] = config["optimizer"]["params"]
+@pytest.mark.parametrize("offload", [Offload.NONE, Offload.OPTIMIZER])
+def test_transformers_finds_deepspeeds_json_and_its_arguments_to_agree(
+    offload: Offload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    transformers = pytest.importorskip("transformers")
+    integration = pytest.importorskip("transformers.integrations.deepspeed")
+    launch = launch_for("hf", plan(Strategy.ZERO3, gpus=1, offload=offload))
+    known = {each.name for each in dataclasses.fields(transformers.TrainingArguments)}
+    given_ = {name: value for name, value in told("hf", launch).items() if name in known}
+    arguments = transformers.TrainingArguments(**{**given_, "output_dir": str(tmp_path), "use_cpu": True})
 
-    assert config["train_micro_batch_size_per_gpu"] == given_["per_device_train_batch_size"]
-    assert config["gradient_accumulation_steps"] == given_["gradient_accumulation_steps"]
-    assert config["gradient_clipping"] == given_["max_grad_norm"]
-    assert config["bf16"]["enabled"] is given_["bf16"]
-    assert (adamw["lr"], adamw["weight_decay"], adamw["eps"]) == tuple(
-        given_[name] for name in ("learning_rate", "weight_decay", "adam_epsilon")
-    )
-    assert adamw["betas"] == [given_["adam_beta1"], given_["adam_beta2"]]
+    config = integration.HfTrainerDeepSpeedConfig(json.loads(text_of(launch, "ds_config.json")))
+    config.trainer_config_process(arguments)
+
+    assert config.mismatches == []

@@ -97,7 +97,7 @@ def test_ligers_loss_comes_without_its_other_kernels(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("trainer", "word", "complaint"),
     [
-        ("trl", "--max_seq_length=4096", "trl 1.16.0 has no --max_seq_length since 0.20.0; give --max_length"),
+        ("trl", "--max_seq_length=4096", r"trl [\d.]+ has no --max_seq_length since 0.20.0; give --max_length"),
         (
             "trl",
             "--evaluation_strategy=no",
@@ -106,7 +106,7 @@ def test_ligers_loss_comes_without_its_other_kernels(monkeypatch: pytest.MonkeyP
         (
             "llama-factory",
             "save_safetensors=true",
-            "transformers 5.6.0 has no --save_safetensors since 5.0.0; leave it",
+            r"transformers [\d.]+ has no --save_safetensors since 5.0.0; leave",
         ),
     ],
 )
