@@ -105,16 +105,15 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def refuse_job(job: Job) -> None:
     """Raise SpecError for a job that no flags of its trainer express, whatever the plan."""
-    if job.trainer == "advisor" and job.loss != "tiled":
-        return
     versions, _ = versions_of(job.trainer)
     profile = profile_of(job.trainer, versions)
-    asked = {
-        "loss": (job.loss, profile.losses),
-        "optimizer": (job.optimizer, profile.optimizers),
-        "attention": (job.attention, profile.attention),
-        "precision": (job.precision, profile.precisions),
-    }
+    asked: dict[str, tuple[str, tuple[str, ...]]] = {"loss": (job.loss, profile.losses)}
+    if job.trainer != "advisor":
+        asked |= {
+            "optimizer": (job.optimizer, profile.optimizers),
+            "attention": (job.attention, profile.attention),
+            "precision": (job.precision, profile.precisions),
+        }
     for flag, (wanted, known) in asked.items():
         if wanted not in known:
             raise SpecError(f"{_named(job.trainer, versions)} knows no {flag} {wanted}; give --{flag} {known[0]}")
@@ -123,7 +122,9 @@ def refuse_job(job: Job) -> None:
 
 
 def refusal_of_strategy(job: Job, strategy: Strategy) -> str | None:
-    """Why the job's trainer does not run *strategy*, or None."""
+    """Why the job's trainer does not run *strategy*, or None. What is priced, this package's own program runs."""
+    if job.trainer == "advisor":
+        return None
     versions, _ = versions_of(job.trainer)
     profile, name = profile_of(job.trainer, versions), _named(job.trainer, versions)
     if strategy.value not in profile.strategies:
@@ -138,6 +139,8 @@ def refusal_of_strategy(job: Job, strategy: Strategy) -> str | None:
 
 def refusal_of_plan(job: Job, plan: Plan) -> str | None:
     """Why the job's trainer does not run *plan*, or None."""
+    if job.trainer == "advisor":
+        return None
     if reason := refusal_of_strategy(job, plan.strategy):
         return reason
     versions, _ = versions_of(job.trainer)

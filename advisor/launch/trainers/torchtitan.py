@@ -66,7 +66,7 @@ def _settings(
     task: Task, name: str, flavor: str, degrees: Mapping[str, int], data_parallel: int
 ) -> dict[str, dict[str, Any]]:
     job, plan = task.job, task.plan
-    whole = plan.strategy is Strategy.DDP
+    shards = {Strategy.DDP: 1, Strategy.HSDP: plan.fsdp.shard_ranks or 1}.get(plan.strategy, data_parallel)
     return {
         "job": {"dump_folder": "output"},
         "model": {"name": name, "flavor": flavor, "hf_assets_path": f"assets/hf/{task.model.name}"},
@@ -91,9 +91,9 @@ def _settings(
             "mixed_precision_reduce": "float32",
         },
         "parallelism": {
-            "data_parallel_replicate_degree": data_parallel if whole else 1,
-            "data_parallel_shard_degree": 1 if whole else data_parallel,
-            "fsdp_reshard_after_forward": "always" if plan.strategy is Strategy.FSDP else "never",
+            "data_parallel_replicate_degree": data_parallel // shards,
+            "data_parallel_shard_degree": shards,
+            "fsdp_reshard_after_forward": "never" if plan.strategy is Strategy.FSDP_GRAD_OP else "always",
             **degrees,
         },
         "activation_checkpoint": {"mode": "full" if plan.checkpointing is Checkpointing.FULL else "none"},

@@ -13,7 +13,7 @@ from advisor.launch.files import render
 from advisor.launch.trainers import megatron
 from advisor.launch.training import Task
 from advisor.specs.job import Job, Trainer
-from advisor.specs.plan import Checkpointing, Offload, Strategy
+from advisor.specs.plan import Checkpointing, FsdpSettings, Offload, Strategy
 from launch.examples import PLANS_OF_EVERY_KIND, cluster, model, plan
 from launch.started import Started
 from launch.trainers.told import command_of, launch_for, text_of, told
@@ -207,6 +207,15 @@ def test_megatron_is_told_the_models_shape() -> None:
         "--recompute-num-layers=1",
     } <= words
     assert "--untie-embeddings-and-output-weights" not in words
+
+
+def test_torchtitan_shards_within_machines_where_the_plan_does() -> None:
+    hybrid = plan(Strategy.HSDP, gpus=16, fsdp=FsdpSettings(shard_ranks=8))
+    given = told("torchtitan", launch_for("torchtitan", hybrid, nodes=2))
+
+    assert given["parallelism.data_parallel_replicate_degree"] == 2
+    assert given["parallelism.data_parallel_shard_degree"] == 8
+    assert given["parallelism.fsdp_reshard_after_forward"] == "always"
 
 
 def test_torchtitan_names_the_models_that_it_has() -> None:
