@@ -61,8 +61,8 @@ def launch(
       advisor launch --model Qwen2.5-1.5B --gpus 4 --strategy zero2
       advisor launch --model gpt2 --gpus 2 --strategy fsdp --target torchrun
       advisor launch --model gpt2 --strategy ddp --out run --run -- --steps=20
-      advisor launch --model Qwen2.5-1.5B --gpus 4 --strategy zero2 --trainer trl
-      advisor launch --model Qwen2.5-1.5B --gpus 4 --strategy fsdp -- my_script.py --my-flag
+      advisor launch --model gpt2 --gpus 2 --strategy zero2 --trainer trl
+      advisor launch --model gpt2 --gpus 2 --strategy fsdp -- my_script.py --flag
     """
     from advisor.cost.estimate import estimate as price
     from advisor.launch.files import launch_of, write

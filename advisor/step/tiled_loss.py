@@ -2,8 +2,8 @@
 
 trl 1.16, kernels/chunked_logprob.py ``ChunkedLogProbFunction`` and trainer/utils.py ``add_fused_lm_head``, on CUDA with
 torch 2.8 or newer. Forward keeps a few numbers per token; backward computes each tile again and sums both gradients in
-fp32, for the whole output matrix and all tokens, before it casts them. FSDP has the matrix there, as its group holds the
-final norm too; under ZeRO-3, where the loss gathers it itself, it is counted as if its module ran. Left out: the index
+fp32, for the whole output matrix and all tokens, before it casts them. FSDP has the matrix there, as the final norm is
+of its group; under ZeRO-3, where the loss gathers it itself, it is counted as if its module ran. Left out: the index
 tensors of CUDA's sorted ``index_put``.
 """
 
