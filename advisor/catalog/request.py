@@ -12,8 +12,8 @@ from advisor.catalog.detect import Detected, detect
 from advisor.catalog.gpus import find_gpu
 from advisor.catalog.links import find_link
 from advisor.catalog.models import FoundConfiguration, find_model
-from advisor.catalog.training import TrainingWords, training_of
 from advisor.catalog.trainers import differences, profile_of, refuse_job, versions_of
+from advisor.catalog.training import TrainingWords, training_of
 from advisor.errors import SpecError
 from advisor.specs.calibration import Calibration
 from advisor.specs.hardware import Cluster, Gpu, Link, Topology

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from advisor.cli.answer import note, notes, print_answer, traced_first
-from advisor.cli.estimate import plan_options
+from advisor.cli.estimate import parallel_options, plan_options
 from advisor.cli.options import SectionCommand, given, option, question_options, trace_options
 from advisor.launch.targets import TARGETS, Target
 
@@ -26,6 +26,7 @@ _LAUNCH = "The launch"
 @question_options
 @trace_options
 @plan_options
+@parallel_options
 @option(
     _LAUNCH,
     "--target",

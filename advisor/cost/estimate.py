@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 GIB = 2**30
-TRAINERS = ("advisor", "megatron")
 OWN = tuple(each.value for each in OWN_STRATEGIES)
 
 
@@ -65,9 +64,8 @@ class PlanWords(Words, total=False):
     fsdp_version: int
     shard_ranks: int | None
     """GPUs that HSDP cuts states over; None for those of a machine."""
-    trainer: str
-    """Whose code runs: ``advisor``, or ``megatron``, which the words up to ``sequence_parallel`` are for."""
     tp: int
+    """Of trainer ``megatron``, as are those up to ``sequence_parallel``."""
     pp: int
     vpp: int
     """Virtual stages of each pipeline stage."""
@@ -105,7 +103,7 @@ def plan_of(
         trust_remote_code=words.pop("trust_remote_code", False),
     )
     config = words.pop("config", None)
-    if _trainer(words) == "megatron":
+    if _is_for_megatron(words):
         if config is not None or strategy is not None:
             raise SpecError("--trainer megatron has a plan of its own; leave --strategy and --config out")
         return _megatron_plan(model, words, ask_about)
@@ -145,15 +143,13 @@ def _asked(words: Mapping[str, Any]) -> Words:
     return cast(Words, {name: value for name, value in words.items() if name not in own})
 
 
-def _trainer(words: PlanWords) -> str:
+def _is_for_megatron(words: PlanWords) -> bool:
     trainer = words.get("trainer", "advisor")
-    if trainer not in TRAINERS:
-        raise SpecError(f"--trainer must be one of {', '.join(TRAINERS)}, got {trainer!r}")
     cuts = [name for name in ("tp", "pp", "vpp", "cp") if words.get(name, 1) != 1]
-    if trainer == "advisor" and (cuts or words.get("sequence_parallel")):
+    if trainer != "megatron" and (cuts or words.get("sequence_parallel")):
         flags = ", ".join(f"--{name}" for name in cuts or ("sequence-parallel",))
-        raise SpecError(f"{flags}: what advisor's own trainer runs is data parallel alone; give --trainer megatron")
-    return trainer
+        raise SpecError(f"{flags}: what trainer {trainer} runs is data parallel alone; give --trainer megatron")
+    return trainer == "megatron"
 
 
 def _own_strategy(flag: str, value: str) -> Strategy:

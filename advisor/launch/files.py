@@ -105,8 +105,8 @@ def render(
 
 
 def _refuse_what_cannot_start(model: ModelSpec, job: Job, plan: Plan, cluster: Cluster) -> None:
-    if plan.strategy is Strategy.MEGATRON:
-        raise SpecError(f"{plan.title} is not run by the script that advisor writes; take another strategy")
+    if plan.strategy is Strategy.MEGATRON and job.trainer != "megatron":
+        raise SpecError(f"{plan.title} is not run by the script that advisor writes; give --trainer megatron")
     if int(plan.gpus) != cluster.gpus:
         raise SpecError(f"the plan uses {plan.gpus} GPUs, but the cluster has {cluster.gpus}: plan for all of them")
     if job.precision == "bf16" and not cluster.gpu.has_bf16:

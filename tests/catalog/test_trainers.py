@@ -128,7 +128,7 @@ def test_trls_loss_is_priced_unless_another_is_asked_for() -> None:
         ({"trainer": "hf", "padded": True}, "joins texts and cuts them; leave --padded out"),
         ({"loss": "tiled"}, "advisor knows no loss tiled; give --loss full"),
         ({"trainer": "axolotl"}, "DDP cannot train Qwen2.5-0.5B: axolotl .* holds whole weights in bf16"),
-        ({"trainer": "megatron", "strategy": "zero3"}, "megatron .* does not run it; it runs ddp, zero1"),
+        ({"trainer": "torchtitan", "strategy": "zero3"}, "torchtitan .* does not run it; it runs ddp, fsdp"),
         ({"trainer": "trl", "checkpointing": "selective"}, "trl .* has no checkpointing selective"),
         (
             {"trainer": "open-r1", "strategy": "fsdp", "fsdp_version": 2},
@@ -142,11 +142,16 @@ def test_what_a_trainer_cannot_be_told_is_refused(words: dict[str, Any], complai
 
 
 def test_a_search_keeps_to_what_the_trainer_runs() -> None:
-    answer = advisor.recommend(**QUESTION, trainer="megatron")
+    answer = advisor.recommend(**QUESTION, trainer="torchtitan")
 
-    assert {each.plan.strategy for each in answer.plans} == {Strategy.DDP, Strategy.ZERO1}
-    assert all("megatron" in each.why for each in answer.rejected)
-    assert any(each.startswith("megatron: ") for each in answer.warnings)
+    assert {each.plan.strategy for each in answer.plans} == {Strategy.DDP, Strategy.FSDP, Strategy.FSDP_GRAD_OP}
+    assert all("torchtitan" in each.why for each in answer.rejected)
+    assert any(each.startswith("torchtitan: ") for each in answer.warnings)
+
+
+def test_megatrons_plans_are_not_searched() -> None:
+    with pytest.raises(SpecError, match="Megatron's plans are not searched; price one by estimate --trainer megatron"):
+        advisor.recommend(**QUESTION, trainer="megatron")
 
 
 def test_a_search_uses_the_fsdp_that_the_trainers_accelerate_has() -> None:

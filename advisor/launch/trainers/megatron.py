@@ -10,55 +10,80 @@ from advisor.errors import SpecError
 from advisor.launch.deepspeed import ADAMW, GRADIENT_CLIPPING
 from advisor.launch.training import Program, Task
 from advisor.specs.model import FeedForward, Layer, ModelSpec
-from advisor.specs.plan import Checkpointing, Strategy
+from advisor.specs.plan import Checkpointing, Plan
 
 SCRIPT = "pretrain_gpt.py"
 
 
-def program(
-    task: Task,
-    versions: Versions,
-    more_arguments: Sequence[str],
-    *,
-    tensor_parallel: int = 1,
-    pipeline_parallel: int = 1,
-    context_parallel: int = 1,
-    layers_per_virtual_stage: int | None = None,
-) -> Program:
+ATTENTION = {"sdpa": "fused", "flash": "flash", "eager": "unfused"}
+RECOMPUTATION: dict[Checkpointing, dict[str, Any]] = {
+    Checkpointing.NONE: {},
+    Checkpointing.SELECTIVE: {"recompute-granularity": "selective", "recompute-modules": "core_attn"},
+    Checkpointing.FULL: {"recompute-granularity": "full", "recompute-method": "uniform", "recompute-num-layers": 1},
+}
+
+
+def program(task: Task, versions: Versions, more_arguments: Sequence[str]) -> Program:
     """The script of a checkout, with the model's shape and the plan in its arguments.
 
-    The GPUs that tensor, pipeline and context parallelism leave are data parallel. What decides neither memory nor
-    speed of the model, such as the base of its rotary embedding, is left to ``--use-checkpoint-args``.
+    What decides neither memory nor speed of the model, such as the base of its rotary embedding, is left to
+    ``--use-checkpoint-args``.
     """
-    plan, job = task.plan, task.job
-    split = tensor_parallel * pipeline_parallel * context_parallel
-    if int(plan.gpus) % split:
-        raise SpecError(
-            f"tensor {tensor_parallel} x pipeline {pipeline_parallel} x context {context_parallel} = {split} does not "
-            f"divide {plan.gpus} GPUs"
-        )
+    shape, shape_switches = _shape(task.model)
+    settings = {**_parallelism(task), **shape, **RECOMPUTATION[task.plan.checkpointing], **_training(task)}
+    switches = [*_parallelism_switches(task.plan), *shape_switches, task.job.precision, "mock-data"]
+    arguments = (*(f"--{name}={value}" for name, value in settings.items()), *(f"--{name}" for name in switches))
+    return Program(
+        script=SCRIPT,
+        arguments=(*arguments, *more_arguments),
+        usage=f"more arguments of {SCRIPT}, such as --train-iters=1000",
+        install=f"megatron-core=={versions['megatron-core']}",
+        notes=(
+            f"{SCRIPT} is Megatron-LM's: start in a checkout of NVIDIA/Megatron-LM of version "
+            f"{versions['megatron-core']}, or let --out be one.",
+            "It trains on made-up data from random weights: give -- --data-path=PREFIX --load=FOLDER.",
+        ),
+        own_parallelism=True,
+    )
+
+
+def _parallelism(task: Task) -> dict[str, Any]:
+    plan = task.plan
+    if plan.megatron.pipeline_schedule != "1f1b":
+        raise SpecError(f"Megatron runs the schedule 1f1b, not {plan.megatron.pipeline_schedule}")
     settings: dict[str, Any] = {
-        "tensor-model-parallel-size": tensor_parallel,
-        "pipeline-model-parallel-size": pipeline_parallel,
-        "context-parallel-size": context_parallel,
+        "tensor-model-parallel-size": plan.tensor_parallel,
+        "pipeline-model-parallel-size": plan.pipeline_parallel,
+        "context-parallel-size": plan.context_parallel,
     }
-    if layers_per_virtual_stage is not None:
-        settings["num-layers-per-virtual-pipeline-stage"] = layers_per_virtual_stage
-    switches = ["use-distributed-optimizer"] if plan.strategy is Strategy.ZERO1 else []
-    switches += ["sequence-parallel"] if tensor_parallel > 1 else []
-    settings |= {
+    if plan.virtual_stages > 1:
+        runs = plan.pipeline_parallel * plan.virtual_stages
+        settings["num-layers-per-virtual-pipeline-stage"] = len(task.model.layers) // runs
+    return settings
+
+
+def _parallelism_switches(plan: Plan) -> list[str]:
+    chosen = plan.megatron
+    switches = {
+        "sequence-parallel": plan.cuts_sequence,
+        "use-distributed-optimizer": chosen.distributed_optimizer,
+        "overlap-grad-reduce": chosen.overlaps_gradients,
+        "overlap-param-gather": chosen.overlaps_weights,
+        "no-gradient-accumulation-fusion": not chosen.fuses_gradient_sums,
+        "no-create-attention-mask-in-dataloader": not chosen.mask_in_batch,
+    }
+    return [name for name, on in switches.items() if on]
+
+
+def _training(task: Task) -> dict[str, Any]:
+    plan, job = task.plan, task.job
+    return {
         "micro-batch-size": int(plan.micro_batch),
-        "global-batch-size": int(plan.gpus) // split * int(plan.micro_batch) * int(plan.accumulation_steps),
+        "global-batch-size": int(plan.global_batch),
         "seq-length": job.sequence_length,
         "max-position-embeddings": max(job.sequence_length, task.model.maximum_positions or 0),
-    }
-    shape, shape_switches = _shape(task.model)
-    settings |= shape
-    switches += [*shape_switches, "bf16"]
-    if plan.checkpointing is Checkpointing.FULL:
-        settings |= {"recompute-granularity": "full", "recompute-method": "uniform", "recompute-num-layers": 1}
-    settings |= {
-        "attention-backend": "flash" if job.attention == "flash" else "fused",
+        "make-vocab-size-divisible-by": plan.megatron.vocabulary_multiple,
+        "attention-backend": ATTENTION[job.attention],
         "attention-dropout": 0.0,
         "hidden-dropout": 0.0,
         "optimizer": "adam",
@@ -73,20 +98,6 @@ def program(
         "train-iters": 100,
         "eval-iters": 0,
     }
-    switches.append("mock-data")
-    arguments = (*(f"--{name}={value}" for name, value in settings.items()), *(f"--{name}" for name in switches))
-    return Program(
-        script=SCRIPT,
-        arguments=(*arguments, *more_arguments),
-        usage=f"more arguments of {SCRIPT}, such as --train-iters=1000",
-        install=f"megatron-core=={versions['megatron-core']}",
-        notes=(
-            f"{SCRIPT} is Megatron-LM's: start in a checkout of NVIDIA/Megatron-LM of version "
-            f"{versions['megatron-core']}, or let --out be one.",
-            "It trains on made-up data from random weights: give -- --data-path=PREFIX --load=FOLDER.",
-        ),
-        own_parallelism=True,
-    )
 
 
 def _shape(model: ModelSpec) -> tuple[dict[str, Any], list[str]]:

@@ -22,16 +22,8 @@ IMPLEMENTATIONS = {"adamw-fused": "fused", "adamw-foreach": "foreach", "adamw-lo
 FORMATS = {"fp32": "float32", "bf16": "bfloat16"}
 
 
-def program(
-    task: Task,
-    versions: Versions,
-    more_arguments: Sequence[str],
-    *,
-    tensor_parallel: int = 1,
-    pipeline_parallel: int = 1,
-    context_parallel: int = 1,
-) -> Program:
-    """``torchtitan/train.py``, which torchrun starts; the rest of the GPUs is data parallel."""
+def program(task: Task, versions: Versions, more_arguments: Sequence[str]) -> Program:
+    """``torchtitan/train.py``, which torchrun starts."""
     if not older_than(versions["torchtitan"], WITHOUT_FILE):
         raise SpecError(
             f"torchtitan {versions['torchtitan']} reads no configuration file; pip install 'torchtitan<{WITHOUT_FILE}'"
@@ -40,13 +32,7 @@ def program(
     if task.model.name not in models:
         raise SpecError(f"torchtitan has no {task.model.name}; it has {', '.join(models)}")
     name, flavor = models[task.model.name].split(" ")
-    degrees = {
-        "tensor_parallel_degree": tensor_parallel,
-        "pipeline_parallel_degree": pipeline_parallel,
-        "context_parallel_degree": context_parallel,
-    }
-    split = tensor_parallel * pipeline_parallel * context_parallel
-    settings = _settings(task, name, flavor, degrees, int(task.plan.gpus) // split)
+    settings = _settings(task, name, flavor)
     return Program(
         script="torchtitan.train",
         is_module=True,
@@ -62,11 +48,9 @@ def program(
     )
 
 
-def _settings(
-    task: Task, name: str, flavor: str, degrees: Mapping[str, int], data_parallel: int
-) -> dict[str, dict[str, Any]]:
-    job, plan = task.job, task.plan
-    shards = {Strategy.DDP: 1, Strategy.HSDP: plan.fsdp.shard_ranks or 1}.get(plan.strategy, data_parallel)
+def _settings(task: Task, name: str, flavor: str) -> dict[str, dict[str, Any]]:
+    job, plan, gpus = task.job, task.plan, int(task.plan.gpus)
+    shards = {Strategy.DDP: 1, Strategy.HSDP: int(plan.shard_ranks)}.get(plan.strategy, gpus)
     return {
         "job": {"dump_folder": "output"},
         "model": {"name": name, "flavor": flavor, "hf_assets_path": f"assets/hf/{task.model.name}"},
@@ -82,7 +66,7 @@ def _settings(
         "training": {
             "dataset": "c4",
             "local_batch_size": int(plan.micro_batch),
-            "global_batch_size": data_parallel * int(plan.micro_batch) * int(plan.accumulation_steps),
+            "global_batch_size": int(plan.global_batch),
             "seq_len": job.sequence_length,
             "max_norm": GRADIENT_CLIPPING,
             "enable_cpu_offload": False,
@@ -91,10 +75,12 @@ def _settings(
             "mixed_precision_reduce": "float32",
         },
         "parallelism": {
-            "data_parallel_replicate_degree": data_parallel // shards,
+            "data_parallel_replicate_degree": gpus // shards,
             "data_parallel_shard_degree": shards,
             "fsdp_reshard_after_forward": "never" if plan.strategy is Strategy.FSDP_GRAD_OP else "always",
-            **degrees,
+            "tensor_parallel_degree": 1,
+            "pipeline_parallel_degree": 1,
+            "context_parallel_degree": 1,
         },
         "activation_checkpoint": {"mode": "full" if plan.checkpointing is Checkpointing.FULL else "none"},
         "compile": {"enable": False},

@@ -29,7 +29,7 @@ WORD_OF_THE_MODEL = {
 
 
 def plan_for(trainer: Trainer) -> Plan:
-    return plan({"torchtitan": Strategy.FSDP, "megatron": Strategy.ZERO1}.get(trainer, Strategy.ZERO2))
+    return plan({"torchtitan": Strategy.FSDP, "megatron": Strategy.MEGATRON}.get(trainer, Strategy.ZERO2))
 
 
 def launched(trainer: Trainer, word: str, weights_from: str) -> Launch:

@@ -26,7 +26,7 @@ ON_A_CPU = "--use_cpu=true"
 def legal(trainer: Trainer, chosen: Plan) -> Plan:
     """*chosen*, or the nearest that the trainer runs."""
     if trainer == "megatron":
-        return dataclasses.replace(chosen, strategy=Strategy.ZERO1)
+        return dataclasses.replace(chosen, strategy=Strategy.MEGATRON)
     if trainer == "torchtitan" and chosen.strategy.zero_stage is not None:
         return dataclasses.replace(chosen, strategy=Strategy.FSDP_GRAD_OP)
     if trainer == "axolotl" and chosen.strategy is Strategy.DDP:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from advisor.catalog import trainers
 from advisor.errors import SpecError
 from advisor.launch.files import render
-from advisor.launch.trainers import megatron
-from advisor.launch.training import Task
 from advisor.specs.job import Job, Trainer
-from advisor.specs.plan import Checkpointing, FsdpSettings, Offload, Strategy
+from advisor.specs.plan import Checkpointing, FsdpSettings, MegatronSettings, Offload, Strategy
 from launch.examples import PLANS_OF_EVERY_KIND, cluster, model, plan
 from launch.started import Started
 from launch.trainers.told import command_of, launch_for, text_of, told
@@ -132,7 +130,7 @@ def test_several_machines_and_offload_start_by_run_sh(trainer: Trainer) -> None:
 
 @pytest.mark.parametrize("trainer", ["torchtitan", "megatron"])
 def test_slurm_starts_by_torchrun_what_spreads_a_model_itself(trainer: Trainer) -> None:
-    chosen = plan(Strategy.FSDP if trainer == "torchtitan" else Strategy.ZERO1, gpus=4)
+    chosen = plan(Strategy.FSDP if trainer == "torchtitan" else Strategy.MEGATRON, gpus=4)
     launch = launch_for(trainer, chosen, target="slurm", nodes=2)
 
     assert launch.command == ("sbatch", "job.sbatch")
@@ -155,43 +153,67 @@ def test_a_script_of_ones_own_is_started_by_the_plans_launcher(kind: str, tmp_pa
     assert not list(tmp_path.rglob("pwned"))
 
 
-def task(trainer: Trainer, gpus: int, **choices: Any) -> Task:
-    chosen = plan(Strategy.ZERO1, gpus=gpus, **choices)
-    return Task(model(), Job(trainer=trainer), chosen, cluster(gpus), "tiny", ())
-
-
-def test_megatron_spreads_what_data_parallelism_leaves() -> None:
-    made = megatron.program(
-        task("megatron", 16),
-        {"megatron-core": "0.16.1"},
-        (),
+def test_megatron_is_told_how_the_model_is_cut() -> None:
+    cut = plan(
+        Strategy.MEGATRON,
+        gpus=16,
         tensor_parallel=2,
-        pipeline_parallel=2,
+        sequence_parallel=True,
+        pipeline_parallel=1,
         context_parallel=2,
-        layers_per_virtual_stage=1,
+        checkpointing=Checkpointing.SELECTIVE,
     )
+    words = set(command_of(launch_for("megatron", cut, nodes=2)))
 
-    words = [str(each) for each in made.arguments]
     assert {
         "--tensor-model-parallel-size=2",
-        "--pipeline-model-parallel-size=2",
+        "--pipeline-model-parallel-size=1",
         "--context-parallel-size=2",
-        "--num-layers-per-virtual-pipeline-stage=1",
         "--sequence-parallel",
         "--use-distributed-optimizer",
+        "--overlap-grad-reduce",
+        "--overlap-param-gather",
+        "--recompute-modules=core_attn",
         "--micro-batch-size=2",
-        # 16 GPUs / 8 = 2 data-parallel ranks x micro-batch 2 x 2 accumulation steps.
-        "--global-batch-size=8",
-    } <= set(words)
+        # 16 GPUs / 4 = 4 copies of the model x micro-batch 2 x 2 accumulation steps.
+        "--global-batch-size=16",
+    } <= words
 
 
-def test_megatron_wants_gpus_for_every_part() -> None:
-    with pytest.raises(SpecError, match="tensor 4 x pipeline 1 x context 1 = 4 does not divide 6 GPUs"):
-        megatron.program(task("megatron", 6), {"megatron-core": "0.16.1"}, (), tensor_parallel=4)
+def test_megatrons_virtual_stages_are_told_by_their_layers() -> None:
+    interleaved = plan(Strategy.MEGATRON, gpus=2, pipeline_parallel=2)
+    plain = set(command_of(launch_for("megatron", interleaved)))
+    four = model()
+    four = replace(four, runs=tuple(replace(each, repeats=8) for each in four.runs))
+    chosen = replace(interleaved, virtual_stages=2)
+    launch = render(four, Job(trainer="megatron"), chosen, cluster(2))
+
+    assert not any(each.startswith("--num-layers-per-virtual") for each in plain)
+    # 8 layers over 2 stages x 2 runs.
+    assert "--num-layers-per-virtual-pipeline-stage=2" in command_of(launch)
+
+
+def test_megatrons_settings_are_switches() -> None:
+    chosen = MegatronSettings(overlaps_gradients=False, fuses_gradient_sums=False, mask_in_batch=False)
+    words = set(command_of(launch_for("megatron", plan(Strategy.MEGATRON, megatron=chosen))))
+
+    assert {"--no-gradient-accumulation-fusion", "--no-create-attention-mask-in-dataloader"} <= words
+    assert "--overlap-grad-reduce" not in words
+
+
+def test_a_schedule_that_megatron_lacks_is_refused() -> None:
+    chosen = plan(Strategy.MEGATRON, pipeline_parallel=2, megatron=MegatronSettings(pipeline_schedule="gpipe"))
+    with pytest.raises(SpecError, match="Megatron runs the schedule 1f1b, not gpipe"):
+        launch_for("megatron", chosen)
+
+
+def test_megatrons_plan_is_for_its_own_trainer() -> None:
+    with pytest.raises(SpecError, match="is not run by the script that advisor writes; give --trainer megatron"):
+        render(model(), Job(), plan(Strategy.MEGATRON), cluster())
 
 
 def test_megatron_is_told_the_models_shape() -> None:
-    chosen = plan(Strategy.ZERO1, checkpointing=Checkpointing.FULL)
+    chosen = plan(Strategy.MEGATRON, checkpointing=Checkpointing.FULL)
     words = set(command_of(launch_for("megatron", chosen)))
 
     assert {
