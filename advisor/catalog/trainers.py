@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
-from importlib import metadata
 from types import MappingProxyType
 from typing import Any
 
@@ -75,6 +74,8 @@ def versions_of(trainer: Trainer) -> tuple[Versions, bool]:
 
 def installed(package: str) -> str | None:
     """Version of *package* in this Python's environment, or None."""
+    from importlib import metadata
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
