@@ -71,6 +71,8 @@ def _settings(task: Task) -> dict[str, Any]:
         "max_grad_norm": GRADIENT_CLIPPING,
         "attn_implementation": ATTENTION[attention_kernel(task.model, job)],
         "torch_compile": False,
+        "auto_find_batch_size": False,
+        "ddp_find_unused_parameters": False,
         **(_FUSED_LOSS if fused else {}),
         "output_dir": "output",
     }

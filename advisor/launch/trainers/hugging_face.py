@@ -56,6 +56,9 @@ def training_arguments(task: Task, versions: Versions) -> dict[str, Any]:
         "adam_epsilon": ADAMW["eps"],
         "max_grad_norm": GRADIENT_CLIPPING,
         "torch_compile": False,
+        "auto_find_batch_size": False,
+        # Else the Trainer lets DDP look for unused parameters in every backward pass.
+        "ddp_find_unused_parameters": False,
         "use_liger_kernel": job.loss == "fused",
         **({"liger_kernel_config": FUSED_LOSS_ALONE} if job.loss == "fused" else {}),
         "eval_strategy": "no",
