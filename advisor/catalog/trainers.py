@@ -118,6 +118,8 @@ def refuse_job(job: Job) -> None:
     for flag, (wanted, known) in asked.items():
         if wanted not in known:
             raise SpecError(f"{_named(job.trainer, versions)} knows no {flag} {wanted}; give --{flag} {known[0]}")
+    if job.compile and job.trainer != "advisor":
+        raise SpecError(f"what {_named(job.trainer, versions)} compiles is not modelled; leave --compile out")
     if job.padded and not profile.padded:
         raise SpecError(f"{_named(job.trainer, versions)} joins texts and cuts them; leave --padded out")
 

@@ -126,6 +126,7 @@ def test_trls_loss_is_priced_unless_another_is_asked_for() -> None:
             "knows no optimizer adamw-loop; give --optimizer adamw-f",
         ),
         ({"trainer": "hf", "padded": True}, "joins texts and cuts them; leave --padded out"),
+        ({"trainer": "trl", "compile": True}, r"what trl \(trl [\d.]+\) compiles is not modelled; leave --compile out"),
         ({"loss": "tiled"}, "advisor knows no loss tiled; give --loss full"),
         ({"trainer": "axolotl"}, "DDP cannot train Qwen2.5-0.5B: axolotl .* holds whole weights in bf16"),
         ({"trainer": "torchtitan", "strategy": "zero3"}, "torchtitan .* does not run it; it runs ddp, fsdp"),
