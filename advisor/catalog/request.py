@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, cast, get_args
 
 from advisor.catalog.calibrations import calibration_of, find_calibration
 from advisor.catalog.clusters import ClusterProfile, find_cluster
@@ -12,11 +12,12 @@ from advisor.catalog.detect import Detected, detect
 from advisor.catalog.gpus import find_gpu
 from advisor.catalog.links import find_link
 from advisor.catalog.models import FoundConfiguration, find_model
+from advisor.catalog.trainers import differences, profile_of, refuse_job, versions_of
 from advisor.catalog.training import TrainingWords, training_of
 from advisor.errors import SpecError
 from advisor.specs.calibration import Calibration
 from advisor.specs.hardware import Cluster, Gpu, Link, Topology
-from advisor.specs.job import Job
+from advisor.specs.job import Job, Trainer
 from advisor.specs.model import ModelSpec
 from advisor.specs.question import Input, Origin, Question
 
@@ -46,6 +47,7 @@ class JobWords(TrainingWords, total=False):
     loss: str
     compile: bool
     padded: bool
+    trainer: str
     margin: float | str
     calibration: str | None
     """A name or a file; by default what was measured on this machine's GPU, if that is the one that is meant."""
@@ -131,11 +133,13 @@ def resolve(model: str, *, describe: Describe = by_formulas, **words: Unpack[Wor
         Input("calibration", calibration.name, calibration_origin),
     ]
     if job.loss != "full":
-        inputs.insert(-1, Input("loss", job.loss, "given"))
+        inputs.insert(-1, Input("loss", job.loss, "given" if "loss" in words else "assumed"))
     if job.compile:
         inputs.insert(-1, Input("compile", True, "given"))
     if job.padded:
         inputs.insert(-1, Input("padded", True, "given"))
+    if job.trainer != "advisor":
+        inputs.insert(-1, Input("trainer", job.trainer, "given"))
     training, training_inputs = training_of(cast(TrainingWords, words), job, gpu)
     inputs[-1:-1] = training_inputs
     return Question(
@@ -298,17 +302,23 @@ def _job(words: Words, gpu: Gpu) -> Job:
     precision = words.get("precision") or usual
     if precision == "bf16" and not gpu.has_bf16:
         raise SpecError(f"{gpu.name} has no bf16; use --precision fp16")
-    return Job(
+    trainer = words.get("trainer", "advisor")
+    if trainer not in get_args(Trainer):
+        raise SpecError(f"--trainer must be one of {', '.join(get_args(Trainer))}, got {trainer!r}")
+    job = Job(
         sequence_length=words.get("seq_len", 2048),
         global_batch=words.get("global_batch", 64),
         precision=precision,  # type: ignore[arg-type]
         parameter_format=words.get("param_dtype", "fp32"),  # type: ignore[arg-type]
         optimizer=words.get("optimizer", "adamw-fused"),  # type: ignore[arg-type]
         attention=words.get("attention", "sdpa"),  # type: ignore[arg-type]
-        loss=words.get("loss", "full"),  # type: ignore[arg-type]
+        loss=words.get("loss") or profile_of(trainer, versions_of(trainer)[0]).losses[0],  # type: ignore[arg-type]
         compile=words.get("compile", False),
         padded=words.get("padded", False),
+        trainer=trainer,  # type: ignore[arg-type]
     )
+    refuse_job(job)
+    return job
 
 
 def _margin(margin: float | str) -> float | None:
@@ -333,4 +343,4 @@ def _warnings(note: str | None, model: ModelSpec, job: Job) -> list[str]:
             f"sequence length {job.sequence_length} is beyond the {model.maximum_positions} positions that "
             f"{model.name} was made for"
         )
-    return warnings
+    return [*warnings, *differences(job)]

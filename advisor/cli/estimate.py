@@ -117,21 +117,13 @@ plan_options = options(
 )
 
 parallel_options = options(
-    option(
-        "The plan",
-        "--trainer",
-        type=click.Choice(["advisor", "megatron"]),
-        default="advisor",
-        show_default=True,
-        help="Whose code runs: advisor's own script with a --strategy, or Megatron-LM with the flags below.",
-    ),
     option("The plan", "--tp", type=int, default=1, show_default=True, help="GPUs that cut each layer (tensor)."),
     option("The plan", "--sequence-parallel", is_flag=True, help="With --tp: cut what these would hold alike, too."),
     option("The plan", "--pp", type=int, default=1, show_default=True, help="Stages of layers (pipeline)."),
     option("The plan", "--vpp", type=int, default=1, show_default=True, help="Runs of layers a stage (interleaved)."),
     option("The plan", "--cp", type=int, default=1, show_default=True, help="GPUs that cut a sequence (context)."),
 )
-"""Megatron's ways to cut a model."""
+"""Ways to cut a model, of ``--trainer megatron``."""
 
 rank_option = option("The plan", "--rank", type=int, help="Whose memory to show.  [default: the fullest rank's]")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from advisor.cli.answer import note, notes, print_answer, traced_first
-from advisor.cli.estimate import plan_options
+from advisor.cli.estimate import parallel_options, plan_options
 from advisor.cli.options import SectionCommand, given, option, question_options, trace_options
 from advisor.launch.targets import TARGETS, Target
 
@@ -26,13 +26,12 @@ _LAUNCH = "The launch"
 @question_options
 @trace_options
 @plan_options
+@parallel_options
 @option(
     _LAUNCH,
     "--target",
     type=click.Choice(list(TARGETS)),
-    default="accelerate",
-    show_default=True,
-    help="The launcher, or the scheduler that starts it.",
+    help="The launcher, or the scheduler that starts it.  [default: accelerate, or what starts the trainer]",
 )
 @option(_LAUNCH, "--out", metavar="FOLDER", type=click.Path(path_type=Path), help="Write the files there.")
 @option(_LAUNCH, "--force", is_flag=True, help="Let --out overwrite files that hold something else.")
@@ -44,7 +43,7 @@ def launch(
     context: click.Context,
     /,
     *,
-    target: Target,
+    target: Target | None,
     out: Path | None,
     force: bool,
     run: bool,
@@ -55,13 +54,16 @@ def launch(
     """Show, write or start the files that train by one plan.
 
     Without --out nothing is written. With --run, what the run measured is printed beside the prediction at its end.
-    Words after -- are arguments of train.py, with paths as seen from the folder of the files.
+    Words after -- are arguments of the training program, with paths as seen from the folder of the files. Where they
+    begin with a script, it is started in place of train.py, by the plan's launcher and configuration.
 
     \b
     Examples:
       advisor launch --model Qwen2.5-1.5B --gpus 4 --strategy zero2
       advisor launch --model gpt2 --gpus 2 --strategy fsdp --target torchrun
       advisor launch --model gpt2 --strategy ddp --out run --run -- --steps=20
+      advisor launch --model gpt2 --gpus 2 --strategy zero2 --trainer trl
+      advisor launch --model gpt2 --gpus 2 --strategy fsdp -- my_script.py --flag
     """
     from advisor.cost.estimate import estimate as price
     from advisor.launch.files import launch_of, write
@@ -72,7 +74,7 @@ def launch(
     started = launch_of(answer, target, arguments)
     if out:
         write(started, out, force)
-    notes(answer.warnings)
+    notes((*answer.warnings, *started.notes))
     print_answer(
         "json" if as_json else "table",
         whole=lambda: _whole(answer, started),
@@ -90,8 +92,10 @@ def _refuse_what_cannot_be_meant(out: Path | None, run: bool, as_json: bool, arg
         raise click.UsageError("--run starts what lies in a folder; give --out FOLDER too")
     if run and as_json:
         raise click.UsageError("--run prints what the training prints; leave --json out")
-    if arguments and not arguments[0].startswith("--"):
-        raise click.UsageError(f"{arguments[0]!r} is no argument of train.py; those follow --, such as -- --steps=20")
+    if arguments and not (arguments[0].startswith("-") or arguments[0].endswith(".py") or "=" in arguments[0]):
+        raise click.UsageError(
+            f"{arguments[0]!r} is no argument and no script; arguments of train.py follow --, such as -- --steps=20"
+        )
     if run and any(word.partition("=")[0] == "--log" for word in arguments):
         raise click.UsageError("--run keeps the log itself, in log.jsonl; leave --log out")
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args
 import click
 from click.shell_completion import CompletionItem
 
-from advisor.specs.job import AttentionKernel, LossKernel, Optimizer, ParameterFormat, Precision
+from advisor.specs.job import AttentionKernel, LossKernel, Optimizer, ParameterFormat, Precision, Trainer
 
 _DEFAULT = click.core.ParameterSource.DEFAULT
 
@@ -214,9 +214,15 @@ _machine_and_method = options(
         _HOW,
         "--loss",
         type=click.Choice(get_args(LossKernel)),
-        default="full",
+        help="How the cross entropy over the vocabulary is computed.  [default: full, or what the trainer does]",
+    ),
+    option(
+        _HOW,
+        "--trainer",
+        type=click.Choice(get_args(Trainer)),
+        default="advisor",
         show_default=True,
-        help="How the cross entropy over the vocabulary is computed.",
+        help="Whose program trains, and so whose files are written.",
     ),
     option(
         _HOW,

@@ -72,7 +72,7 @@ def recommend(
         answer = _answer(given(context, question))
     launch = launch_of(answer.best) if answer.best else None
     written = write(launch, out, force) if launch and out else ()
-    notes(answer.warnings)
+    notes((*answer.warnings, *(launch.notes if launch else ())))
     print_answer(
         form,
         whole=lambda: _whole(answer, launch),

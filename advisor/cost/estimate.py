@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
 from advisor.catalog.request import Describe, Words, by_formulas, with_nvme
+from advisor.catalog.trainers import refusal_of_plan, refusal_of_strategy, usual_fsdp_version
 from advisor.cost.memory import memory, short_by
 from advisor.cost.money import beyond_limits, training_cost
 from advisor.cost.question import ask, program
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 GIB = 2**30
-TRAINERS = ("advisor", "megatron")
 OWN = tuple(each.value for each in OWN_STRATEGIES)
 
 
@@ -64,9 +64,8 @@ class PlanWords(Words, total=False):
     fsdp_version: int
     shard_ranks: int | None
     """GPUs that HSDP cuts states over; None for those of a machine."""
-    trainer: str
-    """Whose code runs: ``advisor``, or ``megatron``, which the words up to ``sequence_parallel`` are for."""
     tp: int
+    """Of trainer ``megatron``, as are those up to ``sequence_parallel``."""
     pp: int
     vpp: int
     """Virtual stages of each pipeline stage."""
@@ -104,7 +103,7 @@ def plan_of(
         trust_remote_code=words.pop("trust_remote_code", False),
     )
     config = words.pop("config", None)
-    if _trainer(words) == "megatron":
+    if _is_for_megatron(words):
         if config is not None or strategy is not None:
             raise SpecError("--trainer megatron has a plan of its own; leave --strategy and --config out")
         return _megatron_plan(model, words, ask_about)
@@ -115,7 +114,7 @@ def plan_of(
     question = ask_about(model, **_asked(words))
     micro_batch, steps = words.get("micro_batch", 1), words.get("grad_accum")
     kind = _own_strategy("--strategy", strategy)
-    if reason := unsupported(question.model, kind):
+    if reason := unsupported(question.model, question.job, kind):
         raise SpecError(f"{kind.title} cannot train {question.model.name}: {reason}")
     offload = _member(Offload, "--offload", words.get("offload", "none"))
     to, nvme = _offload_to(words.get("offload_to", "cpu")), words.get("nvme")
@@ -132,7 +131,7 @@ def plan_of(
         offload_settings=_offload_settings(question.model, question.cluster.gpus, nvme),
         zero=zero_settings(kind, words.get("bucket_size"), _gradient_format(words.get("grad_accum_dtype"))),
         fsdp=FsdpSettings(
-            version=words.get("fsdp_version", 2),
+            version=words.get("fsdp_version") or usual_fsdp_version(question.job),
             shard_ranks=_shard_ranks(kind, words.get("shard_ranks"), question.cluster),
         ),
     )
@@ -144,15 +143,13 @@ def _asked(words: Mapping[str, Any]) -> Words:
     return cast(Words, {name: value for name, value in words.items() if name not in own})
 
 
-def _trainer(words: PlanWords) -> str:
+def _is_for_megatron(words: PlanWords) -> bool:
     trainer = words.get("trainer", "advisor")
-    if trainer not in TRAINERS:
-        raise SpecError(f"--trainer must be one of {', '.join(TRAINERS)}, got {trainer!r}")
     cuts = [name for name in ("tp", "pp", "vpp", "cp") if words.get(name, 1) != 1]
-    if trainer == "advisor" and (cuts or words.get("sequence_parallel")):
+    if trainer != "megatron" and (cuts or words.get("sequence_parallel")):
         flags = ", ".join(f"--{name}" for name in cuts or ("sequence-parallel",))
-        raise SpecError(f"{flags}: what advisor's own trainer runs is data parallel alone; give --trainer megatron")
-    return trainer
+        raise SpecError(f"{flags}: what trainer {trainer} runs is data parallel alone; give --trainer megatron")
+    return trainer == "megatron"
 
 
 def _own_strategy(flag: str, value: str) -> Strategy:
@@ -205,7 +202,7 @@ def _plan_from_config(
     if "strategy" not in found:
         raise SpecError(f"{config} does not say the strategy; give --strategy")
     kind = _own_strategy("the strategy", str(found["strategy"].value))
-    if reason := unsupported(question.model, kind):
+    if reason := unsupported(question.model, question.job, kind):
         raise SpecError(f"{kind.title} cannot train {question.model.name}: {reason}")
 
     def chosen(name: str, usual: Any) -> Any:
@@ -281,11 +278,11 @@ def _offload_settings(model: ModelSpec, gpus: int, nvme: float | str | None) -> 
     return replace(usual, parameter_buffer=size, parameter_buffers=count)
 
 
-def unsupported(model: ModelSpec, strategy: Strategy) -> str | None:
-    """Why the frameworks' code cannot run *model* by *strategy*, or None."""
+def unsupported(model: ModelSpec, job: Job, strategy: Strategy) -> str | None:
+    """Why the frameworks' code, or the job's trainer, cannot run *model* by *strategy*, or None."""
     if strategy.is_fsdp and model.objective != "causal":
         return "accelerate 1.15 cannot shard the parameters that encoder models tie across groups"
-    return None
+    return refusal_of_strategy(job, strategy)
 
 
 def _accumulation(question: Question, micro_batch: int, cut: int = 1) -> int:
@@ -315,7 +312,12 @@ def _choices(kind: type[Enum]) -> str:
 
 
 def price(question: Question, plan: Plan, rank: int | None = None) -> Estimate:
-    """All readings of a single plan, for *rank* or the rank that holds most."""
+    """All readings of a single plan, for *rank* or the rank that holds most.
+
+    Raises SpecError for a plan that the job's trainer does not run.
+    """
+    if reason := refusal_of_plan(question.job, plan):
+        raise SpecError(reason)
     step = program(question, plan, rank)
     held = memory(step, plan, question.cluster, question.calibration, fullest=rank is None, squeezed=True)
     return priced(question, plan, step, held)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 from advisor.launch.deepspeed import deepspeed_json
 from advisor.launch.run_script import ALLOCATOR_SETTING, run_script
-from advisor.launch.training import Launch, LaunchFile, Training, training_program
+from advisor.launch.training import Launch, LaunchFile, Training
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
@@ -57,29 +57,57 @@ that FSDP does not shard (the routers' score correction)."""
 
 def launch(training: Training) -> Launch:
     """``accelerate launch`` with its YAML; by way of run.sh where it has to ask the machine."""
-    model, job, plan, cluster = training.model, training.job, training.plan, training.cluster
-    files = [LaunchFile("accelerate.yaml", partial(accelerate_yaml, model, job, plan, cluster, training.comments))]
-    if plan.strategy.zero_stage is not None:
-        files.append(LaunchFile("ds_config.json", partial(deepspeed_json, job, plan)))
-    files += [training_program(), LaunchFile("run.sh", partial(_run_script, training))]
+    plan, cluster = training.plan, training.cluster
+    files = [file for each in _written_for(training) for file in _configuration(training, each)]
+    files += [*training.program.files, LaunchFile("run.sh", partial(_run_script, training))]
     # run.sh asks each machine for what only that machine knows: its rank, and its cores for an optimizer on the CPU.
     if cluster.nodes > 1 or plan.offload.optimizer:
         return Launch(("bash", "run.sh"), {}, tuple(files))
-    command = ("accelerate", "launch", "--config_file", "accelerate.yaml", "train.py", *training.arguments)
-    return Launch(command, dict([ALLOCATOR_SETTING]), tuple(files))
+    return Launch(_command(training), dict([ALLOCATOR_SETTING]), tuple(files))
+
+
+def _written_for(training: Training) -> tuple[Plan, ...]:
+    """The plan, and those that the program wants a configuration for besides."""
+    others = (each for each in training.program.alternatives if each.strategy is not training.plan.strategy)
+    return (training.plan, *others)
+
+
+def _configuration(training: Training, plan: Plan) -> Iterator[LaunchFile]:
+    yaml, json = _names(training, plan)
+    model, job, cluster = training.model, training.job, training.cluster
+    yield LaunchFile(yaml, partial(accelerate_yaml, model, job, plan, cluster, training.comments, json))
+    if plan.strategy.zero_stage is not None:
+        yield LaunchFile(json, partial(deepspeed_json, job, plan))
+
+
+def _names(training: Training, plan: Plan) -> tuple[str, str]:
+    """Of accelerate's YAML and DeepSpeed's JSON."""
+    if training.program.alternatives:
+        return f"{plan.strategy.value}.yaml", f"{plan.strategy.value}.json"
+    return "accelerate.yaml", "ds_config.json"
+
+
+def _command(training: Training) -> tuple[str, ...]:
+    """What to type on one machine: the program's own command, where that is one around accelerate."""
+    program, own = training.program, training.program.own_command
+    yaml, _ = _names(training, training.plan)
+    if own and own.launcher == "accelerate":
+        return (*own.words, *map(str, program.arguments), *own.before_options, own.config_flag, yaml)
+    return ("accelerate", "launch", "--config_file", yaml, *program.module_flag, *map(str, program.words))
 
 
 def _run_script(training: Training) -> str:
-    words = ['--config_file "$here/accelerate.yaml"']
+    yaml, json = _names(training, training.plan)
+    words = [f'--config_file "$here/{yaml}"']
     if training.plan.strategy.zero_stage is not None:
-        words.append('--deepspeed_config_file "$here/ds_config.json"')
+        words.append(f'--deepspeed_config_file "$here/{json}"')
     if training.cluster.nodes > 1:
         words += [
             '--machine_rank "$NODE_RANK"',
             '--main_process_ip "$MAIN_ADDRESS"',
             '--main_process_port "$MAIN_PORT"',
         ]
-    return run_script(training, "accelerate launch", words)
+    return run_script(training, "accelerate launch", [*words, *training.program.module_flag])
 
 
 def accelerate_environment(model: ModelSpec, job: Job, plan: Plan) -> dict[str, str]:
@@ -94,7 +122,7 @@ def accelerate_environment(model: ModelSpec, job: Job, plan: Plan) -> dict[str, 
             "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds_config.json",
             "ACCELERATE_DEEPSPEED_ZERO3_INIT": _word(plan.strategy is Strategy.ZERO3),
         }
-    environment = {"ACCELERATE_MIXED_PRECISION": _mixed_precision(job)}
+    environment = {"ACCELERATE_MIXED_PRECISION": mixed_precision(job)}
     if plan.strategy.is_fsdp:
         environment["ACCELERATE_USE_FSDP"] = "true"
         for key, value in _fsdp(model, plan).items():
@@ -109,8 +137,13 @@ def _word(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def accelerate_yaml(model: ModelSpec, job: Job, plan: Plan, cluster: Cluster, comments: Sequence[str]) -> str:
-    """The text of ``accelerate.yaml``. Keys: accelerate 1.15, commands/config/config_args.py and commands/launch.py."""
+def accelerate_yaml(
+    model: ModelSpec, job: Job, plan: Plan, cluster: Cluster, comments: Sequence[str], json: str = "ds_config.json"
+) -> str:
+    """The text of ``accelerate.yaml``, with DeepSpeed's settings in the file *json* beside it.
+
+    Keys: accelerate 1.15, commands/config/config_args.py and commands/launch.py.
+    """
     import yaml
 
     settings: dict[str, Any] = {
@@ -127,9 +160,9 @@ def accelerate_yaml(model: ModelSpec, job: Job, plan: Plan, cluster: Cluster, co
         comments = [*comments, "run.sh passes machine_rank and the address of machine 0 on each machine."]
     if plan.strategy.zero_stage is not None:
         # mixed_precision must not stand beside a DeepSpeed JSON: accelerate refuses the pair.
-        settings["deepspeed_config"] = _deepspeed(plan, cluster)
+        settings["deepspeed_config"] = _deepspeed(plan, cluster, json)
     else:
-        settings["mixed_precision"] = _mixed_precision(job)
+        settings["mixed_precision"] = mixed_precision(job)
     if plan.strategy.is_fsdp:
         settings["fsdp_config"] = _fsdp(model, plan)
     if plan.strategy is Strategy.HSDP:
@@ -146,14 +179,14 @@ def _distributed_type(plan: Plan) -> str:
     return "MULTI_GPU" if int(plan.gpus) > 1 else "NO"
 
 
-def _mixed_precision(job: Job) -> str:
+def mixed_precision(job: Job) -> str:
     """Autocast over fp32 weights; nothing to mix where weights and matrix products share a format."""
     return "no" if job.precision == job.parameter_format else job.precision
 
 
-def _deepspeed(plan: Plan, cluster: Cluster) -> dict[str, Any]:
+def _deepspeed(plan: Plan, cluster: Cluster, json: str) -> dict[str, Any]:
     settings: dict[str, Any] = {
-        "deepspeed_config_file": "ds_config.json",
+        "deepspeed_config_file": json,
         # Split the weights while the model is built, so that no process ever holds all of them.
         "zero3_init_flag": plan.strategy is Strategy.ZERO3,
     }

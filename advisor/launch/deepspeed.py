@@ -13,7 +13,7 @@ GRADIENT_CLIPPING = 1.0
 
 # DeepSpeed builds its CPU optimizer from the JSON alone. train.py sets the learning rate of every step anew; the rest
 # are the defaults that train.py and torch.optim.AdamW share.
-_CPU_ADAMW = {"type": "AdamW", "params": {"lr": 2e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}}
+ADAMW: dict[str, Any] = {"lr": 2e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
 
 # Dynamic loss scaling with the values of deepspeed 0.19.8, runtime/precision_config.py.
 _LOSS_SCALING = {
@@ -43,7 +43,7 @@ def deepspeed_json(job: Job, plan: Plan) -> str:
         "zero_optimization": _zero_optimization(plan),
     }
     if plan.offload.optimizer:
-        settings["optimizer"] = _CPU_ADAMW
+        settings["optimizer"] = {"type": "AdamW", "params": ADAMW}
     if plan.swaps:
         settings["aio"] = _aio(plan.offload_settings)
     return json.dumps(settings, indent=2) + "\n"

@@ -8,7 +8,7 @@ from advisor.errors import SpecError
 from advisor.launch.deepspeed import deepspeed_json
 from advisor.launch.run_script import run_script
 from advisor.launch.torchrun import exports
-from advisor.launch.training import Launch, LaunchFile, Training, training_program
+from advisor.launch.training import Launch, LaunchFile, Training
 
 
 def launch(training: Training) -> Launch:
@@ -22,7 +22,7 @@ def launch(training: Training) -> Launch:
     files = [LaunchFile("ds_config.json", partial(deepspeed_json, training.job, plan))]
     if nodes > 1:
         files.append(LaunchFile("hostfile", partial(_hostfile, nodes, training.cluster.gpus_per_node)))
-    files += [training_program(), LaunchFile("run.sh", partial(_run_script, training))]
+    files += [*training.program.files, LaunchFile("run.sh", partial(_run_script, training))]
     return Launch(("bash", "run.sh"), {}, tuple(files))
 
 
@@ -38,7 +38,7 @@ def _run_script(training: Training) -> str:
     another shell with no more than double quotes around them (launcher/multinode_runner.py ``parse_user_args``).
     """
     if training.cluster.nodes == 1:
-        words = ["--no_local_rank", '"${gpus[@]}"']
+        words = ["--no_local_rank", '"${gpus[@]}"', *training.program.module_flag]
         return run_script(training, "deepspeed", words, f"{_gpus(training.cluster.gpus)}\n{exports(training)}")
     words = [
         "--no_local_rank",
@@ -47,6 +47,7 @@ def _run_script(training: Training) -> str:
         '--node_rank="$NODE_RANK"',
         '--master_addr="$MAIN_ADDRESS"',
         '--master_port="$MAIN_PORT"',
+        *training.program.module_flag,
     ]
     return run_script(training, "deepspeed", words, exports(training))
 

@@ -6,16 +6,19 @@ import os
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from advisor.catalog.trainers import profile_of, refusal_of_plan, versions_of
 from advisor.cost.estimate import plan_of
 from advisor.errors import SpecError, WriteError
 from advisor.launch.accelerate import FSDP_REFUSES
-from advisor.launch.run_script import attention_kernel, holds_no_weights, train_arguments
 from advisor.launch.targets import TARGETS, Target
-from advisor.launch.training import Launch, LaunchFile, Training
+from advisor.launch.trainers.programs import program_of
+from advisor.launch.trainers.words import attention_kernel, holds_no_weights
+from advisor.launch.training import Launch, LaunchFile, Task, Training
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
@@ -33,11 +36,11 @@ __all__ = ["Launch", "LaunchFile", "launch_files", "launch_of", "render", "write
 
 
 def launch_files(
-    model: str, *, strategy: str | None = None, target: Target = "accelerate", **words: Unpack[PlanWords]
+    model: str, *, strategy: str | None = None, target: Target | None = None, **words: Unpack[PlanWords]
 ) -> Launch:
     """The files and the command that train *model* by the plan that the words of :func:`advisor.estimate` describe.
 
-    *target* is what starts it.
+    *target* is what starts it, by default what starts the job's trainer usually.
     """
     question, plan = plan_of(model, strategy=strategy, **words)
     return render(
@@ -51,7 +54,7 @@ def launch_files(
     )
 
 
-def launch_of(estimate: Estimate, target: Target = "accelerate", more_arguments: Sequence[str] = ()) -> Launch:
+def launch_of(estimate: Estimate, target: Target | None = None, more_arguments: Sequence[str] = ()) -> Launch:
     """The files and the command by which *target* trains what was priced."""
     return render(
         estimate.model,
@@ -73,7 +76,7 @@ def render(
     *,
     weights_from: str | None = None,
     inputs: Sequence[Input] = (),
-    target: Target = "accelerate",
+    target: Target | None = None,
     more_arguments: Sequence[str] = (),
 ) -> Launch:
     """The files and the command by which *target* trains *model* by *plan*.
@@ -82,33 +85,34 @@ def render(
     starts from random ones; by default the model's name. The assumed ones of *inputs* are named in the files' headers.
     train.py is given *more_arguments* after the plan's own. Raises SpecError where *target* does not start such a plan.
     """
-    if target not in TARGETS:
+    if target is not None and target not in TARGETS:
         raise SpecError(f"the target must be one of {', '.join(TARGETS)}, got {target!r}")
     weights_from = model.name if weights_from is None else weights_from
     _refuse_what_cannot_start(model, job, plan, cluster)
     _refuse_what_no_command_line_holds("model", weights_from, "rename its folder")
     for argument in more_arguments:
         _refuse_what_no_command_line_holds("argument", argument, "leave it out")
-    training = Training(
-        model=model,
-        job=job,
-        plan=plan,
-        cluster=cluster,
-        arguments=(*train_arguments(model, job, plan, weights_from), *more_arguments),
-        comments=_comments(model, job, plan, cluster, weights_from, inputs),
-    )
-    launch = import_module(f"advisor.launch.{TARGETS[target]}").launch(training)
+    versions, _ = versions_of(job.trainer)
+    comments = _comments(model, job, plan, cluster, weights_from, inputs)
+    task = Task(model, job, plan, cluster, weights_from, comments)
+    program = program_of(task, versions, more_arguments)
+    target = target or ("torchrun" if profile_of(job.trainer, versions).launcher == "torchrun" else "accelerate")
+    if program.own_parallelism and target in ("accelerate", "deepspeed"):
+        raise SpecError(f"{job.trainer} spreads the model itself; take the target torchrun or slurm, not {target}")
+    launch = import_module(f"advisor.launch.{TARGETS[target]}").launch(Training(task, program))
     assert isinstance(launch, Launch)
-    return launch
+    return replace(launch, notes=program.notes)
 
 
 def _refuse_what_cannot_start(model: ModelSpec, job: Job, plan: Plan, cluster: Cluster) -> None:
-    if plan.strategy is Strategy.MEGATRON:
-        raise SpecError(f"{plan.title} is not run by the script that advisor writes; take another strategy")
+    if plan.strategy is Strategy.MEGATRON and job.trainer != "megatron":
+        raise SpecError(f"{plan.title} is not run by the script that advisor writes; give --trainer megatron")
     if int(plan.gpus) != cluster.gpus:
         raise SpecError(f"the plan uses {plan.gpus} GPUs, but the cluster has {cluster.gpus}: plan for all of them")
     if job.precision == "bf16" and not cluster.gpu.has_bf16:
         raise SpecError(f"{cluster.gpu.name} has no bf16, so this job would not start on it; give --precision fp16")
+    if reason := refusal_of_plan(job, plan):
+        raise SpecError(reason)
     if plan.strategy.is_fsdp and model.family in FSDP_REFUSES:
         raise SpecError(
             f"accelerate's FSDP cannot shard {model.family} models with their tied parameters; use ddp or zero2"

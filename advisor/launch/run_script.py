@@ -1,65 +1,29 @@
-"""A plan as the arguments of train.py, and as the shell script that starts it from any folder."""
+"""A plan as the shell script that starts its program from any folder."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 
-from advisor.launch.training import Training
-from advisor.specs.job import Job
-from advisor.specs.model import ModelSpec
-from advisor.specs.plan import Plan
+from advisor.launch.training import Training, shell_word
 
 ALLOCATOR_SETTING = ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 """By the name that every torch from 2.6 to 2.13 obeys: 2.9 ignores it under its newer name, PYTORCH_ALLOC_CONF, without
 a word (pytorch issue 183387)."""
 
 
-def train_arguments(model: ModelSpec, job: Job, plan: Plan, weights_from: str) -> tuple[str, ...]:
-    """What train.py is given, each argument as one word, so that no value can be taken for a flag."""
-    built_in = job.precision if plan.strategy.zero_stage is not None else job.parameter_format
-    flags = {
-        "model": weights_from,
-        "objective": model.objective,
-        # DeepSpeed keeps fp32 masters beside weights in the format that it computes in; DDP and FSDP hold the trained
-        # weights themselves.
-        "weights": built_in,
-        "attention": attention_kernel(model, job),
-        **({"loss": job.loss} if job.loss != "full" else {}),
-        "checkpointing": plan.checkpointing.value,
-        "sequence-length": job.sequence_length,
-        "micro-batch": int(plan.micro_batch),
-        "accumulation-steps": int(plan.accumulation_steps),
-        "optimizer": job.optimizer,
-    }
-    arguments = tuple(f"--{name}={value}" for name, value in flags.items())
-    switches = {"--compile": job.compile, "--padded": job.padded, "--random-weights": holds_no_weights(weights_from)}
-    return (*arguments, *(name for name, on in switches.items() if on))
-
-
-def attention_kernel(model: ModelSpec, job: Job) -> str:
-    """The job's kernel, or eager for a model whose attention transformers computes no other way."""
-    return "eager" if model.eager_only else job.attention
-
-
-def holds_no_weights(weights_from: str) -> bool:
-    """Whether the model is given as a bare config.json."""
-    return weights_from.endswith(".json")
-
-
 def run_script(training: Training, launcher: str, words: Sequence[str], settings: str = "") -> str:
-    """The text of ``run.sh``, which starts train.py by *launcher* with *words* before it, after *settings*, in bash.
+    """The text of ``run.sh``, which starts the program by *launcher* with *words* before it, after *settings*, in bash.
 
     Paths that its user adds stay relative to the user's folder: it never changes folder.
     """
-    nodes, plan = training.cluster.nodes, training.plan
-    usage = ["Usage: bash run.sh [more arguments of train.py, such as --dataset=FILE --steps=1000 --output=FOLDER]"]
+    nodes, plan, program = training.cluster.nodes, training.plan, training.program
+    usage = [f"Usage: bash run.sh [{program.usage}]"]
     if nodes > 1:
         usage.append("On each machine, set NODE_RANK to its number, from 0, and MAIN_ADDRESS to the host of machine 0.")
-    started = [*words, '"$here/train.py"', *map(shlex.quote, training.arguments), '"$@"']
+    started = [*words, *map(shell_word, program.words), '"$@"']
     parts = [
         "#!/usr/bin/env bash\n" + header((*training.comments, *usage)),
-        _preamble(launcher.split()[0]),
+        _preamble(launcher.split()[0], program.install),
         _several_machines(nodes) if nodes > 1 else "",
         _ALLOCATOR,
         _cpu_threads(training.cluster.gpus_per_node) if plan.offload.optimizer else "",
@@ -74,12 +38,12 @@ def header(lines: Sequence[str]) -> str:
     return "".join(f"# {line}\n" for line in lines)
 
 
-def _preamble(program: str) -> str:
+def _preamble(program: str, install: str) -> str:
     return f"""\
 set -euo pipefail
 here="$(cd -- "$(dirname -- "${{BASH_SOURCE[0]}}")" && pwd)"
 command -v {program} > /dev/null || {{
-  echo "run.sh: {program} is not installed; pip install torch transformers accelerate deepspeed" >&2
+  echo "run.sh: {program} is not installed; pip install {install}" >&2
   exit 1
 }}
 """

@@ -7,16 +7,20 @@ from functools import partial
 
 from advisor.launch.accelerate import accelerate_environment
 from advisor.launch.deepspeed import deepspeed_json
-from advisor.launch.run_script import run_script
-from advisor.launch.training import Launch, LaunchFile, Training, training_program
+from advisor.launch.run_script import ALLOCATOR_SETTING, run_script
+from advisor.launch.training import Launch, LaunchFile, Training
 
 
 def launch(training: Training) -> Launch:
     """``torchrun``, by way of run.sh, which sets what accelerate's launcher would."""
-    files = [training_program(), LaunchFile("run.sh", partial(_run_script, training))]
-    if training.plan.strategy.zero_stage is not None:
-        files.insert(0, LaunchFile("ds_config.json", partial(deepspeed_json, training.job, training.plan)))
-    return Launch(("bash", "run.sh"), {}, tuple(files))
+    plan, program, own = training.plan, training.program, training.program.own_command
+    files = [*program.files, LaunchFile("run.sh", partial(_run_script, training))]
+    if plan.strategy.zero_stage is not None and not program.own_parallelism:
+        files.insert(0, LaunchFile("ds_config.json", partial(deepspeed_json, training.job, plan)))
+    if own is None or own.launcher != "torchrun" or training.cluster.nodes > 1 or plan.offload.optimizer:
+        return Launch(("bash", "run.sh"), {}, tuple(files))
+    environment = dict([ALLOCATOR_SETTING, *own.environment]) | _environment(training)
+    return Launch((*own.words, *map(str, program.arguments)), environment, tuple(files))
 
 
 def _run_script(training: Training) -> str:
@@ -36,14 +40,21 @@ def _run_script(training: Training) -> str:
             '--rdzv-conf="is_host=$(( NODE_RANK == 0 ))"',
         ]
     # Else torchrun takes arguments of train.py that begin like two of its own options for a mistake: --log does.
-    words.append("--")
+    words += [*training.program.module_flag, "--"]
     return run_script(training, "torchrun", words, exports(training))
 
 
 def exports(training: Training) -> str:
     """What accelerate's launcher would set, as lines of run.sh, which knows its folder as ``$here``."""
-    settings = accelerate_environment(training.model, training.job, training.plan)
+    settings = _environment(training)
     words = {name: shlex.quote(value) for name, value in settings.items()}
-    if training.plan.strategy.zero_stage is not None:
+    if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in words:
         words["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = '"$here/ds_config.json"'
     return "".join(f"export {name}={word}\n" for name, word in words.items())
+
+
+def _environment(training: Training) -> dict[str, str]:
+    """accelerate's settings; none for a program that spreads the model itself."""
+    if training.program.own_parallelism:
+        return {}
+    return accelerate_environment(training.model, training.job, training.plan)

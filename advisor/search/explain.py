@@ -318,7 +318,7 @@ def _leanest(question: Question, strategy: Strategy, offload: Offload, gpus: Cou
         checkpointing=Checkpointing.FULL,
         offload=offload,
         zero=zero_settings(strategy),
-        fsdp=fsdp_settings(strategy, question.cluster),
+        fsdp=fsdp_settings(strategy, question),
     )
 
 

@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from advisor.cost.question import ask
+from advisor.errors import SpecError
 from advisor.search.contenders import contenders
 from advisor.search.explain import Leasts, barred, headline, refused
 from advisor.search.pareto import front
@@ -33,13 +34,15 @@ def recommend(
     """The best plan for *model* on a cluster, the best of each strategy, and why each other lost.
 
     Words: ``cluster``, ``gpus``, ``nodes``, ``gpu``, ``link``, ``network``, ``host_memory`` (GiB per machine),
-    ``seq_len``, ``global_batch``, ``precision``, ``param_dtype``, ``optimizer``, ``attention``, ``loss``, ``margin``;
-    of a whole training ``tokens`` or ``samples``, ``epochs``, ``price``, ``max_hours``, ``max_cost``. *objective* says
-    what the best plan has least of; *pareto* asks for all plans that none beats in time and memory. With *trace*,
-    transformers' own code on tensors without memory stands in for formulas, which takes any causal language model and
-    the extra ``run``; *trust_remote_code* lets that code come from the model's repository. Raises
+    ``seq_len``, ``global_batch``, ``precision``, ``param_dtype``, ``optimizer``, ``attention``, ``loss``, ``trainer``,
+    ``margin``; of a whole training ``tokens`` or ``samples``, ``epochs``, ``price``, ``max_hours``, ``max_cost``.
+    *objective* says what the best plan has least of; *pareto* asks for all plans that none beats in time and memory.
+    With *trace*, transformers' own code on tensors without memory stands in for formulas, which takes any causal
+    language model and the extra ``run``; *trust_remote_code* lets that code come from the model's repository. Raises
     SpecError or UnknownNameError for words that make no sense, ConfigError for a model that cannot be read.
     """
+    if words.get("trainer") == "megatron":
+        raise SpecError("Megatron's plans are not searched; price one by estimate --trainer megatron --tp N --pp N")
     question = ask(model, trace=trace, trust_remote_code=trust_remote_code, **words)
     return search(question, objective=objective, pareto=pareto)
 

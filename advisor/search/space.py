@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from advisor.catalog.trainers import usual_fsdp_version
 from advisor.cost.estimate import unsupported
 from advisor.errors import SpecError
 from advisor.specs.hardware import Cluster
@@ -38,9 +39,12 @@ def variants(cluster: Cluster) -> tuple[tuple[Strategy, Offload], ...]:
     return tuple(each for each in VARIANTS if differs or each[0] is not Strategy.HSDP)
 
 
-def fsdp_settings(strategy: Strategy, cluster: Cluster) -> FsdpSettings:
-    """Those of a searched plan: HSDP cuts states within a machine."""
-    return FsdpSettings(shard_ranks=cluster.gpus_per_node if strategy is Strategy.HSDP else None)
+def fsdp_settings(strategy: Strategy, question: Question) -> FsdpSettings:
+    """Those of a searched plan: the version that the trainer runs; HSDP cuts states within a machine."""
+    return FsdpSettings(
+        version=usual_fsdp_version(question.job),
+        shard_ranks=question.cluster.gpus_per_node if strategy is Strategy.HSDP else None,
+    )
 
 
 class Barred(NamedTuple):
@@ -68,7 +72,7 @@ def sheets(question: Question) -> Iterator[Plan | Barred]:
                 checkpointing=checkpointing,
                 offload=offload,
                 zero=zero_settings(strategy),
-                fsdp=fsdp_settings(strategy, question.cluster),
+                fsdp=fsdp_settings(strategy, question),
             )
 
 
@@ -95,4 +99,4 @@ def bar(question: Question, strategy: Strategy, offload: Offload) -> str | None:
     gpus = question.cluster.gpus
     if gpus == 1 and strategy is not Strategy.DDP and not offload.optimizer:
         return "one GPU has nobody to share with"
-    return unsupported(question.model, strategy)
+    return unsupported(question.model, question.job, strategy)

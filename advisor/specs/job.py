@@ -11,7 +11,8 @@ Precision = Literal["bf16", "fp16", "fp32"]
 ParameterFormat = Literal["fp32", "bf16"]
 Optimizer = Literal["adamw-fused", "adamw-foreach", "adamw-loop"]
 AttentionKernel = Literal["sdpa", "flash", "eager"]
-LossKernel = Literal["full", "chunked", "fused"]
+LossKernel = Literal["full", "chunked", "fused", "tiled"]
+Trainer = Literal["advisor", "hf", "trl", "open-r1", "llama-factory", "axolotl", "torchtitan", "megatron"]
 
 FORMAT_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes per element of each number format."""
@@ -33,6 +34,8 @@ class Job:
     """Whether ``torch.compile`` fuses what kernels other than products and attention do."""
     padded: bool = False
     """Whether sequences of a batch differ in length and are padded to one, so that attention needs a mask."""
+    trainer: Trainer = "advisor"
+    """Whose program trains; ``advisor`` is launch/train.py."""
 
     def __post_init__(self) -> None:
         for name, value in (("sequence_length", self.sequence_length), ("global_batch", self.global_batch)):
@@ -43,6 +46,7 @@ class Job:
         _one_of("optimizer", self.optimizer, get_args(Optimizer))
         _one_of("attention", self.attention, get_args(AttentionKernel))
         _one_of("loss", self.loss, get_args(LossKernel))
+        _one_of("trainer", self.trainer, get_args(Trainer))
         if self.parameter_format == "bf16" and self.precision != "bf16":
             raise SpecError(
                 f"weights held in bf16 need precision bf16, got {self.precision}; "

@@ -18,6 +18,7 @@ from advisor.specs.model import AnyLayer, Layer, ModelSpec, Parameter
 from advisor.step.layers import close_stack, cross_entropy, decoder_layer, embed, finish, head
 from advisor.step.losses import chunked_loss, fused_loss
 from advisor.step.tape import Event, Tape, Tensor, Weight
+from advisor.step.tiled_loss import tiled_loss
 from advisor.step.weights import Weights, weights_of
 
 STREAM = "residual stream"
@@ -150,6 +151,13 @@ def record_embedding(model: ModelSpec, mode: Mode) -> Recording:
     return Recording(forward, after_forward(tape, last, number))
 
 
+_LOSSES: dict[LossKernel, Callable[[Tape, Tensor, ModelSpec, Weights], Tensor]] = {
+    "chunked": chunked_loss,
+    "fused": fused_loss,
+    "tiled": tiled_loss,
+}
+
+
 class HeadRecording(NamedTuple):
     """Events of the head for one sequence: up to the logits, the loss, and both backwards."""
 
@@ -179,7 +187,7 @@ def record_head(model: ModelSpec, mode: Mode) -> HeadRecording:
     if logits is not None:
         loss = cross_entropy(tape, logits, model)
     else:
-        loss = (chunked_loss if mode.loss == "chunked" else fused_loss)(tape, hidden, model, weights)
+        loss = _LOSSES[mode.loss](tape, hidden, model, weights)
     _check_claimed(weights, "head")
     del logits, hidden
     _forget_copies(uncopied)
@@ -199,9 +207,10 @@ def record_head(model: ModelSpec, mode: Mode) -> HeadRecording:
 def record_inputs(model: ModelSpec, mode: Mode) -> tuple[Event, ...]:
     """Token ids, labels and shifted labels (int64), and the rotary tables that every layer reads.
 
-    Only the fused loss, whose gradients are there when forward ends, drops its shifted labels by then.
+    The fused loss, whose gradients are there when forward ends, drops its shifted labels by then; the tiled one keeps
+    those that it scores itself.
     """
-    length, copies = mode.sequence_length, 2 if mode.loss == "fused" else 3
+    length, copies = mode.sequence_length, 2 if mode.loss in ("fused", "tiled") else 3
     found = [Event("take", "token ids and labels", "activations", copies * INDEX_BYTES * length, True)]
     if mode.padded:
         found.append(Event("take", "padding mask", "activations", INDEX_BYTES * length, True))

@@ -42,6 +42,30 @@ class OtherPieces:
 
 
 @dataclass(frozen=True, slots=True)
+class UpTo:
+    """All tokens, but *most* rows at most."""
+
+    tokens: int
+    """Of one sequence."""
+    most: int
+
+    def of(self, batch: Amount) -> Amount:
+        return np.minimum(self.most, self.tokens * batch)
+
+
+@dataclass(frozen=True, slots=True)
+class Beyond:
+    """One where there are more tokens than *most*, else none."""
+
+    tokens: int
+    """Of one sequence."""
+    most: int
+
+    def of(self, batch: Amount) -> Amount:
+        return np.asarray(self.tokens * batch > self.most).astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True)
 class PowerOfTwo:
     """The power of two that is no less than one of *pieces* equal pieces, or all tokens where they are fewer."""
 

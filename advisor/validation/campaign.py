@@ -120,6 +120,8 @@ def validate(
     too small, SpecError for words that contradict each other or what can be run.
     """
     needs_torch("advisor validate")
+    if words.get("trainer", "advisor") != "advisor":
+        raise SpecError("advisor validate runs the code of its own train.py; leave --trainer out")
     if steps <= WARM_UP_STEPS:
         raise SpecError(f"--steps must be above {WARM_UP_STEPS}, which are the warm-up, got {steps}")
     campaign = planned(

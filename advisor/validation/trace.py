@@ -36,6 +36,7 @@ from advisor.tracing.real_model import (
     recompute_layers,
     settings_of,
 )
+from advisor.tracing.tiled_loss import tile_loss
 from advisor.validation.sharding import FORMATS, Wrapped, counted, ranks_of, wrap
 
 MOST_MICRO_STEPS = 3
@@ -105,11 +106,13 @@ def trace_described(description: Description, job: Job, plan: Plan, *, dropout: 
 
 
 def take_loss(model: Any, job: Job) -> None:
-    """Let *model* compute its loss as *job* says: by the training program's own code, or by Liger's as on a GPU."""
+    """Let *model* compute its loss as *job* says: by the program's own code, or Liger's or TRL's as on a GPU."""
     if job.loss == "chunked":
         chunk_loss(model)
     elif job.loss == "fused":
         fuse_loss(model)
+    elif job.loss == "tiled":
+        tile_loss(model)
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def test_files_of_other_content_stay_without_force(api: Api, run: Run, tmp_path:
     [
         (["--run"], "--run starts what lies in a folder; give --out FOLDER too"),
         (["--run", "--out", "x", "--json"], "leave --json out"),
-        (["20"], "'20' is no argument of train.py; those follow --, such as -- --steps=20"),
+        (["20"], "'20' is no argument and no script; arguments of train.py follow --, such as -- --steps=20"),
         (["--run", "--out", "x", "--", "--log=mine"], "--run keeps the log itself, in log.jsonl; leave --log out"),
     ],
 )

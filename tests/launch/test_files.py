@@ -106,7 +106,7 @@ def test_no_name_ends_a_comment(name: str, value: str) -> None:
         ),
         (
             lambda: render(model(), Job(), plan(Strategy.MEGATRON), cluster()),
-            "Megatron is not run by the script that advisor writes; take another strategy",
+            "Megatron is not run by the script that advisor writes; give --trainer megatron",
         ),
         (
             lambda: render(model(), Job(), plan(), cluster(), weights_from="nul\0"),

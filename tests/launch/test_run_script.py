@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from advisor.launch.files import Launch, render, write
-from advisor.launch.run_script import train_arguments
+from advisor.launch.trainers.advisor import train_arguments
 from advisor.specs.job import Job
 from advisor.specs.plan import OWN_STRATEGIES, Checkpointing, Offload, Plan, Strategy
 from launch.examples import PLANS_OF_EVERY_KIND, cluster, hostile_text, jobs, model, plan

@@ -38,7 +38,7 @@ def every_legal_plan(asked: Question) -> Iterator[Plan]:
                 checkpointing=checkpointing,
                 offload=offload,
                 zero=zero_settings(strategy),
-                fsdp=fsdp_settings(strategy, asked.cluster),
+                fsdp=fsdp_settings(strategy, asked),
             )
 
 

@@ -16,8 +16,9 @@ from advisor.specs.job import LossKernel
 from advisor.specs.model import ModelSpec, Parameter, Run, UndescribedLayer
 from advisor.step.losses import LOSS_TOKENS
 from advisor.step.recording import Mode, record_head
-from advisor.step.rows import OtherPieces, Piece, PowerOfTwo
+from advisor.step.rows import Beyond, OtherPieces, Piece, PowerOfTwo, UpTo
 from advisor.step.tape import Event
+from advisor.step.tiled_loss import TILE_COLUMNS, TILE_TOKENS
 
 WIDTH, VOCABULARY, TOKENS = 64, 10_000, 4096
 
@@ -73,6 +74,26 @@ def test_the_fused_loss_leaves_gradients_and_no_logits(parameter_bytes: int) -> 
     assert fused == hidden + matrix + 4 - hidden
 
 
+# Both gradients in fp32 and in bf16, one row of tiles, the mask, and beside each scored token's hidden state its label,
+# its normaliser and its entropy; the gradient of its loss comes in twice.
+def test_tiles_hold_both_gradients_in_fp32_and_no_logits() -> None:
+    head = record_head(model(), mode("tiled"))
+    kept = sum(sizes(head.forward)) + sum(sizes(head.loss))
+    most = max(accumulate(sizes(head.loss_backward + head.backward), initial=kept))
+    scored = TOKENS - 1
+    gradients = 6 * WIDTH * VOCABULARY + 6 * WIDTH * scored
+    held = kept + gradients + 2 * TILE_COLUMNS * min(scored, TILE_TOKENS)
+
+    assert most == pytest.approx(held + 4 * scored, abs=64)
+
+
+@given(tokens=st.integers(1, 10**6), most=st.integers(1, 10**4), batch=st.integers(1, 64))
+def test_rows_of_tiles_are_full_from_their_size_on(tokens: int, most: int, batch: int) -> None:
+    rows, more = int(UpTo(tokens, most).of(batch)), int(Beyond(tokens, most).of(batch))
+
+    assert rows == (most if more else tokens * batch)
+
+
 @given(tokens=st.integers(1, 10**6), most=st.integers(1, 10**4), batch=st.integers(1, 64))
 def test_pieces_are_two_or_more_and_make_up_the_whole(tokens: int, most: int, batch: int) -> None:
     piece = Piece(tokens, most)
@@ -93,11 +114,12 @@ def test_a_power_of_two_holds_a_piece_and_less_than_two(tokens: int, pieces: int
 
 @given(tokens=st.integers(1, 10**6), batches=st.lists(st.integers(1, 64), min_size=1))
 def test_many_micro_batches_at_once_give_what_each_gives(tokens: int, batches: list[int]) -> None:
-    for rows in (Piece(tokens, LOSS_TOKENS), OtherPieces(Piece(tokens, LOSS_TOKENS)), PowerOfTwo(tokens, 31)):
+    pieces = Piece(tokens, LOSS_TOKENS)
+    for rows in (pieces, OtherPieces(pieces), PowerOfTwo(tokens, 31), UpTo(tokens, 4096), Beyond(tokens, 4096)):
         assert np.asarray(rows.of(np.array(batches))).tolist() == [int(rows.of(batch)) for batch in batches]
 
 
-@pytest.mark.parametrize("loss", ["chunked", "fused"])
+@pytest.mark.parametrize("loss", ["chunked", "fused", "tiled"])
 def test_other_objectives_have_no_loss_in_pieces(loss: LossKernel) -> None:
     with pytest.raises(SpecError, match=f"--loss {loss} is for causal models, and made up is a masked one"):
         record_head(model("masked"), mode(loss))

@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 
 from advisor.catalog.detect import Detected
 from advisor.cli.main import cli
+from advisor.errors import SpecError
 from advisor.validation import campaign, processes
 from advisor.validation import run as running
 from advisor.validation.recorded import read_records
@@ -313,3 +314,8 @@ def test_where_nothing_fits_nothing_is_run(validate: Validate, records: Path) ->
 
     assert result.exit_code == 3
     assert not records.exists()
+
+
+def test_only_the_own_program_is_validated() -> None:
+    with pytest.raises(SpecError, match=r"advisor validate runs the code of its own train.py; leave --trainer out"):
+        campaign.validate("Qwen2.5-0.5B", strategy="zero1", trainer="trl")

@@ -1,4 +1,4 @@
-"""The chunked and the fused loss as predicted, beside the code that computes them on fake tensors."""
+"""The losses without all logits as predicted, beside the code that computes them on fake tensors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def compared(
 
 # Family, vocabulary, width and whether both matrices are one; sequences and tokens of each; format; ranks. Two pieces
 # and many, the last of them full or not; one kernel call and several; vocabularies that no piece divides.
-@pytest.mark.parametrize("loss", ["chunked", "fused"])
+@pytest.mark.parametrize("loss", ["chunked", "fused", "tiled"])
 @pytest.mark.parametrize(
     ("sizes", "tokens", "held", "ranks"),
     [
@@ -59,6 +59,23 @@ def test_a_loss_in_pieces_takes_what_is_predicted(
     loss: LossKernel, sizes: tuple[str, int, int, bool], tokens: tuple[int, int], held: ParameterFormat, ranks: int
 ) -> None:
     found = compared(loss, sizes, tokens, held, ranks)
+
+    for counter in ("peak", "peak in backward", "end of forward"):
+        assert abs(found.difference_bytes(counter)) <= SCALARS, counter
+
+
+# One row of tiles for a vocabulary of two, and two rows for one of a single tile.
+@pytest.mark.parametrize(
+    ("sizes", "tokens", "held"),
+    [
+        (("llama", 40001, 32, False), (2, 1500), "fp32"),
+        (("mistral", 9001, 32, True), (3, 2732), "fp32"),
+    ],
+)
+def test_trls_tiles_take_what_is_predicted(
+    sizes: tuple[str, int, int, bool], tokens: tuple[int, int], held: ParameterFormat
+) -> None:
+    found = compared("tiled", sizes, tokens, held, ranks=1)
 
     for counter in ("peak", "peak in backward", "end of forward"):
         assert abs(found.difference_bytes(counter)) <= SCALARS, counter

@@ -348,8 +348,9 @@ def _program(program: Table, found: dict[str, Setting], settings: Settings, warn
             found["attention"] = Setting(ATTENTION.get(kernel, "sdpa"), program.place(key))
     if (kind := program.word("loss")) in get_args(LossKernel):
         found["loss"] = Setting(kind, program.place("loss"))
-    if isinstance(checkpoints := program.switch("gradient_checkpointing"), bool):
-        found["checkpointing"] = Setting("full" if checkpoints else "none", program.place("gradient_checkpointing"))
+    for key in ("gradient_checkpointing", "activation_checkpointing"):
+        if isinstance(checkpoints := program.switch(key), bool):
+            found["checkpointing"] = Setting("full" if checkpoints else "none", program.place(key))
     if (kind := program.word("checkpointing")) is not None:
         found["checkpointing"] = Setting(kind, program.place("checkpointing"))
     _trainer_fsdp(program, found, warnings)

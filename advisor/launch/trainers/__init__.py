@@ -1,0 +1,1 @@
+"""A plan as the files and arguments of a training program, one program a file."""

@@ -1,0 +1,47 @@
+"""train.py of this package, the same for every plan: transformers with whatever accelerate wraps the model in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from advisor.catalog.trainers import Versions
+from advisor.launch.trainers.words import attention_kernel, holds_no_weights
+from advisor.launch.training import Beside, LaunchFile, Program, Task
+from advisor.specs.job import Job
+from advisor.specs.model import ModelSpec
+from advisor.specs.plan import Plan
+
+
+def program(task: Task, versions: Versions, more_arguments: Sequence[str]) -> Program:
+    """train.py with the plan in its arguments, and *more_arguments* after them."""
+    return Program(
+        script=Beside("train.py"),
+        arguments=(*train_arguments(task.model, task.job, task.plan, task.weights_from), *more_arguments),
+        files=(LaunchFile("train.py", partial(Path(__file__).parents[1].joinpath("train.py").read_text, "utf-8")),),
+        usage="more arguments of train.py, such as --dataset=FILE --steps=1000 --output=FOLDER",
+        install="torch transformers accelerate deepspeed",
+    )
+
+
+def train_arguments(model: ModelSpec, job: Job, plan: Plan, weights_from: str) -> tuple[str, ...]:
+    """What train.py is given, each argument as one word, so that no value can be taken for a flag."""
+    built_in = job.precision if plan.strategy.zero_stage is not None else job.parameter_format
+    flags = {
+        "model": weights_from,
+        "objective": model.objective,
+        # DeepSpeed keeps fp32 masters beside weights in the format that it computes in; DDP and FSDP hold the trained
+        # weights themselves.
+        "weights": built_in,
+        "attention": attention_kernel(model, job),
+        **({"loss": job.loss} if job.loss != "full" else {}),
+        "checkpointing": plan.checkpointing.value,
+        "sequence-length": job.sequence_length,
+        "micro-batch": int(plan.micro_batch),
+        "accumulation-steps": int(plan.accumulation_steps),
+        "optimizer": job.optimizer,
+    }
+    arguments = tuple(f"--{name}={value}" for name, value in flags.items())
+    switches = {"--compile": job.compile, "--padded": job.padded, "--random-weights": holds_no_weights(weights_from)}
+    return (*arguments, *(name for name, on in switches.items() if on))

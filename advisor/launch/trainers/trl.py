@@ -1,0 +1,72 @@
+"""TRL's ``trl sft`` with its YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from advisor.catalog.trainers import Versions
+from advisor.launch.run_script import header
+from advisor.launch.trainers.hugging_face import (
+    ATTENTION,
+    built_in,
+    in_versions,
+    refuse_a_bare_configuration,
+    refuse_what_is_gone,
+    training_arguments,
+)
+from advisor.launch.trainers.words import attention_kernel, yaml_text
+from advisor.launch.training import Beside, LaunchFile, OwnCommand, Program, Task
+
+CONFIGURATION = "sft.yaml"
+EXAMPLE_DATASET = "trl-lib/Capybara"
+"""Of TRL's own scripts/sft.py."""
+
+
+def program(task: Task, versions: Versions, more_arguments: Sequence[str]) -> Program:
+    """``trl/scripts/sft.py``, which ``trl sft`` starts by accelerate."""
+    refuse_a_bare_configuration(task, "trl sft")
+    refuse_what_is_gone(more_arguments, versions)
+    settings = {**sft_arguments(task, versions), "dataset_name": EXAMPLE_DATASET, "output_dir": "output"}
+    return Program(
+        script="trl.scripts.sft",
+        is_module=True,
+        arguments=("--config", Beside(CONFIGURATION), *more_arguments),
+        files=(LaunchFile(CONFIGURATION, partial(_text, task, settings)),),
+        usage="more arguments of trl sft, such as --dataset_name=NAME --max_steps=1000",
+        install=f"trl=={versions['trl']} deepspeed",
+        notes=(f"It trains on {EXAMPLE_DATASET} unless told otherwise: give -- --dataset_name=NAME.",),
+        own_command=OwnCommand("accelerate", ("trl", "sft"), config_flag="--accelerate_config"),
+    )
+
+
+def _text(task: Task, settings: dict[str, Any]) -> str:
+    return header(task.comments) + yaml_text(settings)
+
+
+def sft_arguments(task: Task, versions: Versions) -> dict[str, Any]:
+    """What SFTConfig and ModelConfig are told, by its name in *versions*: TRL 1.16, trainer/sft_config.py."""
+    job = task.job
+    return {
+        **in_versions({"model_name_or_path": task.weights_from, "dtype": built_in(task)}, _older(versions)),
+        "attn_implementation": ATTENTION[attention_kernel(task.model, job)],
+        **in_versions(
+            {
+                "max_length": job.sequence_length,
+                "packing": not job.padded,
+                # Joined and cut, as the plan counts tokens; the default would need kernels for several texts in a row.
+                "packing_strategy": "wrapped",
+                "padding_free": False,
+                "loss_type": "nll",
+                "activation_offloading": False,
+            },
+            versions,
+        ),
+        **training_arguments(task, versions),
+    }
+
+
+def _older(versions: Versions) -> Versions:
+    """Only TRL decides what ModelConfig's flags are called."""
+    return {"trl": versions["trl"]}
