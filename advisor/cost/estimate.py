@@ -161,7 +161,7 @@ def _own_strategy(flag: str, value: str) -> Strategy:
 
 def _megatron_plan(model: str, words: PlanWords, ask_about: Callable[..., Question]) -> tuple[Question, Plan]:
     """The question and Megatron's plan. What it does not have is refused."""
-    for name, usual in (("offload", "none"), ("bucket_size", None), ("grad_accum_dtype", None)):
+    for name, usual in (("offload", "none"), ("bucket_size", None), ("grad_accum_dtype", None), ("compile", False)):
         if words.get(name, usual) != usual:
             raise SpecError(f"--{name.replace('_', '-')} is not for --trainer megatron; leave it out")
     question = ask_about(model, **_asked(words))

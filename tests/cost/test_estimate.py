@@ -220,6 +220,7 @@ def test_megatron_s_plan_is_what_the_words_say() -> None:
         ({"trainer": "nemo", "strategy": "ddp"}, "--trainer must be one of advisor, hf, trl"),
         ({"strategy": "zero2"}, "--trainer megatron has a plan of its own"),
         ({"offload": "optimizer"}, "--offload is not for --trainer megatron"),
+        ({"compile": True}, "--compile is not for --trainer megatron"),
         ({"tp": 3}, "tensor_parallel 3 x pipeline_parallel 1 x context_parallel 1 take 3 GPUs or a multiple, got 4"),
         ({"tp": 4}, "Megatron tp 4 cannot train Qwen2.5-0.5B: 14 attention heads do not divide"),
         ({"micro_batch": 48, "tp": 2}, "a global batch of 64 is no multiple of 2 copies of the model x micro-batch 48"),
