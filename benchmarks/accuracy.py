@@ -30,7 +30,7 @@ from pathlib import Path
 
 import click
 import time_scores
-from cases import deepspeed, gloo, one_rank, sharded
+from cases import adapters, deepspeed, gloo, one_rank, sharded
 
 from advisor.catalog.calibrations import find_calibration
 from advisor.catalog.gpus import find_gpu
@@ -99,6 +99,12 @@ def one_by_one(title: str, drawn: Sequence[Case]) -> Iterator[Record]:
             yield Record(title, case, counted(trace), versions())
 
 
+def with_adapters(seed: int, count: int) -> Iterator[Record]:
+    """Two in three traced, the others under DeepSpeed."""
+    yield from traced("Adapters, one GPU, DDP and FSDP2, traced", adapters.traced)(seed, count - count // 3)
+    yield from one_by_one("Adapters, DeepSpeed, real tensors", adapters.under_deepspeed(seed, count // 3))
+
+
 def for_real(seed: int, count: int) -> Iterator[Record]:
     """Real ranks through the real launchers; the fullest is recorded."""
     for case, launcher in gloo.cases(seed, count):
@@ -124,6 +130,7 @@ TRUTHS = {
     "deepspeed": Truth(on_real_tensors, 60),
     "offload": Truth(offloaded, 20),
     "real-runs": Truth(for_real, 60),
+    "adapters": Truth(with_adapters, 42),
 }
 
 

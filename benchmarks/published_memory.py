@@ -66,6 +66,8 @@ def main() -> None:
 
 def title(row: Row) -> str:
     start = f"{row['model']}, {row['gpus']} x {row['strategy']}, {row['sequence_length']} tokens"
+    if row["lora_rank"]:
+        return f"{start}, {row['micro_batch']} at once, lora of rank {row['lora_rank']}"
     if row["strategy"] != "megatron":
         return f"{start}, {row['loss']} loss"
     how = [] if row["checkpointing"] == "none" else [f"checkpointing {row['checkpointing']}"]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast, get_args
 
+from advisor.catalog.adapters import as_trained
 from advisor.catalog.calibrations import calibration_of, find_calibration
 from advisor.catalog.clusters import ClusterProfile, find_cluster
 from advisor.catalog.detect import Detected, detect
@@ -48,6 +49,11 @@ class JobWords(TrainingWords, total=False):
     compile: bool
     padded: bool
     trainer: str
+    method: str
+    lora_rank: int
+    lora_targets: str | Sequence[str]
+    """Names, or one text of them joined by commas; ``all-linear``; absent or empty for peft's choice."""
+    lora_dropout: float
     margin: float | str
     calibration: str | None
     """A name or a file; by default what was measured on this machine's GPU, if that is the one that is meant."""
@@ -82,7 +88,7 @@ def resolve(model: str, *, describe: Describe = by_formulas, **words: Unpack[Wor
     calibration, calibration_origin = _calibration(words.get("calibration"), gpu, gpu_origin)
     gpus, gpus_origin, nodes, nodes_origin = _counts(words, profile, machine)
     job = _job(words, gpu)
-    described = describe(found, job)
+    described = as_trained(describe(found, job), job)
     gpus_per_node = max(1, gpus // max(1, nodes))
     host_memory_bytes, host_origin = _host_memory(
         words.get("host_memory"), profile, machine, calibration.host_memory_bytes_per_gpu * gpus_per_node
@@ -140,6 +146,7 @@ def resolve(model: str, *, describe: Describe = by_formulas, **words: Unpack[Wor
         inputs.insert(-1, Input("padded", True, "given"))
     if job.trainer != "advisor":
         inputs.insert(-1, Input("trainer", job.trainer, "given"))
+    inputs[-1:-1] = _adapter_inputs(words, job)
     training, training_inputs = training_of(cast(TrainingWords, words), job, gpu)
     inputs[-1:-1] = training_inputs
     return Question(
@@ -316,9 +323,32 @@ def _job(words: Words, gpu: Gpu) -> Job:
         compile=words.get("compile", False),
         padded=words.get("padded", False),
         trainer=trainer,  # type: ignore[arg-type]
+        method=words.get("method", "full"),  # type: ignore[arg-type]
+        lora_rank=words.get("lora_rank", 8),
+        lora_targets=_names(words.get("lora_targets", ())),
+        lora_dropout=words.get("lora_dropout", 0.0),
     )
     refuse_job(job)
     return job
+
+
+def _names(names: str | Sequence[str]) -> tuple[str, ...]:
+    """*names* one by one, where they may be one text."""
+    listed = names.split(",") if isinstance(names, str) else names
+    return tuple(name for each in listed if (name := each.strip()))
+
+
+def _adapter_inputs(words: Words, job: Job) -> list[Input]:
+    """What was said of the method; nothing where every weight is trained."""
+    if job.method == "full":
+        return []
+    targets = ",".join(job.lora_targets) or "peft's choice"
+    return [
+        Input("method", job.method, "given"),
+        Input("lora_rank", job.lora_rank, _origin(words, "lora_rank")),
+        Input("lora_targets", targets, "given" if job.lora_targets else "assumed"),
+        *([Input("lora_dropout", job.lora_dropout, "given")] if job.lora_dropout else []),
+    ]
 
 
 def _margin(margin: float | str) -> float | None:

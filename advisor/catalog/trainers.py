@@ -120,6 +120,8 @@ def refuse_job(job: Job) -> None:
             raise SpecError(f"{_named(job.trainer, versions)} knows no {flag} {wanted}; give --{flag} {known[0]}")
     if job.compile and job.trainer != "advisor":
         raise SpecError(f"what {_named(job.trainer, versions)} compiles is not modelled; leave --compile out")
+    if job.method != "full" and job.trainer != "advisor":
+        raise SpecError(f"{job.method} is modelled as advisor's own program runs it; leave --trainer or --method out")
     if job.padded and not profile.padded:
         raise SpecError(f"{_named(job.trainer, versions)} joins texts and cuts them; leave --padded out")
 

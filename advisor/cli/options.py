@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args
 import click
 from click.shell_completion import CompletionItem
 
-from advisor.specs.job import AttentionKernel, LossKernel, Optimizer, ParameterFormat, Precision, Trainer
+from advisor.specs.job import AttentionKernel, LossKernel, Method, Optimizer, ParameterFormat, Precision, Trainer
 
 _DEFAULT = click.core.ParameterSource.DEFAULT
 
@@ -165,6 +165,23 @@ _job = options(
         show_default=True,
         help="Sequences per optimizer step, all GPUs.",
     ),
+    option(
+        _TRAIN,
+        "--method",
+        type=click.Choice(get_args(Method)),
+        default="full",
+        show_default=True,
+        help="Train every weight, or low-rank adapters beside frozen ones, or beside weights in four bits.",
+    ),
+    option(_TRAIN, "--lora-rank", type=int, default=8, show_default=True, help="Rank of the adapters."),
+    option(
+        _TRAIN,
+        "--lora-targets",
+        default="",
+        metavar="NAMES",
+        help="Linear layers that get adapters, joined by commas, or all-linear.  [default: peft's choice]",
+    ),
+    option(_TRAIN, "--lora-dropout", type=float, default=0.0, show_default=True, help="Before the adapters."),
 )
 
 _machine_and_method = options(

@@ -29,6 +29,8 @@ from advisor.step.program import Amount, Block, Node, Sequence, blocks, read_onc
 
 MODEL_FLOP_PER_FORWARD = 3
 """Forward, and twice as much for the gradients of inputs and weights."""
+FROZEN_FLOP_PER_FORWARD = 2
+"""Without those of weights; those of adapters, a small share, are left out."""
 
 
 class TimedFlow(NamedTuple):
@@ -53,7 +55,7 @@ class StepTimes:
     model_flop: Amount
     """Per GPU and step, no recomputation: 6 per parameter in a matrix product and token, and 12·layers·width·length
     per token for attention (Chowdhery et al., arXiv:2204.02311, appendix B). It counts active experts only, no
-    embedding lookups, and the whole score matrix under a causal mask."""
+    embedding lookups, and the whole score matrix under a causal mask; two thirds of it where weights are frozen."""
     peak_flop_per_s: float
     timed_flows: tuple[TimedFlow, ...]
     gpus: Count
@@ -120,7 +122,8 @@ def step_time(
         else:
             compute = compute + times * busy_seconds(phase, at)
         if phase.phase == "forward":
-            model_flop = model_flop + times * MODEL_FLOP_PER_FORWARD * work(phase).whole_flop
+            needed = MODEL_FLOP_PER_FORWARD if job.method == "full" else FROZEN_FLOP_PER_FORWARD
+            model_flop = model_flop + times * needed * work(phase).whole_flop
     waited = waits(
         step,
         Costs(

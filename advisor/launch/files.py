@@ -88,7 +88,7 @@ def render(
     if target is not None and target not in TARGETS:
         raise SpecError(f"the target must be one of {', '.join(TARGETS)}, got {target!r}")
     weights_from = model.name if weights_from is None else weights_from
-    _refuse_what_cannot_start(model, job, plan, cluster)
+    _refuse_what_cannot_start(model, job, plan, cluster, weights_from)
     _refuse_what_no_command_line_holds("model", weights_from, "rename its folder")
     for argument in more_arguments:
         _refuse_what_no_command_line_holds("argument", argument, "leave it out")
@@ -104,9 +104,11 @@ def render(
     return replace(launch, notes=program.notes)
 
 
-def _refuse_what_cannot_start(model: ModelSpec, job: Job, plan: Plan, cluster: Cluster) -> None:
+def _refuse_what_cannot_start(model: ModelSpec, job: Job, plan: Plan, cluster: Cluster, weights_from: str) -> None:
     if plan.strategy is Strategy.MEGATRON and job.trainer != "megatron":
         raise SpecError(f"{plan.title} is not run by the script that advisor writes; give --trainer megatron")
+    if job.method == "qlora" and holds_no_weights(weights_from):
+        raise SpecError("--method qlora brings loaded weights to four bits, and a config.json has none: give a folder")
     if int(plan.gpus) != cluster.gpus:
         raise SpecError(f"the plan uses {plan.gpus} GPUs, but the cluster has {cluster.gpus}: plan for all of them")
     if job.precision == "bf16" and not cluster.gpu.has_bf16:
@@ -144,6 +146,9 @@ def _comments(
     ]
     if job.loss == "fused":
         lines.append("The fused loss is Liger's: pip install liger-kernel.")
+    if job.method != "full":
+        packages = "peft" if job.method == "lora" else "peft bitsandbytes"
+        lines.append(f"Adapters of rank {job.lora_rank} are trained, by peft: pip install {packages}.")
     if job.attention == "flash" and not model.eager_only:
         lines.append("The flash attention is Dao's: pip install flash-attn.")
     if holds_no_weights(weights_from):

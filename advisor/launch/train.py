@@ -15,7 +15,7 @@ import json
 import math
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
@@ -71,6 +72,17 @@ def parse_arguments() -> argparse.Namespace:
     model.add_argument("--loss", choices=["full", "chunked", "fused"], default="full", help="fused needs liger-kernel")
     model.add_argument("--compile", action="store_true", help="compile each layer with torch.compile")
     model.add_argument("--checkpointing", choices=["none", "selective", "full"], default="none", help="of activations")
+    model.add_argument(
+        "--method",
+        choices=["full", "lora", "qlora"],
+        default="full",
+        help="lora needs peft, qlora bitsandbytes too",
+    )
+    model.add_argument("--lora-rank", type=int, default=8)
+    model.add_argument("--lora-alpha", type=float, default=8, help="adapters are scaled by alpha / rank")
+    model.add_argument("--lora-targets", default="", help="linear layers, joined by commas, or all-linear; else peft's")
+    model.add_argument("--lora-dropout", type=float, default=0.0)
+    model.add_argument("--lora-weights", choices=["fp32", "as-model"], default="fp32", help="format of the adapters")
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", help="text file, JSONL file with a field 'text', or Hub dataset; else random tokens")
     data.add_argument("--sequence-length", type=int, default=2048)
@@ -92,6 +104,10 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"{arguments.model} holds no weights: add --random-weights, or give a Hub id or a folder")
     if arguments.loss != "full" and arguments.objective != "causal":
         parser.error(f"--loss {arguments.loss} is for causal models: take --loss full")
+    if arguments.method != "full" and arguments.objective != "causal":
+        parser.error(f"--method {arguments.method} is for causal models")
+    if arguments.method == "qlora" and arguments.random_weights:
+        parser.error("--method qlora brings loaded weights to four bits: give a Hub id or a folder with weights")
     return arguments
 
 
@@ -155,12 +171,16 @@ def build_model(accelerator: Accelerator, arguments: argparse.Namespace) -> Any:
             options["device_map"] = {"": accelerator.device}
         if has_other_parts(arguments):
             options["key_mapping"] = TEXT_PART
+        if arguments.method == "qlora":
+            options["quantization_config"] = in_four_bits(FORMATS[arguments.weights])
         model, loaded = model_class.from_pretrained(arguments.model, config=config, output_loading_info=True, **options)
         if loaded["missing_keys"]:
             names = sorted(loaded["missing_keys"])
             raise SystemExit(
                 f"{arguments.model} lacks {len(names)} weights of {type(model).__name__}, first {names[0]}"
             )
+    if arguments.method == "qlora":
+        model = prepared_for_adapters(model)
     if arguments.checkpointing != "none":
         # transformers is renaming gradient checkpointing to activation checkpointing.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -169,6 +189,17 @@ def build_model(accelerator: Accelerator, arguments: argparse.Namespace) -> Any:
         chunk_loss(model)
     elif arguments.loss == "fused":
         fuse_loss(model)
+    if arguments.method != "full":
+        targets = [name for name in arguments.lora_targets.split(",") if name]
+        in_fp32 = arguments.lora_weights == "fp32"
+        return add_adapters(
+            model,
+            arguments.lora_rank,
+            targets,
+            alpha=arguments.lora_alpha,
+            dropout=arguments.lora_dropout,
+            in_fp32=in_fp32,
+        )
     return model
 
 
@@ -232,6 +263,41 @@ def fuse_loss(model: Any) -> None:
         raise SystemExit(f"Liger has no fused loss for {type(model).__name__}: take --loss chunked or full")
 
 
+def in_four_bits(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """The linear layers in NF4, their scales quantized too; Dettmers et al., 2023."""
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call, unused-ignore]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def prepared_for_adapters(model: Any) -> Any:
+    """*model*, whose linear layers are in four bits, with all else in fp32."""
+    from peft import prepare_model_for_kbit_training  # type: ignore[import-not-found, unused-ignore]
+
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # type: ignore[no-untyped-call, unused-ignore]
+
+
+def add_adapters(
+    model: Any, rank: int, targets: Sequence[str], *, alpha: int = 8, dropout: float = 0.0, in_fp32: bool = True
+) -> Any:
+    """Freeze *model* and put low-rank adapters beside its linear layers; without *targets*, beside peft's choice."""
+    try:
+        from peft import LoraConfig, get_peft_model  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        raise SystemExit("--method lora and qlora need peft: pip install peft") from None
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules="all-linear" if "all-linear" in targets else list(targets) or None,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config, autocast_adapter_dtype=in_fp32)
+
+
 def has_other_parts(arguments: argparse.Namespace) -> bool:
     """Whether the model sees or hears besides; only its text part is trained."""
     config = AutoConfig.from_pretrained(arguments.model)
@@ -239,15 +305,16 @@ def has_other_parts(arguments: argparse.Namespace) -> bool:
 
 
 def build_optimizer(accelerator: Accelerator, arguments: argparse.Namespace, model: Any) -> Any:
-    """AdamW over all parameters in one group."""
+    """AdamW over all parameters that are trained, in one group."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if (
         accelerator.distributed_type == DistributedType.DEEPSPEED
         and "optimizer" in accelerator.deepspeed_plugin.deepspeed_config
     ):
         # An optimizer on the CPU is DeepSpeed's own: it builds DeepSpeedCPUAdam from the entry in its JSON.
-        return DummyOptim(model.parameters(), lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
+        return DummyOptim(trained, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
     return torch.optim.AdamW(
-        model.parameters(),
+        trained,
         lr=arguments.learning_rate,
         weight_decay=arguments.weight_decay,
         **ADAMW[arguments.optimizer],
@@ -332,7 +399,7 @@ def read_texts(dataset: str) -> Iterator[str]:
         yield path.read_text(encoding="utf-8")
     else:
         try:
-            from datasets import load_dataset  # type: ignore[import-not-found, unused-ignore]
+            from datasets import load_dataset  # type: ignore[import-not-found, import-untyped, unused-ignore]
         except ImportError:
             raise SystemExit(f"there is no file {dataset}; to look for it on the Hub: pip install datasets") from None
         for row in load_dataset(dataset, split="train"):
@@ -366,6 +433,7 @@ def train(
                 loss = model(**batch).loss
                 accelerator.backward(loss)
                 loss_sum += loss.detach()
+                del loss  # its graph would keep the embeddings of a model with adapters through the next forward pass
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), arguments.gradient_clipping)
                 optimizer.step()
@@ -378,12 +446,14 @@ def train(
 def describe(accelerator: Accelerator, model: Any, optimizer: Any) -> dict[str, Any]:
     """What runs, by the classes that really do."""
     inner = optimizer.optimizer  # accelerate's wrapper holds torch's or DeepSpeed's optimizer
+    unwrapped = accelerator.unwrap_model(model)
+    model_itself = unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped
     return {
         "processes": accelerator.num_processes,
         "distributed_type": accelerator.distributed_type.value,
         "engine": type(model).__name__,
-        "model": type(accelerator.unwrap_model(model)).__name__,
-        "attention": accelerator.unwrap_model(model).config._attn_implementation,
+        "model": type(model_itself).__name__,
+        "attention": model_itself.config._attn_implementation,
         "optimizer": type(inner).__name__,
         "base_optimizer": type(getattr(inner, "optimizer", inner)).__name__,
     }
@@ -438,9 +508,8 @@ def save(accelerator: Accelerator, arguments: argparse.Namespace, model: Any, to
     if accelerator.is_main_process:
         # A text part taken out of a larger model keeps its new names: its old ones lead nowhere any more.
         original_names = not has_other_parts(arguments)
-        accelerator.unwrap_model(model).save_pretrained(
-            arguments.output, state_dict=weights, save_original_format=original_names
-        )
+        options = {"save_original_format": original_names} if arguments.method == "full" else {}
+        accelerator.unwrap_model(model).save_pretrained(arguments.output, state_dict=weights, **options)
         if tokenizer is not None:
             tokenizer.save_pretrained(arguments.output)
 

@@ -230,7 +230,7 @@ def _model(model: ModelSpec) -> Json:
         "name": model.name,
         "family": model.family,
         "parameters": model.parameter_count,
-        "trainable_parameters": model.parameter_count,
+        "trainable_parameters": model.trained_count,
     }
 
 

@@ -17,10 +17,11 @@ from advisor.specs.question import Input
 def question_line(model: ModelSpec, job: Job, cluster: Cluster) -> str:
     """Model, GPUs and batch in one sentence."""
     machines = f" in {cluster.nodes} machines" if cluster.nodes > 1 else ""
+    trained = f", {parameter_count(model.trained_count)} of them trained" if model.frozen_count else ""
     return (
-        f"{model.name} ({parameter_count(model.parameter_count)} parameters) on {cluster.gpus} × {cluster.gpu.name}"
-        f"{machines}: {job.global_batch} sequences of {job.sequence_length:,} tokens per step, {job.precision}, "
-        f"{job.optimizer}."
+        f"{model.name} ({parameter_count(model.parameter_count)} parameters{trained}) on {cluster.gpus} × "
+        f"{cluster.gpu.name}{machines}: {job.global_batch} sequences of {job.sequence_length:,} tokens per step, "
+        f"{job.precision}, {job.optimizer}."
     )
 
 

@@ -99,4 +99,10 @@ def bar(question: Question, strategy: Strategy, offload: Offload) -> str | None:
     gpus = question.cluster.gpus
     if gpus == 1 and strategy is not Strategy.DDP and not offload.optimizer:
         return "one GPU has nobody to share with"
+    if question.job.method == "qlora" and strategy is not Strategy.DDP:
+        return "cutting or joining weights in four bits is not modelled"
+    if question.job.method != "full" and strategy is Strategy.HSDP:
+        return "frozen weights under HSDP are not modelled"
+    if question.job.method != "full" and offload.optimizer:
+        return "states of adapters are small, and their offload is not modelled"
     return unsupported(question.model, question.job, strategy)

@@ -13,6 +13,10 @@ Optimizer = Literal["adamw-fused", "adamw-foreach", "adamw-loop"]
 AttentionKernel = Literal["sdpa", "flash", "eager"]
 LossKernel = Literal["full", "chunked", "fused", "tiled"]
 Trainer = Literal["advisor", "hf", "trl", "open-r1", "llama-factory", "axolotl", "torchtitan", "megatron"]
+Method = Literal["full", "lora", "qlora"]
+
+ALL_LINEAR = "all-linear"
+"""Among the targets of adapters: every linear layer but the output matrix."""
 
 FORMAT_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes per element of each number format."""
@@ -36,6 +40,14 @@ class Job:
     """Whether sequences of a batch differ in length and are padded to one, so that attention needs a mask."""
     trainer: Trainer = "advisor"
     """Whose program trains; ``advisor`` is launch/train.py."""
+    method: Method = "full"
+    """``full`` trains every weight, ``lora`` low-rank adapters beside frozen ones (Hu et al., arXiv:2106.09685), and
+    ``qlora`` the same beside linear layers held in four bits (Dettmers et al., arXiv:2305.14314)."""
+    lora_rank: int = 8
+    """This default and the next are peft's."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the linear layers that get adapters, or ``all-linear``; empty for those that peft picks by family."""
+    lora_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in (("sequence_length", self.sequence_length), ("global_batch", self.global_batch)):
@@ -47,6 +59,18 @@ class Job:
         _one_of("attention", self.attention, get_args(AttentionKernel))
         _one_of("loss", self.loss, get_args(LossKernel))
         _one_of("trainer", self.trainer, get_args(Trainer))
+        _one_of("method", self.method, get_args(Method))
+        if self.lora_rank < 1:
+            raise SpecError(f"the rank of adapters must be at least 1, got {self.lora_rank}")
+        if not 0 <= self.lora_dropout < 1:
+            raise SpecError(f"the dropout of adapters must be from 0 to below 1, got {self.lora_dropout}")
+        if self.method != "full" and self.compile:
+            raise SpecError(f"what torch.compile fuses of {self.method} is not modelled; leave out --compile")
+        if self.method == "qlora" and (self.parameter_format != "fp32" or self.precision == "fp32"):
+            raise SpecError(
+                "qlora keeps adapters, norms and embeddings in fp32 and computes in half precision; got weights in "
+                f"{self.parameter_format} and precision {self.precision}"
+            )
         if self.parameter_format == "bf16" and self.precision != "bf16":
             raise SpecError(
                 f"weights held in bf16 need precision bf16, got {self.precision}; "
@@ -60,8 +84,21 @@ class Job:
 
     @property
     def parameter_bytes(self) -> int:
-        """Bytes per element of the weights as the model is built, before a framework converts them."""
+        """Bytes per element of the trained weights as they are built, before a framework converts them."""
         return FORMAT_BYTES[self.parameter_format]
+
+    @property
+    def model_format(self) -> str:
+        """What the model is held in: frozen weights have the format that products read.
+
+        Beside weights in four bits it is fp32 (peft 0.21.2, utils/other.py ``prepare_model_for_kbit_training``).
+        """
+        return self.precision if self.method == "lora" else self.parameter_format
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes per element of the model as it is built."""
+        return FORMAT_BYTES[self.model_format]
 
 
 def _one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:

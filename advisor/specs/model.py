@@ -30,20 +30,47 @@ Placement = Literal["pre", "post-branch", "sandwich", "post-sum", "parallel"]
 ``post-sum``: norm(x + f(x)) (BERT). ``parallel``: x + attention(norm(x)) + mlp(norm(x)) (GPT-NeoX, Falcon).
 """
 
+Held = Literal["as model", "products", "four bits"]
+"""In which format a weight is held."""
+
 Objective = Literal["causal", "masked", "seq2seq"]
+
+
+SCALED, SCALES_SCALED = 64, 256
+"""Weights that share a scale, and scales that share one."""
+
+
+def nested_four_bit_bytes(numel: int) -> int:
+    """Bytes of *numel* weights in four bits whose scales are quantized too (bitsandbytes 0.50.2, functional.py).
+
+    Half a byte for each; a byte for each scale; fp32 for the scales of these, for their mean, and for the tables of
+    16 and 256 values that the codes stand for.
+    """
+    scales = -(-numel // SCALED)
+    return -(-numel // 2) + scales + 4 * (-(-scales // SCALES_SCALED) + 1 + 16 + 256)
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One trainable tensor, named and shaped as transformers registers it."""
+    """One tensor of weights, named and shaped as transformers registers it."""
 
     name: str
     shape: tuple[int, ...]
+    trained: bool = True
+    """False for a weight that stays as it is."""
+    held: Held = "as model"
+    """``four bits``, ``products``: in the format that products read, or as the model."""
     numel: int = field(init=False, compare=False, repr=False)
     """Its elements."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "numel", prod(self.shape))
+
+    def held_bytes(self, model_bytes: int, compute_bytes: int) -> int:
+        """Its bytes, where the model and what products read have so many per element."""
+        if self.held == "four bits":
+            return nested_four_bit_bytes(self.numel)
+        return self.numel * (compute_bytes if self.held == "products" else model_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +223,9 @@ class Layer:
     """Products read a transposed view of their weight, whose copy autocast does not keep for later (Falcon)."""
     closes_stack: bool = False
     """The last parameter is the encoder's final norm, which runs behind the layer and is not checkpointed with it."""
+    starts_gradients: bool = False
+    """No weight before this layer is trained, so that no gradient of its input is needed."""
+    adapter_dropout: float = 0.0
     parameters: tuple[Parameter, ...]
 
     @cached_property
@@ -288,7 +318,7 @@ class ModelSpec:
 
     @cached_property
     def parameter_count(self) -> int:
-        """Trainable parameters, a tied matrix counted once."""
+        """Elements of all weights, a tied matrix counted once."""
         per_run = sum(run.repeats * sum(layer.parameter_count for layer in run.layers) for run in self.runs)
         return self.embedding_count + per_run + self.head_count
 
@@ -301,15 +331,35 @@ class ModelSpec:
         return sum(parameter.numel for parameter in self.head)
 
     def parameters(self) -> Iterator[Parameter]:
-        """Every trainable tensor in registration order, but for ``early_head``: embedding, layers, head."""
+        """Every tensor of weights in registration order, but for ``early_head``: embedding, layers, head."""
         yield from self.embedding
         for layer in self.layers:
             yield from layer.parameters
         yield from self.head
 
     @cached_property
+    def trained(self) -> tuple[Parameter, ...]:
+        """The tensors that are trained, in the order of :meth:`parameters`."""
+        return tuple(parameter for parameter in self.parameters() if parameter.trained)
+
+    @cached_property
+    def trained_count(self) -> int:
+        """Their elements."""
+        return sum(parameter.numel for parameter in self.trained)
+
+    @property
+    def frozen_count(self) -> int:
+        """Elements of the weights that stay as they are."""
+        return self.parameter_count - self.trained_count
+
+    @cached_property
+    def frozen(self) -> tuple[Parameter, ...]:
+        """The tensors that stay as they are, in the order of :meth:`parameters`."""
+        return tuple(parameter for parameter in self.parameters() if not parameter.trained)
+
+    @cached_property
     def tensor_count(self) -> int:
-        """Trainable tensors, a tied matrix counted once."""
+        """Tensors of weights, a tied matrix counted once."""
         per_run = sum(run.repeats * sum(len(layer.parameters) for layer in run.layers) for run in self.runs)
         return len(self.embedding) + per_run + len(self.head)
 

@@ -20,7 +20,7 @@ class Arrival(NamedTuple):
     """The gradients of one backward pass in the order in which they are handed over."""
 
     tensors: tuple[int, ...]
-    """Each by its tensor's number in registration order."""
+    """Each by its number among the trained tensors in registration order."""
     sources: tuple[Source, ...]
 
 
@@ -28,21 +28,27 @@ class Arrival(NamedTuple):
 def arrival(model: ModelSpec, mode: Mode, checkpointed: bool, recordings: Recordings) -> Arrival:
     """The arrival of *model*'s gradients. A tied matrix comes once both of its are summed, with the embedding."""
     head = recordings.head(model, mode, checkpointed)
-    first = model.tensor_count - len(model.head)
-    heads = {parameter: first + number for number, parameter in enumerate(model.head)}
+    trained_head = _trained(model.head)
+    first = len(model.trained) - len(trained_head)
+    heads = {parameter: first + number for number, parameter in enumerate(trained_head)}
     found: list[tuple[int, Where, Parameter]] = [
         (heads[each], "head", each) for each in handed_over(head.backward) if each in heads
     ]
     for number in range(len(model.layers) - 1, -1, -1):
         layer = model.layers[number]
-        first -= len(layer.parameters)
+        trained = _trained(layer.parameters)
+        first -= len(trained)
         recorded = recordings.layer(layer, model.hidden_size, mode, checkpointed).backward
-        at = {parameter: first + index for index, parameter in enumerate(layer.parameters)}
+        at = {parameter: first + index for index, parameter in enumerate(trained)}
         found += [(at[each], number, each) for each in handed_over(recorded)]
-    places = {parameter: number for number, parameter in enumerate(model.embedding)}
+    places = {parameter: number for number, parameter in enumerate(_trained(model.embedding))}
     recorded = recordings.embedding(model, mode, checkpointed).backward
     found += [(places[each], "embedding", each) for each in handed_over(recorded)]
     return Arrival(tuple(each[0] for each in found), tuple(each[1:] for each in found))
+
+
+def _trained(parameters: tuple[Parameter, ...]) -> tuple[Parameter, ...]:
+    return tuple(parameter for parameter in parameters if parameter.trained)
 
 
 def handed_over(events: tuple[Event, ...]) -> list[Parameter]:

@@ -319,7 +319,7 @@ def _with_sinks(tape: Tape, scores: Tensor, sinks: Weight, spec: Attention) -> T
         tape.work(gradient, places, spread, kernels=3)
         del spread
         for_scores = Tensor(numel, gradient.element_bytes, True, gradient.storage)
-        for_sinks = weight_gradient(tape, sinks.parameter, sinks.element_bytes)
+        for_sinks = weight_gradient(tape, sinks.parameter, sinks.element_bytes) if sinks.needs_gradient else None
         return cast(tape, for_scores, narrow), for_sinks
 
     return tape.attach(output, [scores, sinks], backward, saves="outputs")
@@ -348,10 +348,15 @@ def matrix_product(tape: Tape, left: Tensor, right: Tensor, spec: Attention, *, 
     product = _score_products(spec, whole)[0 if scores else 1]
     output = tape.new(spec.heads * length * (length if scores else spec.value_head_dim), left.element_bytes)
     tape.work(left, right, output, matmuls=(product,))
+    sides = (left.numel, left.element_bytes), (right.numel, right.element_bytes)
+    # Each side is kept for the gradient of the other.
+    others = right if left.needs_gradient else None, left if right.needs_gradient else None
 
     def backward(tape: Tape, gradient: Tensor) -> Gradients:
-        for_left, for_right = tape.like(left), tape.like(right)
-        tape.work(gradient, left, right, for_left, for_right, matmuls=(product, product), kernels=2)
-        return for_left, for_right
+        found = [tape.new(*side) if other else None for side, other in zip(sides, others, strict=True)]
+        touched = [each for each in (*others, *found) if each]
+        products = len(touched) // 2
+        tape.work(gradient, *touched, matmuls=products * (product,), kernels=products)
+        return tuple(found)
 
     return tape.attach(output, [left, right], backward)

@@ -15,6 +15,7 @@ from advisor.errors import SpecError
 from advisor.specs.job import Job
 from advisor.specs.model import AnyLayer, Layer, ModelSpec
 from advisor.specs.plan import Checkpointing, Count, Plan, Strategy
+from advisor.step.adapters import refuse_unmodelled
 from advisor.step.ddp import DataParallel
 from advisor.step.deepspeed_fp32_gradients import Bf16Optimizer, ZeroTwoFp32Gradients
 from advisor.step.fsdp import FullyShardedDataParallel
@@ -40,7 +41,7 @@ from advisor.step.program import (
     then,
     without,
 )
-from advisor.step.recording import FORMULAS, STREAM, HeadRecording, Mode, Recording, Source, mode_of
+from advisor.step.recording import FORMULAS, STREAM, HeadRecording, Mode, Recording, Source
 from advisor.step.scheme import MicroStep, Nodes, Part, Scheme
 from advisor.step.stage_zero import StageZero
 from advisor.step.tape import Event
@@ -115,6 +116,7 @@ def build(model: ModelSpec, job: Job, plan: Plan, rank: int | None = None, sourc
 
 
 def _megatron_program(model: ModelSpec, job: Job, plan: Plan, rank: int | None) -> StepProgram:
+    refuse_unmodelled(job, plan)
     found = rank_step(model, job, plan, rank)
     piped = plan.pipeline_parallel > 1
     return StepProgram(
@@ -184,6 +186,7 @@ def scheme_of(model: ModelSpec, job: Job, plan: Plan, rank: Count = 0, source: S
 
 
 def _scheme_class(job: Job, plan: Plan) -> type[Scheme]:
+    refuse_unmodelled(job, plan)
     if plan.strategy.is_fsdp:
         return FullyShardedDataParallelOne if plan.fsdp.version == 1 else FullyShardedDataParallel
     if not gradients_modelled(job, plan):
@@ -229,7 +232,7 @@ class _Walk:
     def __init__(self, scheme: Scheme) -> None:
         self.scheme, self.model, self.plan = scheme, scheme.model, scheme.plan
         self.batch: Amount = scheme.plan.micro_batch
-        self.mode: Mode = mode_of(scheme.job, scheme.parameter_bytes, scheme.autocasts_half, self._alone())
+        self.mode: Mode = replace(scheme.mode, alone=self._alone())
         self.checkpointed = scheme.plan.checkpointing is not Checkpointing.NONE
         self.embedding = Part("embedding", self.model.embedding)
         self.head = Part("head", self.model.head)
@@ -323,7 +326,7 @@ class _Walk:
     def _backward_run(self, index: int, micro: MicroStep) -> Sequence:
         """The layers of one of the model's runs; the same node for every micro-step where that is all the same."""
         scheme = self.scheme
-        apart = any(part.number in scheme.layers_apart for parts, _ in self.stretches[index] for part in parts)
+        apart = any(part.number in self.apart for parts, _ in self.stretches[index] for part in parts)
         differs = scheme.micro_steps_differ or (scheme.layers_apart_differ and apart)
         key = (index, micro if differs else None)
         if key not in self.runs_backward:
@@ -334,7 +337,7 @@ class _Walk:
     def _backward_stretch(self, index: int, place: int, micro: MicroStep) -> Node:
         """Layers that follow one another; the same node for every micro-step in which they fare alike."""
         scheme, (parts, times) = self.scheme, self.stretches[index][place]
-        apart = any(part.number in scheme.layers_apart for part in parts)
+        apart = any(part.number in self.apart for part in parts)
         differs = scheme.micro_steps_differ or (scheme.layers_apart_differ and apart)
         key = (index, place, micro if differs else None)
         if key not in self.stretches_backward:
@@ -342,10 +345,21 @@ class _Walk:
             self.stretches_backward[key] = repeat(then(*body), times)
         return self.stretches_backward[key]
 
+    @property
+    def opens_last(self) -> bool:
+        """Whether the last layer hands over the first gradient of a backward pass, as the head is frozen."""
+        return not any(each.trained for each in self.model.head)
+
+    @cached_property
+    def apart(self) -> frozenset[int]:
+        """Numbers of the layers that do not stand together with their neighbours."""
+        last = {len(self.model.layers) - 1} if self.opens_last else set()
+        return self.scheme.layers_apart | last
+
     @cached_property
     def stretches(self) -> list[list[tuple[tuple[Part, ...], int]]]:
         """For each of the model's runs: layers and how often they follow one another, those apart by themselves."""
-        apart, number = self.scheme.layers_apart, 0
+        apart, number = self.apart, 0
         found: list[list[tuple[tuple[Part, ...], int]]] = []
         for run in self.model.runs:
             stretches: list[tuple[tuple[Part, ...], int]] = []
@@ -393,7 +407,9 @@ class _Walk:
 
     def _lay_backward(self, part: Part, events: tuple[Event, ...], micro: MicroStep) -> list[Node]:
         """Lay *events*, handing gradients to the scheme. A tied matrix's is handed over once both are summed."""
-        opens, closes = part.kind == "head", part.kind == "embedding"
+        last = part.number is not None and part.number == len(self.model.layers) - 1
+        opens = last if self.opens_last else part.kind == "head"
+        ends, closes = part.kind == "head", part.kind == "embedding"
         pieces: list[tuple[Sequence, Nodes]] = []
         opened = False
         tied = self.model.embedding[0] if self.model.tied_embeddings else None
@@ -402,7 +418,7 @@ class _Walk:
                 pieces.append((stretch, ()))
                 continue
             parameter = event.parameter
-            if opens and parameter == tied:
+            if ends and parameter == tied:
                 pieces.append((stretch, (hold("tied output gradient", "gradients", event.size_bytes),)))
                 continue
             before: list[Node] = []
@@ -460,7 +476,9 @@ class _Walk:
             return 0
         tables = sum(len(parameter.shape) == 2 for parameter in self.model.embedding)
         if tables > 1:
-            return tables * self._stream_bytes()
+            # What a frozen embedding gave is a leaf of the graph where its gradient is asked for, and so kept by it.
+            kept = self.checkpointed and not self.model.embedding[0].trained
+            return (tables - kept) * self._stream_bytes()
         first = () if self.checkpointed else self._record(self.model.layers[0]).forward
         return self._stream_bytes() * any(event.kind == "give" and event.label == STREAM for event in first)
 

@@ -104,12 +104,15 @@ def _product_in_fp32(tape: Tape, x: Tensor, weight: Weight) -> Tensor:
     wide = tape.new(weight.parameter.numel, 4, scales=False)
     output = tape.new(rows * outside, 4)
     tape.work(x, output, wide, matmuls=(Product(Matmul(rows, outside, inside, element_bytes=4), "m"),), kernels=2)
+    kept = x if weight.needs_gradient else None
 
     def backward(tape: Tape, gradient: Tensor) -> Gradients:
         for_x = tape.new(rows * inside, 4)
         tape.work(gradient, for_x, wide, matmuls=(Product(Matmul(rows, inside, outside, element_bytes=4), "m"),))
+        if kept is None:
+            return for_x, None
         full = tape.new(weight.parameter.numel, 4, scales=False)
-        tape.work(gradient, x, full, matmuls=(Product(Matmul(outside, inside, rows, element_bytes=4), "k"),))
+        tape.work(gradient, kept, full, matmuls=(Product(Matmul(outside, inside, rows, element_bytes=4), "k"),))
         if weight.element_bytes == 4:
             return for_x, full
         narrow = weight_gradient(tape, weight.parameter, weight.element_bytes)
@@ -146,11 +149,13 @@ def expert_product(tape: Tape, x: Tensor, weight: Weight, inside: int, outside: 
     output = tape.new(rows * outside, compute_bytes)
     forwards = (Product(Matmul(rows, outside, inside, element_bytes=compute_bytes), "m"),)
     tape.work(x, output, matmuls=forwards, fixed_moved_bytes=matrix.size_bytes)
+    kept = x if weight.needs_gradient else None
 
     def backward(tape: Tape, gradient: Tensor) -> Gradients:
-        for_matrix = weight_gradient(tape, weight.parameter, compute_bytes)
-        weights = (Product(Matmul(outside, inside, rows, element_bytes=compute_bytes), "k"),)
-        tape.work(gradient, x, for_matrix, matmuls=weights)
+        for_matrix = weight_gradient(tape, weight.parameter, compute_bytes) if kept else None
+        if kept and for_matrix:
+            weights = (Product(Matmul(outside, inside, rows, element_bytes=compute_bytes), "k"),)
+            tape.work(gradient, kept, for_matrix, matmuls=weights)
         for_x = tape.new(rows * inside, compute_bytes)
         backwards = (Product(Matmul(rows, inside, outside, element_bytes=compute_bytes), "m"),)
         tape.work(gradient, for_x, matmuls=backwards, fixed_moved_bytes=matrix.size_bytes)
@@ -271,16 +276,20 @@ def grouped_product(tape: Tape, x: Tensor, weight: Weight, bias: Weight | None, 
     rows = x.numel // inside
     output = tape.new(rows * outside, x.element_bytes)
     weight_bytes = weight.parameter.numel * weight.element_bytes
-    forwards = (Product(Matmul(rows, outside, inside, element_bytes=x.element_bytes), "m"),)
+    element_bytes = x.element_bytes
+    forwards = (Product(Matmul(rows, outside, inside, element_bytes=element_bytes), "m"),)
     tape.work(x, output, matmuls=forwards, fixed_moved_bytes=weight_bytes)
+    kept = x if weight.needs_gradient else None
 
     def backward(tape: Tape, gradient: Tensor) -> Gradients:
-        for_x = tape.new(rows * inside, x.element_bytes)
-        backwards = (Product(Matmul(rows, inside, outside, element_bytes=x.element_bytes), "m"),)
+        for_x = tape.new(rows * inside, element_bytes)
+        backwards = (Product(Matmul(rows, inside, outside, element_bytes=element_bytes), "m"),)
         tape.work(gradient, for_x, matmuls=backwards, fixed_moved_bytes=weight_bytes)
+        if kept is None:
+            return for_x, None, None
         for_weight = weight_gradient(tape, weight.parameter, weight.element_bytes)
-        weights = (Product(Matmul(outside, inside, rows, element_bytes=x.element_bytes), "k"),)
-        tape.work(gradient, x, for_weight, matmuls=weights)
+        weights = (Product(Matmul(outside, inside, rows, element_bytes=element_bytes), "k"),)
+        tape.work(gradient, kept, for_weight, matmuls=weights)
         for_bias = weight_gradient(tape, bias.parameter, bias.element_bytes) if bias else None
         return for_x, for_weight, for_bias
 

@@ -47,9 +47,14 @@ class FullyShardedDataParallel(Sharded):
         return (*self.model.embedding[1:], *(each for each in self.model.head if self._is_left_over(each)))
 
     def _is_left_over(self, parameter: Parameter) -> bool:
-        """Whether *parameter* is of a final norm that is no direct child of the base model (``_find_final_norm``)."""
+        """Whether *parameter* is of a final norm that is no direct child of the base model (``_find_final_norm``).
+
+        peft's wrapper has a ``model`` of its own, which is the whole of what it wraps.
+        """
         if parameter.name.startswith("lm_head"):
             return False
+        if self.model.frozen_count and parameter.name.startswith("model."):
+            return True
         return self.model.family in NORM_IN_ROOT or parameter.name.count(".") > 2
 
     @cached_property
@@ -109,6 +114,10 @@ class FullyShardedDataParallel(Sharded):
     @cached_property
     def shard(self) -> Amount:
         return row_shards(tuple(self.model.parameters()), self.plan.shard_ranks)
+
+    @cached_property
+    def frozen_shard(self) -> Amount:
+        return row_shards(self.model.frozen, self.plan.shard_ranks)
 
     def _share(self, group: Group) -> Amount:
         """Elements of *group* on one rank."""
@@ -191,14 +200,15 @@ class FullyShardedDataParallel(Sharded):
         loop variable keeps the gradient of the last parameter (_fsdp_collectives.py ``foreach_reduce``).
         """
         freed = release(f"gathered {name}", "parameters", self._whole(group))
-        if not self.reduces(micro):
+        group = _trained(group)
+        if not self.reduces(micro) or not group:
             return (freed,)
         size = self._whole(group)
         last = group[-1].numel * self.job.compute_bytes
         others = sum(parameter.numel for parameter in group[:-1]) * self.job.compute_bytes
         return (
             freed,
-            release("reduce-scatter input", "buffers", self._whole(before)),
+            release("reduce-scatter input", "buffers", self._whole(_trained(before))),
             hold("reduce-scatter input", "buffers", size),
             release("unsharded gradients", "gradients", others),
             self.reduced(self._share(group), size, micro),
@@ -221,20 +231,25 @@ class FullyShardedDataParallel(Sharded):
     def end_backward(self, micro: MicroStep) -> Nodes:
         if not self.reduces(micro):
             return ()
-        ended = release("reduce-scatter input", "buffers", self._whole(self.first))
+        last = _trained(self.first) or _trained(self.model.layers[0].parameters)
+        ended = release("reduce-scatter input", "buffers", self._whole(last))
         if self.plan.strategy is not Strategy.HSDP:
             return (ended,)
         return ended, release(REPLICA_SUMS, "buffers", self.shard * self.job.compute_bytes * self.casts)
 
     def sizes(self) -> Iterator[Amount]:
-        return (self._share((parameter,)) for parameter in self.model.parameters())
+        return (self._share((parameter,)) for parameter in self.model.trained)
+
+    def held_sizes(self) -> Iterator[Amount]:
+        formats = {True: self.job.parameter_bytes, False: self.job.model_bytes}
+        return (self._share((each,)) * formats[each.trained] for each in self.model.parameters())
 
     def _gather(self, group: Group) -> Block:
         """The rank's share, cast where formats differ, is copied into the buffer and gathered in place.
 
         In forward that begins as soon as the buffer of the group before has been copied out.
         """
-        size, cast = self._whole(group), self._share(group) * self.job.compute_bytes * self.casts
+        size, cast = self._whole(group), self._share(_trained(group)) * self.job.compute_bytes * self.casts
         gather = Collective(WEIGHTS, "all-gather", size, 1, waits=True, group="shard", ahead=1)
         return Block("gather buffer", "buffers", size, size + cast, moved_bytes=2 * size, transfers=(gather,))
 
@@ -242,6 +257,10 @@ class FullyShardedDataParallel(Sharded):
         """The same in backward, which asks for the group while the one before it is at work."""
         gather = self._gather(group)
         return replace(gather, transfers=tuple(each._replace(waits=False, ahead=0) for each in gather.transfers))
+
+
+def _trained(group: Group) -> Group:
+    return tuple(parameter for parameter in group if parameter.trained)
 
 
 def _differ(neighbour: AnyLayer | None, expected: AnyLayer) -> bool:

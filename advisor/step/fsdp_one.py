@@ -79,7 +79,8 @@ class FullyShardedDataParallelOne(Sharded):
         return total(unit.tensors * times for unit, times in self._every_unit)
 
     def held_sizes(self) -> list[Amount]:
-        return [unit.share for unit, times in self._every_unit for _ in range(times)]
+        size = self.job.parameter_bytes
+        return [unit.share * size for unit, times in self._every_unit for _ in range(times)]
 
     @property
     def streams(self) -> Mapping[str, str]:

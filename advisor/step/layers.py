@@ -96,11 +96,16 @@ def close_stack(tape: Tape, hidden: Tensor, layer: Layer, weights: Weights, hidd
     return dropout(tape, normalise(tape, hidden, layer.norm, weights, hidden_size), layer.dropout)
 
 
-def embed(tape: Tape, model: ModelSpec, weights: Weights) -> Tensor:
-    """Token embeddings, with positions, norm and dropout where the model has them."""
+def embed(tape: Tape, model: ModelSpec, weights: Weights, *, needs_gradient: bool) -> Tensor:
+    """Token embeddings, with positions, norm and dropout where the model has them.
+
+    Those of frozen tables only get a gradient where that *needs_gradient*.
+    """
     tape.scope = "embedding"
     tables = [weight for weight in weights.unclaimed if len(weight.parameter.shape) == 2]
     hidden = _lookup(tape, weights.take(*tables[0].parameter.shape))
+    if needs_gradient and not hidden.needs_gradient:
+        tape.require_gradient(hidden)
     for table in tables[1:]:
         hidden = add(tape, hidden, _lookup(tape, weights.take(*table.parameter.shape)))
     if model.embedding_norm:

@@ -43,11 +43,11 @@ def chunked_loss(tape: Tape, hidden: Tensor, model: ModelSpec, weights: Weights)
     def others(tape: Tape, gradient: Tensor) -> Gradients:
         for_hidden, for_matrix = pieces.gradients(piece, OtherPieces(piece))
         gradients.append(for_hidden)
-        pieces.work(times=3)
+        pieces.work(times=3 if matrix.needs_gradient else 2)
         return (for_matrix,)
 
     tape.attach(sums[0], [split, copy], last)
-    tape.attach(sums[1], [copy], others)
+    tape.attach(sums[1], [copy if matrix.needs_gradient else None], others)
     tape.watched = sums[1].node
     count = tape.new(1, INDEX_BYTES, scales=False)
     loss = tape.new(1, 4, scales=False)
@@ -75,7 +75,8 @@ def fused_loss(tape: Tape, hidden: Tensor, model: ModelSpec, weights: Weights) -
     casts = hidden.element_bytes != wide or matrix.element_bytes != wide
     labels = tape.new(tokens + 1, INDEX_BYTES), tape.new(tokens, INDEX_BYTES)
     for_hidden = tape.like(hidden)
-    for_matrix = weight_gradient(tape, matrix.parameter, matrix.element_bytes)
+    trained = matrix.needs_gradient
+    for_matrix = weight_gradient(tape, matrix.parameter, matrix.element_bytes) if trained else None
     losses, counted = tape.new(tokens, 4), tape.new(tokens, 1)
     if casts:
         compute_copy(tape, matrix)
@@ -91,7 +92,7 @@ def fused_loss(tape: Tape, hidden: Tensor, model: ModelSpec, weights: Weights) -
     operands.clear()
     if casts:
         operands.append(tape.new(width, wide, scales=rows))
-    products = (Product(Matmul(tokens, vocabulary, width, element_bytes=wide), "m"),) * 3
+    products = (Product(Matmul(tokens, vocabulary, width, element_bytes=wide), "m"),) * (3 if trained else 2)
     matrix_moved = pieces * matrix.parameter.numel * (2 * wide + 2 * matrix.element_bytes)
     moved = 5 * tokens * vocabulary * wide
     tape.work(
@@ -103,7 +104,8 @@ def fused_loss(tape: Tape, hidden: Tensor, model: ModelSpec, weights: Weights) -
     del losses, counted, labels
 
     def backward(tape: Tape, gradient: Tensor) -> Gradients:
-        tape.work(for_hidden, for_hidden, for_matrix, for_matrix, kernels=2)
+        scaled = [each for each in (for_hidden, for_matrix) if each]
+        tape.work(*scaled, *scaled, kernels=len(scaled))
         return for_hidden, for_matrix
 
     tape.attach(loss, [hidden, matrix], backward, saves="outputs")
@@ -148,8 +150,8 @@ class _Pieces:
         del logits
         return logarithms
 
-    def gradients(self, rows: Rows, counted: Rows) -> tuple[Tensor, Tensor]:
-        """The piece again, and the gradients of *counted* tokens' hidden states and of the matrix."""
+    def gradients(self, rows: Rows, counted: Rows) -> tuple[Tensor, Tensor | None]:
+        """The piece again, and the gradients of *counted* tokens' hidden states and of the matrix if it is trained."""
         tape, wide = self.tape, self.tape.compute_bytes
         saved: list[Tensor] = []
         if self.matrix.element_bytes != wide:
@@ -161,7 +163,8 @@ class _Pieces:
         if wide != 4:
             for_logits = tape.new(self.vocabulary, wide, scales=rows)
         for_hidden = tape.new(self.width, wide, scales=counted)
-        for_matrix = weight_gradient(tape, self.matrix.parameter, wide)
+        trained = self.matrix.needs_gradient
+        for_matrix = weight_gradient(tape, self.matrix.parameter, wide) if trained else None
         saved.clear()
         del for_logits
         return cast(tape, for_hidden, self.hidden.element_bytes), for_matrix

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from advisor.specs.model import Parameter
 from advisor.step.program import Matmul
-from advisor.step.tape import Gradients, Product, Tape, Tensor, Weight
+from advisor.step.tape import Adapter, Gradients, Product, Tape, Tensor, Weight
 
 
 def view(tape: Tape, x: Tensor, numel: int | None = None) -> Tensor:
@@ -65,12 +65,15 @@ def multiply(tape: Tape, x: Tensor, y: Tensor) -> Tensor:
     """Element-wise product of two tensors of one shape."""
     output = tape.new(x.numel, max(x.element_bytes, y.element_bytes))
     tape.work(x, y, output)
+    # Each factor is kept for the gradient of the other.
+    others = y if x.needs_gradient else None, x if y.needs_gradient else None
 
     def backward(tape: Tape, gradient: Tensor) -> Gradients:
-        first = tape.like(gradient)
-        second = tape.like(gradient)
-        tape.work(gradient, x, y, first, second, gradient, kernels=2)
-        return first, second
+        found = [tape.like(gradient) if other else None for other in others]
+        touched = [each for each in (*others, *found) if each]
+        products = len(touched) // 2
+        tape.work(*touched, *products * (gradient,), kernels=products)
+        return tuple(found)
 
     return tape.attach(output, [x, y], backward)
 
@@ -116,12 +119,17 @@ def multiply_weight(tape: Tape, x: Tensor, weight: Weight, element_bytes: int) -
     """*x* times a weight per column."""
     output = tape.like(x, element_bytes)
     tape.work(x, output)
+    kept, passes = x if weight.needs_gradient else None, x.needs_gradient
 
     def backward(tape: Tape, gradient: Tensor) -> Gradients:
-        for_weight = tape.like(gradient)
-        tape.work(gradient, x, for_weight)
-        for_x = tape.like(gradient)
-        tape.work(gradient, for_x)
+        for_weight = tape.like(gradient) if kept else None
+        if kept and for_weight:
+            tape.work(gradient, kept, for_weight)
+        for_x = tape.like(gradient) if passes else None
+        if for_x:
+            tape.work(gradient, for_x)
+        if for_weight is None:
+            return None, for_x
         summed = weight_gradient(tape, weight.parameter, weight.element_bytes)
         tape.work(for_weight, summed)
         del for_weight
@@ -229,14 +237,75 @@ def compute_copy(tape: Tape, weight: Weight) -> Tensor | Weight:
             return (full,)
 
         attached = tape.attach(copy, [weight], backward, saves="nothing")
-        if not tape.keeps_copies:
-            return attached
+        if not tape.keeps_copies or not weight.needs_gradient:
+            return attached  # autocast keeps copies of what is trained alone (ATen/autocast_mode.cpp cached_cast)
         weight.cast = attached
     return weight.cast
 
 
 def linear(tape: Tape, x: Tensor, weight: Weight, bias: Weight | None = None) -> Tensor:
-    """A matrix product with a weight of two dimensions; saves its input."""
+    """A matrix product with a weight of two dimensions, and with the adapter beside it."""
+    output = _product(tape, x, weight, bias)
+    if weight.adapter is None:
+        return output
+    return _adapted(tape, x, output, weight.adapter, quantized=weight.parameter.held == "four bits")
+
+
+def _adapted(tape: Tape, x: Tensor, output: Tensor, adapter: Adapter, *, quantized: bool) -> Tensor:
+    """*output* plus the adapter's product (peft 0.21.2, tuners/lora/layer.py and bnb.py).
+
+    Its input is brought to the adapter's format first; beside four bits autocast does that, and *output* is copied.
+    """
+    if quantized:
+        output = copy(tape, output)
+    else:
+        x = cast(tape, x, adapter.inner.element_bytes)
+    low = _product(tape, dropout(tape, x, adapter.dropout), adapter.inner)
+    more = multiply_constant(tape, _product(tape, low, adapter.outer))
+    del low
+    return cast(tape, add(tape, output, more), output.element_bytes)
+
+
+def _quantized_product(tape: Tape, x: Tensor, weight: Weight) -> Tensor:
+    """bitsandbytes 0.50.2, nn/modules.py ``Linear4bit`` and autograd/_functions.py ``MatMul4Bit``.
+
+    Each product makes the weight anew in the compute format, for itself alone. What backward needs is the weight in
+    four bits, which no saved tensor stands for. Left out: the scales in fp32 from which that is made, and the kernel
+    that needs no such copy, for few tokens.
+    """
+    outside, inside = weight.shape
+    arrived_bytes = x.element_bytes
+    x = cast(tape, x, tape.compute_bytes)
+    tokens, numel, passes = x.numel // inside, weight.parameter.numel, x.needs_gradient
+    stored_bytes = weight.parameter.held_bytes(tape.stream_bytes, tape.compute_bytes)
+
+    def dequantized(tape: Tape) -> Tensor:
+        found = tape.new(
+            numel, tape.compute_bytes, scales=False, category="temporaries", label="weight out of four bits"
+        )
+        tape.work(found, fixed_moved_bytes=stored_bytes)
+        return found
+
+    matrix = dequantized(tape)
+    output = tape.new(tokens * outside, tape.compute_bytes)
+    tape.work(x, output, matrix, matmuls=(Product(Matmul(tokens, outside, inside), "m"),))
+    del matrix
+
+    def backward(tape: Tape, gradient: Tensor) -> Gradients:
+        if not passes:
+            return (None,)
+        matrix = dequantized(tape)
+        for_x = tape.new(tokens * inside, gradient.element_bytes)
+        tape.work(gradient, for_x, matrix, matmuls=(Product(Matmul(tokens, inside, outside), "m"),))
+        return (for_x,)
+
+    return cast(tape, tape.attach(output, [x], backward, saves="nothing"), arrived_bytes)
+
+
+def _product(tape: Tape, x: Tensor, weight: Weight, bias: Weight | None = None) -> Tensor:
+    """Saves its input where the weight needs a gradient, and the weight where the input does."""
+    if weight.parameter.held == "four bits":
+        return _quantized_product(tape, x, weight)
     outside, inside = weight.shape
     x = cast(tape, x, tape.compute_bytes)
     matrix = compute_copy(tape, weight)
@@ -247,16 +316,21 @@ def linear(tape: Tape, x: Tensor, weight: Weight, bias: Weight | None = None) ->
         products = (Product(Matmul(tokens, outside, inside, element_bytes=compute_bytes), "m"),)
         tape.work(x, output, matmuls=products, fixed_moved_bytes=matrix.size_bytes)
 
+    kept = x if weight.needs_gradient else None
+    passing = matrix if x.needs_gradient else None
+
     def backward(tape: Tape, gradient: Tensor) -> Gradients:
-        for_offset = weight_gradient(tape, bias.parameter, compute_bytes) if bias else None
+        for_offset = weight_gradient(tape, bias.parameter, compute_bytes) if bias and bias.needs_gradient else None
         if for_offset:
             tape.work(gradient, for_offset)
-        for_x = tape.new(tokens * inside, compute_bytes)
-        backwards = (Product(Matmul(tokens, inside, outside, element_bytes=compute_bytes), "m"),)
-        tape.work(gradient, for_x, matmuls=backwards, fixed_moved_bytes=matrix.size_bytes)
-        for_matrix = weight_gradient(tape, weight.parameter, compute_bytes)
-        weights = (Product(Matmul(outside, inside, tokens, element_bytes=compute_bytes), "k"),)
-        tape.work(gradient, x, for_matrix, matmuls=weights)
+        for_x = tape.new(tokens * inside, compute_bytes) if passing else None
+        if passing and for_x:
+            backwards = (Product(Matmul(tokens, inside, outside, element_bytes=compute_bytes), "m"),)
+            tape.work(gradient, for_x, matmuls=backwards, fixed_moved_bytes=passing.size_bytes)
+        for_matrix = weight_gradient(tape, weight.parameter, compute_bytes) if kept else None
+        if kept and for_matrix:
+            weights = (Product(Matmul(outside, inside, tokens, element_bytes=compute_bytes), "k"),)
+            tape.work(gradient, kept, for_matrix, matmuls=weights)
         return for_x, for_matrix, for_offset
 
     return tape.attach(output, [x, matrix, offset], backward)
@@ -272,8 +346,10 @@ def layer_norm(tape: Tape, x: Tensor, weight: Weight | None, bias: Weight | None
 
     def backward(tape: Tape, gradient: Tensor) -> Gradients:
         result = tape.like(x)
-        for_weight = weight_gradient(tape, weight.parameter, weight.element_bytes) if weight else None
-        for_bias = weight_gradient(tape, bias.parameter, bias.element_bytes) if bias else None
+        for_weight, for_bias = (
+            weight_gradient(tape, each.parameter, each.element_bytes) if each and each.needs_gradient else None
+            for each in (weight, bias)
+        )
         tape.work(gradient, x, statistics, result, kernels=2)
         return result, for_weight, for_bias
 

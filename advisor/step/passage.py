@@ -8,6 +8,7 @@ prefetches at each. Left out: modules without parameters other than one activati
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -75,7 +76,9 @@ def passage(
     model: ModelSpec, mode: Mode, checkpointed: bool, zero: ZeroSettings, accumulates: bool, recordings: Recordings
 ) -> Passage:
     """The passage of *model* in micro-steps after the first of all, in which DeepSpeed only takes note of the order."""
-    arrived = reduced(model, mode, checkpointed, recordings)
+    found = reduced(model, mode, checkpointed, recordings)
+    numbers = [number for number, parameter in enumerate(model.parameters()) if parameter.trained]
+    arrived = Arrival(tuple(numbers[tensor] for tensor in found.tensors), found.sources)
     forward = _forward_calls(model, mode, checkpointed, recordings)
     backward = _backward_calls(model, mode, checkpointed, recordings)
     limits = Limits(zero.prefetch_bucket, zero.max_live_parameters, zero.max_reuse_distance, zero.persistence_threshold)
@@ -101,7 +104,10 @@ def reduced(model: ModelSpec, mode: Mode, checkpointed: bool, recordings: Record
     ``create_reduce_and_remove_grad_hooks``).
     """
     arrived = arrival(model, mode, checkpointed, recordings)
-    together = {number: block_of_experts(model, layer) for number, layer in enumerate(model.layers)}
+    together = {
+        number: [each for each in block_of_experts(model, layer) if each.trained]
+        for number, layer in enumerate(model.layers)
+    }
     waiting: list[tuple[int, Source]] = []
     found: list[tuple[int, Source]] = []
     for tensor, source in zip(arrived.tensors, arrived.sources, strict=True):
@@ -270,22 +276,46 @@ def _layers(model: ModelSpec, mode: Mode, checkpointed: bool, recordings: Record
     first = len(model.embedding)
     for layer in model.layers:
         experts = block_of_experts(model, layer)
-        recorded = recordings.layer(layer, model.hidden_size, mode, checkpointed).backward
-        used = handed_over(recorded)[::-1]
+        used = _in_use(model, layer, mode, checkpointed, recordings)
         at = {parameter: first + index for index, parameter in enumerate(layer.parameters)}
         calls: list[Call] = []
-        container = ""
+        container = module = ""
+        last = 0
         for path, parameters in _by_module(used, experts):
-            if path.rpartition(".")[0] != container:
-                container = path.rpartition(".")[0]
+            outer = _adapted_module(path)
+            if outer.rpartition(".")[0] != container:
+                container = outer.rpartition(".")[0]
                 within = tuple(at[each] for each in used if each.name.startswith(f"{container}."))
                 calls += [Call(beneath=within)] if container else []
+            if outer != module:
+                module, last = outer, len(calls)
+                if path != outer:
+                    calls.append(Call(beneath=tuple(at[each] for each in used if each.name.startswith(f"{outer}."))))
             own = tuple(sorted(at[each] for each in parameters))
+            # Dropout is a module that runs before an adapter.
+            calls += [Call()] if ".lora_A" in path else []
             calls.append(Call(own, own, is_leaf=parameters[0] in experts))
-        inside = calls if experts else [*calls[:-1], Call(), calls[-1]]
+        inside = calls if experts else [*calls[:last], Call(), *calls[last:]]
         found.append((Call(beneath=tuple(at.values())), inside))
         first += len(layer.parameters)
     return found
+
+
+def _in_use(
+    model: ModelSpec, layer: AnyLayer, mode: Mode, checkpointed: bool, recordings: Recordings
+) -> list[Parameter]:
+    """The weights of *layer* in the order in which forward uses them: the reverse of their gradients', had all one."""
+    if any(not each.trained for each in layer.parameters):
+        known = {replace(each, trained=True): each for each in layer.parameters}
+        thawed = replace(layer, parameters=tuple(known))
+        recorded = recordings.layer(thawed, model.hidden_size, mode, checkpointed).backward
+        return [known[each] for each in handed_over(recorded)[::-1]]
+    return handed_over(recordings.layer(layer, model.hidden_size, mode, checkpointed).backward)[::-1]
+
+
+def _adapted_module(path: str) -> str:
+    """The module that the adapter or the frozen layer at *path* belongs to; *path* where that is neither."""
+    return path.removesuffix(".base_layer").partition(".lora_")[0]
 
 
 def _modules(parameters: tuple[Parameter, ...], numbers: range) -> list[Call]:

@@ -38,7 +38,7 @@ class Mode:
 
     compute_bytes: int
     parameter_bytes: int
-    """Bytes per element of the weights that the modelling code sees."""
+    """Bytes per element of the model that the modelling code sees."""
     sequence_length: int
     attention: AttentionKernel
     padded: bool = False
@@ -47,16 +47,25 @@ class Mode:
     alone: bool = False
     """Whether the micro-batch is one sequence, whose heads products can read as views."""
     loss: LossKernel = "full"
+    adapter_bytes: int | None = None
+    """Bytes per element of adapters, where these alone are trained."""
+    embedding_norm: bool = False
+    """Whether the stream leaves a LayerNorm before the first layer, which autocast runs in fp32 (BLOOM)."""
+
+    @property
+    def trained_bytes(self) -> int:
+        """Bytes per element of the weights that are trained."""
+        return self.parameter_bytes if self.adapter_bytes is None else self.adapter_bytes
 
     @property
     def autocast(self) -> bool:
         """Whether products cast their inputs, and norms run in fp32."""
-        return self.autocasts_half or self.parameter_bytes > self.compute_bytes
+        return self.autocasts_half or max(self.parameter_bytes, self.trained_bytes) > self.compute_bytes
 
     @property
     def stream_bytes(self) -> int:
-        """Bytes per element of the residual stream, which has the format of the embedding."""
-        return self.parameter_bytes
+        """Bytes per element of the residual stream, which has the format of the embedding, or of its norm."""
+        return 4 if self.embedding_norm and self.autocast else self.parameter_bytes
 
     def tape(self) -> Tape:
         return Tape(
@@ -64,7 +73,7 @@ class Mode:
             self.autocast,
             self.sequence_length,
             padded=self.padded,
-            half_stream=self.autocasts_half,
+            half_stream=self.autocasts_half or self.stream_bytes == self.compute_bytes,
             alone=self.alone,
         )
 
@@ -96,6 +105,7 @@ Run = Callable[[Tape, Tensor, Weights], Tensor]
 @lru_cache(maxsize=256)
 def record_layer(layer: Layer, hidden_size: int, mode: Mode, checkpointed: bool, selective: bool = False) -> Recording:
     """One layer, its residual stream coming in and going out. Where *selective*, a checkpointed one keeps products."""
+    needs_gradient = checkpointed or not layer.starts_gradients
 
     def run(tape: Tape, stream: Tensor, weights: Weights) -> Tensor:
         memory = None
@@ -106,13 +116,13 @@ def record_layer(layer: Layer, hidden_size: int, mode: Mode, checkpointed: bool,
         return output
 
     if not checkpointed:
-        return _record(run, layer.parameters, hidden_size, mode)
+        return _record(run, layer.parameters, hidden_size, mode, layer.adapter_dropout, needs_gradient)
     if layer.closes_stack:
         alone = replace(layer, closes_stack=False, parameters=layer.parameters[:-1])
         return _followed(
             record_layer(alone, hidden_size, mode, True, selective), _record_norm(layer, hidden_size, mode)
         )
-    return _record_checkpointed(run, layer.parameters, hidden_size, mode, selective)
+    return _record_checkpointed(run, layer, hidden_size, mode, selective)
 
 
 def _record_norm(layer: Layer, hidden_size: int, mode: Mode) -> Recording:
@@ -135,17 +145,22 @@ def _followed(first: Recording, second: Recording) -> Recording:
 
 
 @lru_cache(maxsize=64)
-def record_embedding(model: ModelSpec, mode: Mode) -> Recording:
-    """From token ids to the residual stream."""
+def record_embedding(model: ModelSpec, mode: Mode, checkpointed: bool = False) -> Recording:
+    """From token ids to the residual stream.
+
+    Where *checkpointed*, transformers lets the stream need a gradient though the embedding be frozen
+    (modeling_utils.py ``enable_input_require_grads``). Its memory and its gradient's are given back with the graph.
+    """
     tape = mode.tape()
-    weights = weights_of(model.embedding, mode.parameter_bytes)
-    output = embed(tape, model, weights)
+    weights = weights_of(model.embedding, mode.parameter_bytes, mode.trained_bytes)
+    output = embed(tape, model, weights, needs_gradient=checkpointed)
     _check_claimed(weights, "embedding")
     output.storage.rename(STREAM, "activations")
     last = len(tape.events)
     root, shape, number = output.node, (output.numel, output.element_bytes), output.storage.event.storage
-    assert root is not None
     del output
+    if root is None:
+        return Recording(passed(tape.events[:last], STREAM_NUMBER, taken=number), ())
     tape.run_backward(root, *shape, None)
     forward = passed(tape.events[:last], STREAM_NUMBER, taken=number)
     return Recording(forward, after_forward(tape, last, number))
@@ -175,7 +190,7 @@ def record_head(model: ModelSpec, mode: Mode) -> HeadRecording:
         raise SpecError(f"--loss {mode.loss} is for causal models, and {model.name} is a {model.objective} one")
     tape = mode.tape()
     parameters = model.head + ((_output_matrix(model),) if model.tied_embeddings else ())
-    weights = weights_of(parameters, mode.parameter_bytes)
+    weights = weights_of(parameters, mode.parameter_bytes, mode.trained_bytes)
     uncopied = list(weights.unclaimed)
     stream = tape.input(mode.sequence_length * model.hidden_size, mode.stream_bytes, STREAM)
     start, first, given = stream.node, len(tape.events), stream.storage.event.storage
@@ -249,7 +264,7 @@ class Formulas:
         return record_inputs(model, mode)
 
     def embedding(self, model: ModelSpec, mode: Mode, checkpointed: bool) -> Recording:
-        return record_embedding(model, mode)
+        return record_embedding(model, mode, checkpointed)
 
     def layer(
         self, layer: AnyLayer, hidden_size: int, mode: Mode, checkpointed: bool, selective: bool = False
@@ -275,11 +290,21 @@ def _as_logits(event: Event) -> Event:
     return event._replace(category="logits") if event.category in ("activations", "temporaries") else event
 
 
-def _record(run: Run, parameters: tuple[Parameter, ...], hidden_size: int, mode: Mode) -> Recording:
+def _record(
+    run: Run,
+    parameters: tuple[Parameter, ...],
+    hidden_size: int,
+    mode: Mode,
+    adapter_dropout: float = 0.0,
+    needs_gradient: bool = True,
+) -> Recording:
+    """A part whose input *needs_gradient* or not."""
     tape = mode.tape()
-    weights = weights_of(parameters, mode.parameter_bytes)
-    uncopied = list(weights.unclaimed)
+    weights = weights_of(parameters, mode.parameter_bytes, mode.trained_bytes, adapter_dropout)
+    uncopied = weights.every()
     stream = tape.input(mode.sequence_length * hidden_size, mode.stream_bytes, STREAM)
+    if not needs_gradient:
+        stream.node = None
     start, first, given = stream.node, len(tape.events), stream.storage.event.storage
     output = run(tape, stream, weights)
     output.storage.rename(STREAM, "activations")
@@ -290,27 +315,26 @@ def _record(run: Run, parameters: tuple[Parameter, ...], hidden_size: int, mode:
     assert root is not None
     del output
     returned = tape.run_backward(root, *shape, start)
-    assert returned is not None
-    returned.storage.rename(GRADIENT_STREAM, "temporaries")
+    if returned:
+        returned.storage.rename(GRADIENT_STREAM, "temporaries")
     forward = passed(_own(tape.events[first:last]), STREAM_NUMBER, given=given, taken=number)
-    backward = after_forward(tape, last, number, returned.storage.event.storage)
+    backward = after_forward(tape, last, number, returned.storage.event.storage if returned else None)
     return Recording(forward, passed(backward, STREAM_NUMBER, given=given))
 
 
-def _record_checkpointed(
-    run: Run, parameters: tuple[Parameter, ...], hidden_size: int, mode: Mode, selective: bool
-) -> Recording:
+def _record_checkpointed(run: Run, layer: Layer, hidden_size: int, mode: Mode, selective: bool) -> Recording:
     """torch.utils.checkpoint, not reentrant: keeps the input, and in backward runs again until all is saved.
 
+    That starts when backward first needs something: what comes before, such as a cast, makes its gradient already.
     Where *selective* (``create_selective_checkpoint_contexts``), outputs of products and kernels stay from the first
     run and the second takes them one by one; what it does not come to use stays until the layer's backward ends.
     """
-    forward, kept_copy_bytes, kept = _record_forward_only(run, parameters, hidden_size, mode, selective)
+    forward, kept_copy_bytes, kept = _record_forward_only(run, layer, hidden_size, mode, selective)
     tape = mode.tape()
     tape.recalled = [tape.new(numel, element_bytes, label=label) for numel, element_bytes, label in reversed(kept)]
     recalled = _kept_numbers(reversed(tape.recalled))
-    weights = weights_of(parameters, mode.parameter_bytes)
-    uncopied = list(weights.unclaimed)
+    weights = weights_of(layer.parameters, mode.parameter_bytes, mode.trained_bytes, layer.adapter_dropout)
+    uncopied = weights.every()
     stream = tape.input(mode.sequence_length * hidden_size, mode.stream_bytes, STREAM)
     start, first, given = stream.node, len(tape.events), stream.storage.event.storage
     output = run(tape, stream, weights)
@@ -325,16 +349,20 @@ def _record_checkpointed(
     del stream
     unused = {storage for storage, when in tape.taken.items() if when >= cut}
     again = [event for event in tape.events[cut:last] if event.kind == "give" and event.storage < cut]
+    assert tape.unpacked_at is not None
     arrived = after_forward(tape, last, -1, returned.storage.event.storage)
-    after = [event for event in arrived if not cut <= event.storage < last]
+    ahead = len(after_forward(tape, last, -1, end=tape.unpacked_at))
+    at_once = [event for event in arrived[:ahead] if not 0 <= event.storage < last]
+    of_forward = [event for event in arrived[:ahead] if 0 <= event.storage < last]
+    after = [event for event in (*of_forward, *arrived[ahead:]) if not cut <= event.storage < last]
     late = [event for event in (*again, *after) if event.kind == "give" and event.storage in unused]
-    early = [event for event in (*tape.events[first:cut], *again, *after) if event not in late]
+    early = [event for event in (*at_once, *tape.events[first:cut], *again, *after) if event not in late]
     backward = passed(_own([*early, *late]), STREAM_NUMBER, given=given)
     return Recording(forward, _renumbered(backward, recalled), kept_copy_bytes)
 
 
 def _record_forward_only(
-    run: Run, parameters: tuple[Parameter, ...], hidden_size: int, mode: Mode, selective: bool
+    run: Run, layer: Layer, hidden_size: int, mode: Mode, selective: bool
 ) -> tuple[tuple[Event, ...], int, list[tuple[int, int, str]]]:
     """A forward pass that saves nothing but its input and, where *selective*, outputs of products and kernels.
 
@@ -343,8 +371,8 @@ def _record_forward_only(
     tape = mode.tape()
     tape.grad_enabled = False
     tape.kept = [] if selective else None
-    weights = weights_of(parameters, mode.parameter_bytes)
-    uncopied = list(weights.unclaimed)
+    weights = weights_of(layer.parameters, mode.parameter_bytes, mode.trained_bytes, layer.adapter_dropout)
+    uncopied = weights.every()
     stream = tape.input(mode.sequence_length * hidden_size, mode.stream_bytes, STREAM)
     first, given = len(tape.events), stream.storage.event.storage
     output = run(tape, stream, weights)
@@ -366,15 +394,17 @@ def _renumbered(events: Iterable[Event], numbers: Mapping[int, int]) -> tuple[Ev
     return tuple(event._replace(storage=numbers.get(event.storage, event.storage)) for event in events)
 
 
-def after_forward(tape: Tape, last: int, output: int, returned: int | None = None) -> tuple[Event, ...]:
+def after_forward(
+    tape: Tape, last: int, output: int, returned: int | None = None, end: int | None = None
+) -> tuple[Event, ...]:
     """Events since number *last*, less what belongs to the next part: the output, and the gradient that arrives.
 
-    Of the gradient *returned* to the part before, the end belongs to that part.
+    Those before number *end*, or all. Of the gradient *returned* to the part before, the end belongs to that part.
     """
     arrival = next(number for number, event in enumerate(tape.events[last:], last) if event.kind == "take")
     events = _own(
         event
-        for number, event in enumerate(tape.events[last:], last)
+        for number, event in enumerate(tape.events[last:end], last)
         if number != arrival and not (event.kind == "give" and event.storage == output)
     )
     return passed(events, GRADIENT_NUMBER, given=arrival, taken=returned)

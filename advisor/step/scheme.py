@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from advisor.specs.job import Job
 from advisor.specs.model import AnyLayer, ModelSpec, Parameter
 from advisor.specs.plan import Count, Plan
 from advisor.step.program import Amount, Node
-from advisor.step.recording import FORMULAS, Source
+from advisor.step.recording import FORMULAS, Mode, Source, mode_of
 
 Nodes = Sequence[Node]
 
@@ -43,6 +43,11 @@ class Part:
     @property
     def numel(self) -> int:
         return sum(parameter.numel for parameter in self.parameters)
+
+    @property
+    def trained(self) -> tuple[Parameter, ...]:
+        """The parameters that are trained."""
+        return tuple(parameter for parameter in self.parameters if parameter.trained)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,13 +88,27 @@ class Scheme:
 
     @property
     def parameter_bytes(self) -> int:
-        """Bytes per element of the weights that the modelling code computes with."""
-        return self.job.parameter_bytes
+        """Bytes per element of the model that the modelling code computes with, but for what is trained beside it."""
+        return self.job.model_bytes
+
+    @property
+    def trained_bytes(self) -> int:
+        """Bytes per element of the trained weights as the modelling code finds them."""
+        return self.parameter_bytes if self.job.method == "full" else self.job.parameter_bytes
 
     @property
     def built_bytes(self) -> int:
-        """Bytes per element of the weights as the model is built."""
-        return self.job.parameter_bytes
+        """Bytes per element of the model as it is built."""
+        return self.job.model_bytes
+
+    @cached_property
+    def mode(self) -> Mode:
+        """In which formats the modelling code runs."""
+        mode = mode_of(self.job, self.parameter_bytes, self.autocasts_half)
+        if self.job.method == "full":
+            return mode
+        normed = self.model.embedding_norm == "layer"
+        return replace(mode, adapter_bytes=self.trained_bytes, embedding_norm=normed)
 
     @property
     def tables_bytes(self) -> int:

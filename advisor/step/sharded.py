@@ -22,6 +22,10 @@ class Sharded(Scheme, ABC):
         return self.job.compute_bytes
 
     @property
+    def trained_bytes(self) -> int:
+        return self.job.compute_bytes
+
+    @property
     def reshards(self) -> bool:
         """Whether gathered weights are freed after forward."""
         return self.plan.strategy is not Strategy.FSDP_GRAD_OP
@@ -37,28 +41,33 @@ class Sharded(Scheme, ABC):
         """Elements of the weights on one rank."""
 
     @property
+    def frozen_shard(self) -> Amount:
+        """Those of them that stay as they are."""
+        return 0
+
+    @property
     def updated(self) -> Amount:
         """Those of them that the optimizer updates."""
-        return self.shard
+        return self.shard - self.frozen_shard
 
     @property
     def tensors(self) -> Amount:
         """How many the optimizer sees on this rank."""
-        return self.model.tensor_count
+        return len(self.model.trained)
 
     @abstractmethod
     def sizes(self) -> Iterator[Amount]:
         """Elements of each of them, in their order."""
 
     def held_sizes(self) -> Iterable[Amount]:
-        """Elements of each tensor that the weights on this rank are held in."""
-        return self.sizes()
+        """Bytes of each tensor that the weights on this rank are held in."""
+        return (size * self.job.parameter_bytes for size in self.sizes())
 
     @property
     def tensor_sizes(self) -> Mapping[str, Callable[[], Iterable[int]]]:
         element_bytes = self.job.parameter_bytes
         return {
-            "weights, rank's share": lambda: [int(size) * element_bytes for size in self.held_sizes() if size],
+            "weights, rank's share": lambda: [int(size) for size in self.held_sizes() if size],
             "Adam moments, rank's share": lambda: [
                 int(size) * element_bytes for size in self.sizes() if size for _ in range(MOMENTS)
             ],
@@ -69,10 +78,16 @@ class Sharded(Scheme, ABC):
         """Whether gradients are reduced in *micro*."""
         return micro.last or self.plan.fsdp.syncs_each_micro_batch
 
+    @property
+    def held_bytes(self) -> Amount:
+        """Of the weights on this rank: accelerate brings those that are trained to fp32 (``fsdp2_prepare_model``)."""
+        trained = (self.shard - self.frozen_shard) * self.job.parameter_bytes
+        return trained + self.frozen_shard * self.job.model_bytes
+
     def states(self) -> Nodes:
         element_bytes = self.job.parameter_bytes
         return (
-            hold("weights, rank's share", "parameters", self.shard * element_bytes),
+            hold("weights, rank's share", "parameters", self.held_bytes),
             hold("Adam moments, rank's share", "optimizer", MOMENTS * self.updated * element_bytes),
             hold("Adam step counters", "optimizer", adam_step_counters(self.job, self.tensors)),
         )
@@ -96,7 +111,7 @@ class Sharded(Scheme, ABC):
         )
 
     def update(self) -> Nodes:
-        share, element_bytes = self.shard, self.job.parameter_bytes
+        share, element_bytes = self.shard - self.frozen_shard, self.job.parameter_bytes
         return (
             scratch("Adam temporaries", adam_temporaries(self.job, self.sizes, element_bytes)),
             Block("Adam update", "optimizer", moved_bytes=ADAM_MOVES * share * element_bytes, kernels=1),
@@ -105,5 +120,5 @@ class Sharded(Scheme, ABC):
 
     def host_once(self) -> Nodes:
         """``cpu_ram_efficient_loading``: rank 0 alone reads the weights and sends them to the others."""
-        size = self.model.parameter_count * self.job.parameter_bytes
+        size = self.model.parameter_count * self.job.model_bytes
         return (scratch("weights while loading", size, "parameters"),)

@@ -103,10 +103,26 @@ class Weight:
     """Its shape as (outputs, inputs), whichever way round it is stored."""
     cast: Tensor | None = None
     """Its autocast copy while a forward pass keeps one."""
+    adapter: Adapter | None = None
+    """The low-rank matrices beside it."""
+
+    @property
+    def needs_gradient(self) -> bool:
+        return self.parameter.trained
 
     @property
     def size_bytes(self) -> int:
         return self.parameter.numel * self.element_bytes
+
+
+class Adapter(NamedTuple):
+    """Low-rank matrices whose product is added to that of a frozen weight."""
+
+    inner: Weight
+    """rank x inputs"""
+    outer: Weight
+    """outputs x rank"""
+    dropout: float
 
 
 @dataclass(eq=False, slots=True)
@@ -118,6 +134,10 @@ class Tensor:
     scales: Scales
     storage: _Storage
     node: GraphNode | None = None
+
+    @property
+    def needs_gradient(self) -> bool:
+        return self.node is not None
 
     @property
     def size_bytes(self) -> int:
@@ -138,6 +158,8 @@ class GraphNode:
     scope: str = ""
     formats: tuple[int | None, ...] = ()
     """Bytes per element of each input, which its gradient is cast to."""
+    saves: bool = False
+    """Whether its backward needs anything of forward."""
 
 
 @dataclass(eq=False, slots=True)
@@ -174,6 +196,8 @@ class Tape:
     watched: GraphNode | None = None
     reached_at: int = 0
     """Number of the first event of *watched*'s backward."""
+    unpacked_at: int | None = None
+    """Number of the first event of backward that needs anything of forward."""
 
     @property
     def stream_bytes(self) -> int:
@@ -232,18 +256,32 @@ class Tape:
         *,
         saves: Literal["inputs", "outputs", "nothing"] = "inputs",
     ) -> Tensor:
-        """Make *output* differentiable. *backward* closes over whatever it needs, which keeps that alive."""
-        if self.grad_enabled:
+        """Make *output* differentiable. *backward* closes over whatever it needs, which keeps that alive.
+
+        Where none of the *inputs* needs a gradient, neither does *output*, and nothing is kept.
+        """
+        present = [each for each in inputs if each is not None]
+        if self.grad_enabled and (not present or any(each.needs_gradient for each in present)):
             if saves == "inputs":
                 number = output.storage.event.storage
                 self.needed_until = self.taken.get(number, number)
             elif saves == "outputs":
                 self.needed_until = len(self.events)
             self.order += 1
-            edges = tuple(each.node if isinstance(each, Tensor) else each for each in inputs)
-            formats = tuple(each.element_bytes if each else None for each in inputs)
-            output.node = GraphNode(self.order, edges, backward, self.scope, formats)
+            edges = tuple(_edge(each) for each in inputs)
+            formats = tuple(each.element_bytes if each and each.needs_gradient else None for each in inputs)
+            output.node = GraphNode(self.order, edges, backward, self.scope, formats, saves != "nothing")
         return output
+
+    def require_gradient(self, tensor: Tensor) -> None:
+        """``requires_grad_`` of a tensor that was computed without one; the graph keeps it."""
+        kept = [tensor.storage]
+
+        def backward(tape: Tape, gradient: Tensor) -> Gradients:
+            kept.clear()
+            return ()
+
+        self.attach(tensor, [], backward, saves="nothing")
 
     def input(self, numel: int, element_bytes: int, label: str) -> Tensor:
         """A differentiable tensor from outside, whose gradient :meth:`run_backward` returns."""
@@ -272,6 +310,8 @@ class Tape:
                 continue
             if node is self.watched:
                 self.reached_at = len(self.events)
+            if node.saves and self.unpacked_at is None:
+                self.unpacked_at = len(self.events)
             self.scope = node.scope
             produced = list(node.backward(self, arrived))
             del arrived
@@ -306,6 +346,13 @@ class Tape:
                 narrowed = self.like(part, wanted)
                 self.work(part, narrowed)
                 produced[index] = narrowed
+
+
+def _edge(source: Tensor | Weight | None) -> GraphNode | Weight | None:
+    """Where the gradient of *source* goes; None where it needs none."""
+    if isinstance(source, Weight):
+        return source if source.needs_gradient else None
+    return source.node if source else None
 
 
 def _dependencies(root: GraphNode) -> tuple[dict[GraphNode, int], dict[Weight, int]]:

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 from advisor.errors import SpecError
 from advisor.specs.model import Parameter
-from advisor.step.tape import Weight
+from advisor.step.tape import Adapter, Weight
+
+ADAPTER_INFIX, ADAPTED_INFIX = ".lora_", ".base_layer."
+"""What stands behind a module's name in those of its adapters, and of its own parameters where it has adapters."""
 
 
 @dataclass(eq=False)
@@ -14,6 +17,11 @@ class Weights:
     """The parameters of one module, claimed one by one as its code uses them."""
 
     unclaimed: list[Weight]
+
+    def every(self) -> list[Weight]:
+        """Those that are unclaimed, and the adapters beside them."""
+        adapters = (each for weight in self.unclaimed if weight.adapter for each in weight.adapter[:2])
+        return [*self.unclaimed, *adapters]
 
     def take(self, *shape: int) -> Weight:
         """The first unclaimed parameter of *shape*, or of its transpose (GPT-2's Conv1D)."""
@@ -28,5 +36,26 @@ class Weights:
         return self.take(width) if present else None
 
 
-def weights_of(parameters: tuple[Parameter, ...], element_bytes: int) -> Weights:
-    return Weights([Weight(parameter, element_bytes) for parameter in parameters])
+def weights_of(
+    parameters: tuple[Parameter, ...], element_bytes: int, trained_bytes: int, adapter_dropout: float = 0.0
+) -> Weights:
+    """Weights for *parameters*, in one format those that are frozen and in one those that are trained.
+
+    Adapters come with the weights that they stand beside.
+    """
+    found: list[Weight] = []
+    beside: dict[str, list[Weight]] = {}
+    for parameter in parameters:
+        weight = Weight(parameter, trained_bytes if parameter.trained else element_bytes)
+        module, is_adapter, _ = parameter.name.partition(ADAPTER_INFIX)
+        if is_adapter:
+            weight.shape = parameter.shape
+            beside.setdefault(module, []).append(weight)
+        else:
+            found.append(weight)
+    for weight in found:
+        module, is_adapted, kind = weight.parameter.name.partition(ADAPTED_INFIX)
+        if is_adapted and kind == "weight":
+            inner, outer = beside[module]
+            weight.adapter = Adapter(inner, outer, adapter_dropout)
+    return Weights(found)

@@ -22,8 +22,18 @@ class Zero(Scheme):
         return self.job.compute_bytes
 
     @property
+    def trained_bytes(self) -> int:
+        """``module.bfloat16()`` and ``module.half()`` leave nothing out (runtime/engine.py)."""
+        return self.job.compute_bytes
+
+    @property
     def built_bytes(self) -> int:
         return self.job.compute_bytes
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Of weights that stay as they are, which no flat buffer takes."""
+        return self.model.frozen_count * self.job.compute_bytes
 
     @property
     def state_bytes(self) -> int:
@@ -50,7 +60,7 @@ class Zero(Scheme):
         )
 
     def gather_updated(self) -> Block:
-        payload = self.model.parameter_count * self.job.compute_bytes
+        payload = self.model.trained_count * self.job.compute_bytes
         gather = Collective("updated weights", "all-gather", payload, 1, waits=True)
         return Block("all-gather of weights", "temporaries", transfers=(gather,))
 

@@ -27,7 +27,6 @@ from advisor.step.flat_partition import (
     undominated,
 )
 from advisor.step.program import Amount, Block, Collective, Node, hold, release, released, scratch
-from advisor.step.recording import mode_of
 from advisor.step.scheme import MicroStep, Nodes, Part
 from advisor.step.states import MOMENTS, adam_temporaries
 from advisor.step.zero import NORM_BYTES, Zero
@@ -38,7 +37,7 @@ class ZeroFlat(Zero):
 
     @cached_property
     def shard(self) -> Amount:
-        return flat_shard(self.model.parameter_count, self.plan.gpus)
+        return flat_shard(self.model.trained_count, self.plan.gpus)
 
     @property
     def buckets(self) -> int:
@@ -55,15 +54,17 @@ class ZeroFlat(Zero):
 
     @cached_property
     def registered(self) -> tuple[int, ...]:
-        """Numbers of the model's tensors in the order in which they stand in the flat buffer."""
-        model = self.model
-        layers, head = len(model.embedding), model.tensor_count - len(model.head)
+        """Numbers of the trained tensors in the order in which they stand in the flat buffer."""
+        model, count = self.model, len(self.model.trained)
+        if model.frozen_count:
+            return tuple(range(count))
+        layers, head = len(model.embedding), count - len(model.head)
         early = range(head, head + model.early_head)
-        return (*range(layers), *early, *range(layers, head), *range(head + model.early_head, model.tensor_count))
+        return (*range(layers), *early, *range(layers, head), *range(head + model.early_head, count))
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        numbered = tuple(self.model.parameters())
+        numbered = self.model.trained
         return tuple(numbered[tensor].numel for tensor in self.registered)
 
     @cached_property
@@ -122,13 +123,14 @@ class ZeroFlat(Zero):
         found, half = self._shares(ranks), self.job.compute_bytes
         kept = found.held * half
         filled = kept + found.padding * half
-        flat = (found.pieces > 1) * int(np.max(np.asarray(flat_shard(self.model.parameter_count, ranks)))) * half
+        flat = (found.pieces > 1) * int(np.max(np.asarray(flat_shard(self.model.trained_count, ranks)))) * half
         norm = filled + found.largest_slice * NORM_BYTES
         return undominated(np.stack([-found.first_reduction, kept, filled, norm, filled + flat], axis=1))
 
     def states(self) -> Nodes:
         shard, whole = self.shard, self.shard * self.plan.gpus
         return (
+            hold("frozen weights", "parameters", self.frozen_bytes),
             # Flattened into one buffer while the model's own tensors are still there.
             Block("weights", "parameters", whole * self.job.compute_bytes, 2 * whole * self.job.compute_bytes),
             hold("master weights, rank's share", "optimizer", shard * self.master_bytes),
@@ -219,7 +221,7 @@ class ZeroOne(ZeroFlat):
         """Gradients move into the bucket, which frees their own memory, and a rank's own are copied out of it."""
         half = self.job.compute_bytes
         nodes: list[Node] = []
-        left: Amount = self.model.parameter_count * half
+        left: Amount = self.model.trained_count * half
         for reduction in self.reductions:
             elements = sum(self.sizes[tensor] for tensor in reduction.tensors)
             alone = self.bypasses(reduction.tensors[0])
@@ -240,9 +242,8 @@ class ZeroTwo(ZeroFlat):
     @cached_property
     def arrival(self) -> Arrival:
         """In the order of backward."""
-        mode = mode_of(self.job, self.parameter_bytes)
         checkpointed = self.plan.checkpointing is not Checkpointing.NONE
-        found = arrival(self.model, mode, checkpointed, self.source)
+        found = arrival(self.model, self.mode, checkpointed, self.source)
         place = {tensor: number for number, tensor in enumerate(self.registered)}
         return Arrival(tuple(place[tensor] for tensor in found.tensors), found.sources)
 

@@ -14,7 +14,6 @@ from advisor.step.arrival import Arrival, Source, Where, arrival, where
 from advisor.step.flat_partition import Reduction, by_count, reductions
 from advisor.step.passage import Move, Passage, block_of_experts, passage, reduced
 from advisor.step.program import Amount, Block, Collective, hold, release, released, scratch
-from advisor.step.recording import Mode, mode_of
 from advisor.step.scheme import MicroStep, Nodes, Part
 from advisor.step.states import MOMENTS, adam_step_counters, adam_temporaries, tensor_shards
 from advisor.step.zero import NORM_BYTES, Zero
@@ -52,6 +51,11 @@ class ZeroThree(Zero):
         return tensor_shards(tuple(self.model.parameters()), self.plan.gpus)
 
     @cached_property
+    def trained_shard(self) -> Amount:
+        """Of the weights that are trained."""
+        return tensor_shards(self.model.trained, self.plan.gpus)
+
+    @cached_property
     def small(self) -> tuple[Parameter, ...]:
         """The tensors that every rank keeps whole."""
         threshold = self.plan.zero.persistence_threshold
@@ -61,10 +65,6 @@ class ZeroThree(Zero):
     def persistent(self) -> Amount:
         """Elements of the small tensors, each padded to the ranks."""
         return tensor_shards(self.small, self.plan.gpus) * self.plan.gpus
-
-    @cached_property
-    def mode(self) -> Mode:
-        return mode_of(self.job, self.parameter_bytes)
 
     @cached_property
     def passage(self) -> Passage:
@@ -91,7 +91,8 @@ class ZeroThree(Zero):
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        return tuple(parameter.numel for parameter in self.model.parameters())
+        """Elements of the trained tensors."""
+        return tuple(parameter.numel for parameter in self.model.trained)
 
     @cached_property
     def reductions(self) -> tuple[Reduction, ...]:
@@ -142,9 +143,9 @@ class ZeroThree(Zero):
         return {"gathered weights": "all-gather", "flat copy of a bucket": "reduce"}
 
     def states(self) -> Nodes:
-        shard, half = self.shard, self.job.compute_bytes
+        shard, half = self.trained_shard, self.job.compute_bytes
         return (
-            hold("weights, rank's share", "parameters", shard * half),
+            hold("weights, rank's share", "parameters", self.shard * half),
             hold("small weights kept whole", "parameters", self.persistent * half),
             hold("gradients, rank's share", "gradients", shard * half),
             hold("gradient bucket", "buffers", self.bucket_bytes),
@@ -226,7 +227,9 @@ class ZeroThree(Zero):
     def _blocks(self) -> dict[int, tuple[Parameter, ...]]:
         """Of each layer, by identity, what waits until its block of experts is done."""
         kinds = (layer for run in self.model.runs for layer in run.layers)
-        return {id(layer): block_of_experts(self.model, layer) for layer in kinds}
+        return {
+            id(layer): tuple(each for each in block_of_experts(self.model, layer) if each.trained) for layer in kinds
+        }
 
     @cached_property
     def _last(self) -> dict[int, Parameter]:
@@ -293,7 +296,10 @@ class ZeroThree(Zero):
         )
 
     def after_backward(self, part: Part, micro: MicroStep) -> Nodes:
-        return (self._output_matrix,) if part.kind == "head" and self.job.loss == "fused" else ()
+        kept = (self._output_matrix,) if part.kind == "head" and self.job.loss == "fused" else ()
+        # Views of frozen weights go with no gradient of theirs.
+        seen = self.passage.forward[self._like(part)].kept
+        return (*kept, *(released(self._kept(each)) for each in seen if not each.trained))
 
     @property
     def _output_matrix(self) -> Block:
@@ -311,9 +317,9 @@ class ZeroThree(Zero):
         return (*self._reduce(self.reductions[-1], micro), self._gathered(Move(-self.passage.last, 0)), *kept)
 
     def update(self) -> Nodes:
-        shard, half = self.shard, self.job.compute_bytes
+        shard, half = self.trained_shard, self.job.compute_bytes
         piece = self.over_ranks("largest_group")
-        largest = -(-self.model.largest_parameter.numel // self.plan.gpus)
+        largest = -(-max(self.sizes) // self.plan.gpus)
         payload = self.persistent * half
         gather = Collective("small weights", "all-gather", payload, 1, waits=True)
         small = hold("small weights kept whole", "parameters", payload)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from advisor.catalog.adapters import as_trained
 from advisor.catalog.calibrations import find_calibration
 from advisor.catalog.gpus import find_gpu
 from advisor.catalog.huggingface import model_from_config
@@ -57,8 +58,8 @@ class Case:
 
     @property
     def model(self) -> ModelSpec:
-        """What the catalog makes of the configuration."""
-        return model_from_config(self.config, self.name, "the case's configuration")
+        """What the catalog makes of the configuration, as it is trained."""
+        return as_trained(model_from_config(self.config, self.name, "the case's configuration"), self.job)
 
     @property
     def title(self) -> str:
@@ -72,6 +73,8 @@ class Case:
         kernels = f", {job.attention}" if job.attention != "sdpa" else ""
         kernels += ", padded" if job.padded else ""
         kernels += f", {job.loss} loss" if job.loss != "full" else ""
+        targets = "+".join(job.lora_targets) or "usual targets"
+        kernels += f", {job.method} of rank {job.lora_rank} on {targets}" if job.method != "full" else ""
         return (
             f"{self.name}, {plan.strategy.value} x {plan.gpus}, {weights}, checkpointing {plan.checkpointing.value}, "
             f"{plan.micro_batch} x {job.sequence_length}, accumulation {plan.accumulation_steps}{version}{bucket}"
@@ -280,6 +283,7 @@ def _dry(layer: AnyLayer) -> AnyLayer:
     return replace(
         layer,
         dropout=0.0,
+        adapter_dropout=0.0,
         attention=replace(layer.attention, dropout=0.0),
         cross_attention=replace(crossing, dropout=0.0) if crossing else None,
         feed_forward=replace(block, dropout=0.0) if isinstance(block, FeedForward) else block,

@@ -23,6 +23,7 @@ from advisor.launch.train import fuse_loss as fuse_loss_on_gpu
 from advisor.specs.job import Job
 from advisor.specs.plan import Checkpointing, Plan
 from advisor.tracing.real_model import described, real_model, recompute_layers, settings_of
+from advisor.validation.adapters import trained, with_adapters
 from advisor.validation.measured import Messages
 from advisor.validation.sharding import FORMATS, data_parallel_emulated, fully_sharded, mesh_of
 from advisor.validation.trace import adamw, take_loss
@@ -63,7 +64,7 @@ def built_model(config: Mapping[str, Any], job: Job, plan: Plan, device: torch.d
     """The causal model with random weights on *device*, in the format in which its framework expects them."""
     description = described(config)
     # DeepSpeed keeps fp32 masters beside weights in the format that it computes in.
-    built_in = job.precision if plan.strategy.zero_stage is not None else job.parameter_format
+    built_in = job.precision if plan.strategy.zero_stage is not None else job.model_format
     on_gpu = device.type == "cuda"
     # A CPU runs no flash-attn; its own fused kernel saves what that one saves.
     attention = "sdpa" if job.attention == "flash" and not on_gpu else job.attention
@@ -75,11 +76,11 @@ def built_model(config: Mapping[str, Any], job: Job, plan: Plan, device: torch.d
         fuse_loss_on_gpu(model)
     else:
         take_loss(model, job)
-    return model
+    return with_adapters(model, job)
 
 
 def optimizer_of(model: Any, job: Job) -> Any:
-    return torch.optim.AdamW(model.parameters(), **adamw(job))
+    return torch.optim.AdamW(trained(model), **adamw(job))
 
 
 def by_deepspeed(model: Any, job: Job, settings: Mapping[str, Any], device: torch.device) -> Engine:

@@ -157,6 +157,8 @@ def _device(wanted: Device | None, gpus: int) -> Device:
 def _refuse_what_cannot_run(question: Question, plans: Sequence[Plan], device: Device) -> None:
     if question.model.objective != "causal":
         raise SpecError(f"{question.model.name} is no causal model, and only those are run for validation")
+    if question.job.method != "full":
+        raise SpecError(f"--method {question.job.method} is not run for validation; advisor trace runs peft's code")
     if question.job.padded:
         raise SpecError("padded batches are not run for validation: drop --padded")
     if question.job.compile:

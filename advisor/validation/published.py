@@ -10,8 +10,9 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from advisor.catalog.adapters import as_trained
 from advisor.catalog.calibrations import find_calibration
 from advisor.catalog.gpus import find_gpu
 from advisor.catalog.links import find_link
@@ -80,8 +81,21 @@ def published(row: Row) -> Published:
         attention=row.get("attention") or kernel,  # type: ignore[arg-type]
         loss=row.get("loss") or "full",  # type: ignore[arg-type]
         compile=row.get("compile") == "yes",
+        **_adapters(row),
     )
-    return Published(_model(row), job, plan, _cluster(row, gpus, nodes))
+    return Published(as_trained(_model(row), job), job, plan, _cluster(row, gpus, nodes))
+
+
+def _adapters(row: Row) -> dict[str, Any]:
+    """What a job says of adapters; nothing where every weight is trained."""
+    if not row.get("lora_rank"):
+        return {}
+    return {
+        "method": "lora",
+        "lora_rank": int(row["lora_rank"]),
+        "lora_targets": tuple(row["lora_targets"].split(",")),
+        "lora_dropout": float(row["lora_dropout"]),
+    }
 
 
 def _cluster(row: Row, gpus: int, nodes: int) -> Cluster:

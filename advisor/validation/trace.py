@@ -37,6 +37,7 @@ from advisor.tracing.real_model import (
     settings_of,
 )
 from advisor.tracing.tiled_loss import tile_loss
+from advisor.validation.adapters import fake_conversions, trained, with_adapters
 from advisor.validation.sharding import FORMATS, Wrapped, counted, ranks_of, wrap
 
 MOST_MICRO_STEPS = 3
@@ -90,13 +91,15 @@ def trace_described(description: Description, job: Job, plan: Plan, *, dropout: 
         gpu_operators(),
         flash_attn_installed(),
     ):
-        model = real_model(settings_of(description, dropout), description, FORMATS[job.parameter_format], job.attention)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
+        model = real_model(settings_of(description, dropout), description, FORMATS[job.model_format], job.attention)
         if plan.checkpointing is not Checkpointing.NONE:
             recompute_layers(model, checkpointing_contexts(plan.checkpointing.value))
         take_loss(model, job)
-        wrapped = wrap(model, mesh, job, plan)
-        optimizer = torch.optim.AdamW(model.parameters(), **adamw(job))
+        with fake_conversions():
+            adapted = with_adapters(model, job, dropout=dropout)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        wrapped = wrap(adapted, mesh, job, plan)
+        optimizer = torch.optim.AdamW(trained(model), **adamw(job))
         ids = torch.zeros(int(plan.micro_batch), job.sequence_length, dtype=torch.long)
         inputs = {"input_ids": ids} | ({"attention_mask": torch.ones_like(ids)} if job.padded else {})
         shapes = frozenset(tuple(each.shape) for each in model.parameters())

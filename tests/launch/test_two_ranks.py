@@ -6,6 +6,7 @@ An exit code proves nothing here, so each case checks the number of processes, t
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -137,6 +138,31 @@ def test_two_ranks_of_the_planned_kind_train_as_one_would(
     assert saved["model.embed_tokens.weight"].shape == (256, 32)
     # Some frameworks save the tied head beside the embedding. The rest: 12 tensors a layer (3 biases), embedding, norm.
     assert len(saved.keys() - {"lm_head.weight"}) == 26
+
+
+@pytest.mark.parametrize("strategy", [Strategy.DDP, Strategy.ZERO2, Strategy.ZERO3], ids=lambda each: each.value)
+def test_two_ranks_train_adapters_and_nothing_else(strategy: Strategy, checkpoint: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    for package in ("peft", "deepspeed"):
+        pytest.importorskip(package)
+    job = Job(sequence_length=32, method="lora", lora_rank=4)
+    launch = render(
+        model(), job, plan(strategy, checkpointing=Checkpointing.FULL), cluster(), weights_from=str(checkpoint)
+    )
+    write(launch, tmp_path / "run")
+
+    description, *steps = finish(tmp_path / "here", [start(tmp_path, "here")])
+
+    assert (description["processes"], description["model"]) == (2, "Qwen2ForCausalLM")
+    assert all(math.isfinite(step["loss"]) for step in steps)
+    assert len({step["loss"] for step in steps}) == 3
+    saved = load_file(tmp_path / "here" / "output" / "adapter_model.safetensors")
+    # Two layers, queries and values, two matrices; the outer ones start at zero.
+    assert len(saved) == 8
+    outer = [weights for name, weights in saved.items() if "lora_B" in name]
+    assert [each.shape[1] for each in outer] == 4 * [4]
+    assert all(each.abs().max() > 0 for each in outer)
 
 
 @pytest.mark.parametrize(

@@ -27,15 +27,17 @@ def program(task: Task, versions: Versions, more_arguments: Sequence[str]) -> Pr
 
 def train_arguments(model: ModelSpec, job: Job, plan: Plan, weights_from: str) -> tuple[str, ...]:
     """What train.py is given, each argument as one word, so that no value can be taken for a flag."""
-    built_in = job.precision if plan.strategy.zero_stage is not None else job.parameter_format
+    halves = plan.strategy.zero_stage is not None or job.method == "qlora"
+    built_in = job.precision if halves else job.model_format
     flags = {
         "model": weights_from,
         "objective": model.objective,
-        # DeepSpeed keeps fp32 masters beside weights in the format that it computes in; DDP and FSDP hold the trained
-        # weights themselves.
+        # DeepSpeed keeps fp32 masters beside weights in the format that it computes in, and four bits are made of that
+        # format; DDP and FSDP hold the trained weights themselves.
         "weights": built_in,
         "attention": attention_kernel(model, job),
         **({"loss": job.loss} if job.loss != "full" else {}),
+        **_adapters(job),
         "checkpointing": plan.checkpointing.value,
         "sequence-length": job.sequence_length,
         "micro-batch": int(plan.micro_batch),
@@ -45,3 +47,16 @@ def train_arguments(model: ModelSpec, job: Job, plan: Plan, weights_from: str) -
     arguments = tuple(f"--{name}={value}" for name, value in flags.items())
     switches = {"--compile": job.compile, "--padded": job.padded, "--random-weights": holds_no_weights(weights_from)}
     return (*arguments, *(name for name, on in switches.items() if on))
+
+
+def _adapters(job: Job) -> dict[str, object]:
+    """The flags of ``--method``; nothing where every weight is trained."""
+    if job.method == "full":
+        return {}
+    return {
+        "method": job.method,
+        "lora-rank": job.lora_rank,
+        **({"lora-targets": ",".join(job.lora_targets)} if job.lora_targets else {}),
+        **({"lora-dropout": job.lora_dropout} if job.lora_dropout else {}),
+        **({"lora-weights": "as-model"} if job.parameter_format != "fp32" else {}),
+    }

@@ -1,0 +1,25 @@
+"""What a search over adapters answers, and why."""
+
+from __future__ import annotations
+
+from advisor.search.recommend import recommend
+
+
+def test_cutting_frozen_weights_loses_to_keeping_them_whole_where_links_are_slow() -> None:
+    found = recommend(model="Qwen2.5-7B", gpus=8, gpu="RTX 4090", method="lora", global_batch=16, seq_len=1024)
+    why = {each.plan.strategy.value: each.why for each in found.plans}
+    speed = {each.plan.strategy.value: each.time.tokens_per_s for each in found.plans}
+
+    assert found.plans[0].plan.strategy.value in ("ddp", "zero1", "zero2")
+    # Eight ranks gather 15 GB of weights for forward and again for backward, and reduce next to nothing.
+    for cut in ("zero3", "fsdp"):
+        assert speed[cut] < 0.4 * speed["ddp"]
+        assert "slower" in why[cut]
+        assert "GB more traffic per step" in why[cut]
+
+
+def test_offload_is_ruled_out_with_its_reason() -> None:
+    found = recommend(model="Qwen2.5-0.5B", gpus=2, gpu="A100-80GB", method="lora", global_batch=8)
+
+    assert {each.why for each in found.rejected} == {"states of adapters are small, and their offload is not modelled"}
+    assert all(each.plan.offload.optimizer for each in found.rejected)

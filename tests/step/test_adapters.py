@@ -1,0 +1,169 @@
+"""What frozen weights and adapters leave out of a step, and what they add."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from advisor.catalog.adapters import as_trained
+from advisor.catalog.models import find_model
+from advisor.errors import SpecError
+from advisor.specs.job import Job
+from advisor.specs.plan import Checkpointing, FsdpSettings, Offload, Plan, Strategy, zero_settings
+from advisor.step.build import StepProgram, build, scheme_of
+from advisor.step.operators import linear
+from advisor.step.program import Collective, blocks, fold, peak_of, then
+from advisor.step.recording import Mode
+from advisor.step.weights import weights_of
+
+MODEL = find_model("Qwen2.5-0.5B").model
+STRATEGIES = (Strategy.DDP, Strategy.ZERO1, Strategy.ZERO2, Strategy.ZERO3, Strategy.FSDP, Strategy.FSDP_GRAD_OP)
+LENGTH = 128
+
+
+def job(**said: Any) -> Job:
+    return Job(**{"method": "lora", "sequence_length": LENGTH, "global_batch": 8, **said})
+
+
+def plan(strategy: Strategy, gpus: int = 4, **said: Any) -> Plan:
+    return Plan(strategy=strategy, gpus=gpus, **{"micro_batch": 1, "zero": zero_settings(strategy), **said})
+
+
+def program(asked: Job, chosen: Plan) -> StepProgram:
+    return build(as_trained(MODEL, asked), asked, chosen)
+
+
+def payloads(found: StepProgram, kind: str) -> int:
+    """Bytes of all messages of that *kind* in a step."""
+    return sum(
+        int(runs * each.payload_bytes)
+        for _, block, runs in blocks(found.step)
+        for each in block.transfers
+        if isinstance(each, Collective) and each.kind == kind
+    )
+
+
+def saved_bytes(trained: bool, input_needs_gradient: bool) -> int:
+    """What a product of 10 tokens by a matrix of 8 x 16 keeps for backward."""
+    parameter = replace(MODEL.head[0], name="proj.weight", shape=(8, 16), trained=trained)
+    tape = Mode(2, 2, 10, "sdpa").tape()
+    x = tape.input(10 * 16, 2, "x")
+    if not input_needs_gradient:
+        x.node = None
+    graph = linear(tape, x, weights_of((parameter,), 2, 2).take(8, 16)).node
+    del x
+    held: dict[int, int] = {}
+    for event in tape.events:
+        if event.kind == "take":
+            held[event.storage] = event.size_bytes
+        elif event.kind == "give":
+            del held[event.storage]
+    assert (graph is not None) == (trained or input_needs_gradient)
+    return sum(held.values())
+
+
+def test_a_product_with_a_frozen_weight_does_not_keep_its_input() -> None:
+    assert saved_bytes(trained=True, input_needs_gradient=True) == 10 * 16 * 2
+    assert saved_bytes(trained=False, input_needs_gradient=True) == 0
+    assert saved_bytes(trained=False, input_needs_gradient=False) == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "strategy"), [("qlora", Strategy.DDP), *(("lora", each) for each in STRATEGIES)], ids=str
+)
+@pytest.mark.parametrize("checkpointing", [Checkpointing.NONE, Checkpointing.FULL], ids=lambda each: each.value)
+def test_a_step_gives_back_all_that_it_takes(method: str, strategy: Strategy, checkpointing: Checkpointing) -> None:
+    chosen = plan(strategy, accumulation_steps=2, checkpointing=checkpointing)
+    found = program(job(method=method, lora_targets=("all-linear",)), chosen)
+
+    assert int(fold(found.step).net_bytes) == 0
+
+
+@given(rank=st.integers(1, 32), bf16=st.booleans())
+def test_one_gpu_holds_frozen_weights_in_half_and_what_is_trained_with_its_moments(rank: int, bf16: bool) -> None:
+    asked = job(lora_rank=rank, parameter_format="bf16" if bf16 else "fp32", optimizer="adamw-foreach")
+    model = as_trained(MODEL, asked)
+    states = then(*scheme_of(model, asked, plan(Strategy.DDP, gpus=1)).states())
+
+    assert fold(states).net_bytes == 2 * model.frozen_count + (6 if bf16 else 12) * model.trained_count
+
+
+def test_ddp_sends_the_gradients_of_adapters_alone() -> None:
+    asked = job()
+
+    assert payloads(program(asked, plan(Strategy.DDP)), "all-reduce") == 4 * as_trained(MODEL, asked).trained_count
+
+
+@pytest.mark.parametrize("strategy", [Strategy.FSDP, Strategy.ZERO3], ids=lambda each: each.value)
+def test_cut_weights_are_gathered_in_every_micro_step_though_they_are_frozen(strategy: Strategy) -> None:
+    once, twice = (program(job(), plan(strategy, accumulation_steps=steps)) for steps in (1, 2))
+    model = as_trained(MODEL, job())
+
+    assert payloads(once, "all-gather") > 2 * model.frozen_count
+    assert payloads(twice, "all-gather") > 1.9 * payloads(once, "all-gather")
+    assert payloads(once, "reduce-scatter") < 0.02 * payloads(once, "all-gather")
+
+
+def test_frozen_weights_halve_the_products_of_backward() -> None:
+    def flop(asked: Job) -> float:
+        whole = build(as_trained(MODEL, asked), asked, plan(Strategy.DDP, gpus=1)).step
+        return float(sum(runs * each.flop for _, block, runs in blocks(whole) for each in block.matmuls))
+
+    # Forward 1, backward 2 or 1; adapters and attention, whose products stay, move the ratio.
+    assert 0.64 < flop(job(lora_rank=1)) / flop(Job(sequence_length=LENGTH, global_batch=8)) < 0.70
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda each: each.value)
+def test_adapters_take_less_than_training_every_weight(strategy: Strategy) -> None:
+    full = Job(sequence_length=LENGTH, global_batch=8)
+    small = zero_settings(strategy, reduce_bucket=1_000_000)
+
+    few = peak_of(program(job(), plan(strategy, zero=small)).device_without_scratch)
+    all_of_them = peak_of(build(MODEL, full, plan(strategy, zero=small)).device_without_scratch)
+    assert few.size_bytes < 0.7 * all_of_them.size_bytes
+
+
+def test_weights_in_four_bits_take_little_more_than_four_bits() -> None:
+    model = as_trained(MODEL, job(method="qlora"))
+    linear = [each for each in model.frozen if each.held == "four bits"]
+    held = sum(each.held_bytes(4, 2) for each in linear)
+    elements = sum(each.numel for each in linear)
+
+    # A byte for 64 scales and four for 64 x 256 of these (Dettmers et al., section 3: 0.127 bits a weight), and tables.
+    assert 8 * held / elements == pytest.approx(4 + 0.127, abs=0.01)
+    assert {each.name for each in linear}.isdisjoint({"lm_head.weight", "model.embed_tokens.weight"})
+
+
+def test_four_bits_hold_less_between_steps_and_compute_longer() -> None:
+    half, four_bits = (program(job(method=method), plan(Strategy.DDP, gpus=1)) for method in ("lora", "qlora"))
+
+    assert fold(four_bits.init).net_bytes < fold(half.init).net_bytes
+    assert moved(four_bits) > moved(half)
+
+
+def moved(found: StepProgram) -> float:
+    return float(sum(runs * block.moved_bytes for _, block, runs in blocks(found.step)))
+
+
+def test_four_bits_are_for_one_gpu_and_ddp() -> None:
+    with pytest.raises(SpecError, match="--method qlora with ZeRO-3, whose code cuts or joins weights in four bits"):
+        program(job(method="qlora"), plan(Strategy.ZERO3))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        (plan(Strategy.ZERO2, offload=Offload.OPTIMIZER), "offload"),
+        (plan(Strategy.FSDP, fsdp=FsdpSettings(version=1)), "FSDP1"),
+        (plan(Strategy.ZERO0), "DeepSpeed stage 0"),
+        (plan(Strategy.MEGATRON), "Megatron"),
+    ],
+    ids=["offload", "fsdp1", "zero0", "megatron"],
+)
+def test_what_has_no_terms_for_frozen_weights_is_refused(chosen: Plan, said: str) -> None:
+    with pytest.raises(SpecError, match=f"--method lora with {said} is not modelled"):
+        program(job(), chosen)
