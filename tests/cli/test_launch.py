@@ -51,6 +51,8 @@ def test_json_is_one_object_with_every_file(api: Api, run: Run) -> None:
         "accelerate.yaml",
         "ds_config.json",
         "train.py",
+        "train_data.py",
+        "train_checkpoint.py",
         "run.sh",
         "job.sbatch",
     ]

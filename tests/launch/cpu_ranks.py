@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+from pathlib import Path
 
 import torch
 
@@ -14,6 +15,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     choose_gloo()
     sys.argv = sys.argv[1:]
+    sys.path[0] = str(Path(sys.argv[0]).parent)
     runpy.run_path(sys.argv[0], run_name="__main__")
     # gloo's threads can outlive the group and abort the interpreter on its way out.
     sys.stdout.flush()

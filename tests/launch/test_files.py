@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from advisor.errors import SpecError, WriteError
 from advisor.launch import files
 from advisor.launch.files import Launch, LaunchFile, render, write
+from advisor.launch.trainers.advisor import FILES
 from advisor.specs.job import Job
 from advisor.specs.plan import Offload, Strategy
 from advisor.specs.question import Input
 from launch.examples import PLANS_OF_EVERY_KIND, cluster, hostile_text, model, plan
 
-ALL_FILES = ["accelerate.yaml", "ds_config.json", "train.py", "run.sh"]
+ALL_FILES = ["accelerate.yaml", "ds_config.json", *FILES, "run.sh"]
 
 
 @pytest.fixture
@@ -198,12 +199,12 @@ def test_a_folder_that_no_system_accepts_is_an_explained_failure(launch: Launch,
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("nth", range(4))
+@pytest.mark.parametrize("nth", range(len(ALL_FILES)))
 def test_a_full_disk_leaves_nothing_behind(
     nth: int, launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = files._write_new
-    calls = iter(range(4))
+    calls = iter(range(len(ALL_FILES)))
 
     def full(path: Path, text: str) -> None:
         real(path, text[:10])

@@ -16,6 +16,7 @@ from advisor.errors import SpecError
 from advisor.launch.accelerate import accelerate_environment
 from advisor.launch.files import Launch, render, write
 from advisor.launch.targets import TARGETS, Target
+from advisor.launch.trainers.advisor import FILES
 from advisor.specs.job import Job
 from advisor.specs.plan import OWN_STRATEGIES, FsdpSettings, Plan, Strategy
 from launch.examples import PLANS_OF_EVERY_KIND, cluster, hostile_text, jobs, model, plan, zero_plans
@@ -75,12 +76,12 @@ def test_the_same_plan_is_the_same_training_in_every_target(kind: str, nodes: in
         (file.name, file.text)
         for launch in launches.values()
         for file in launch.files
-        if file.name in ("ds_config.json", "train.py")
+        if file.name in ("ds_config.json", *FILES)
     }
 
     assert len(given_to_train) == 1
     assert {"--micro-batch=2", "--accumulation-steps=2"} <= set(*given_to_train)
-    assert len(shared) == (1 if chosen.strategy.zero_stage is None else 2)
+    assert len(shared) == len(FILES) + (chosen.strategy.zero_stage is not None)
 
 
 @given(job=jobs(), strategy=st.sampled_from(OWN_STRATEGIES), version=st.sampled_from([1, 2]))
@@ -199,7 +200,7 @@ def test_deepspeed_understands_its_arguments_and_its_hostfile(tmp_path: Path) ->
 def test_one_machine_needs_no_hostfile(chosen: Plan) -> None:
     launch = launch_by("deepspeed", chosen)
 
-    assert [file.name for file in launch.files] == ["ds_config.json", "train.py", "run.sh"]
+    assert [file.name for file in launch.files] == ["ds_config.json", *FILES, "run.sh"]
     assert "hostfile" not in launch.files[-1].text
 
 

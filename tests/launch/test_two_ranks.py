@@ -170,7 +170,7 @@ def test_two_machines_find_each_other(target: Target, strategy: Strategy, engine
     assert not (tmp_path / "machine1" / "log.jsonl").exists()  # only the first process of all keeps the log
 
 
-def start(folder: Path, name: str, **settings: str) -> subprocess.Popen[str]:
+def start(folder: Path, name: str, *more_arguments: str, **settings: str) -> subprocess.Popen[str]:
     tools = folder / "tools"
     tools.mkdir(exist_ok=True)
     for program in LAUNCHERS:
@@ -179,7 +179,7 @@ def start(folder: Path, name: str, **settings: str) -> subprocess.Popen[str]:
     own = folder / name
     own.mkdir()
     return subprocess.Popen(
-        ["bash", str(folder / "run" / "run.sh"), *ARGUMENTS],
+        ["bash", str(folder / "run" / "run.sh"), *ARGUMENTS, *more_arguments],
         env=os.environ
         | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         | settings,

@@ -13,13 +13,16 @@ from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
 from advisor.specs.plan import Plan
 
+FILES = ("train.py", "train_data.py", "train_checkpoint.py")
+"""train.py and what it imports."""
+
 
 def program(task: Task, versions: Versions, more_arguments: Sequence[str]) -> Program:
     """train.py with the plan in its arguments, and *more_arguments* after them."""
     return Program(
         script=Beside("train.py"),
         arguments=(*train_arguments(task.model, task.job, task.plan, task.weights_from), *more_arguments),
-        files=(LaunchFile("train.py", partial(Path(__file__).parents[1].joinpath("train.py").read_text, "utf-8")),),
+        files=tuple(LaunchFile(name, partial((Path(__file__).parents[1] / name).read_text, "utf-8")) for name in FILES),
         usage="more arguments of train.py, such as --dataset=FILE --steps=1000 --output=FOLDER",
         install="torch transformers accelerate deepspeed",
     )
