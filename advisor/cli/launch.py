@@ -11,7 +11,7 @@ import click
 from advisor.cli.answer import note, notes, print_answer, traced_first
 from advisor.cli.estimate import parallel_options, plan_options
 from advisor.cli.options import SectionCommand, given, option, question_options, trace_options
-from advisor.launch.targets import TARGETS, Target
+from advisor.launch.targets import DEFAULT_IMAGE, TARGETS, Target
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -31,7 +31,13 @@ _LAUNCH = "The launch"
     _LAUNCH,
     "--target",
     type=click.Choice(list(TARGETS)),
-    help="The launcher, or the scheduler that starts it.  [default: accelerate, or what starts the trainer]",
+    help="The launcher, or what starts it on each machine.  [default: accelerate, or what starts the trainer]",
+)
+@option(
+    _LAUNCH,
+    "--image",
+    metavar="NAME",
+    help=f"Container of each machine, for Kubernetes and SkyPilot.  [default: Kubernetes {DEFAULT_IMAGE}]",
 )
 @option(_LAUNCH, "--out", metavar="FOLDER", type=click.Path(path_type=Path), help="Write the files there.")
 @option(_LAUNCH, "--force", is_flag=True, help="Let --out overwrite files that hold something else.")
@@ -44,6 +50,7 @@ def launch(
     /,
     *,
     target: Target | None,
+    image: str | None,
     out: Path | None,
     force: bool,
     run: bool,
@@ -71,7 +78,7 @@ def launch(
     _refuse_what_cannot_be_meant(out, run, as_json, arguments)
     with traced_first(question["trace"]):
         answer = price(**given(context, question))
-    started = launch_of(answer, target, arguments)
+    started = launch_of(answer, target, arguments, image)
     if out:
         write(started, out, force)
     notes((*answer.warnings, *started.notes))

@@ -15,7 +15,7 @@ from advisor.catalog.trainers import profile_of, refusal_of_plan, versions_of
 from advisor.cost.estimate import plan_of
 from advisor.errors import SpecError, WriteError
 from advisor.launch.accelerate import FSDP_REFUSES
-from advisor.launch.targets import TARGETS, Target
+from advisor.launch.targets import IMAGES, TARGETS, Target
 from advisor.launch.trainers.programs import program_of
 from advisor.launch.trainers.words import attention_kernel, holds_no_weights
 from advisor.launch.training import Launch, LaunchFile, Task, Training
@@ -36,11 +36,17 @@ __all__ = ["Launch", "LaunchFile", "launch_files", "launch_of", "render", "write
 
 
 def launch_files(
-    model: str, *, strategy: str | None = None, target: Target | None = None, **words: Unpack[PlanWords]
+    model: str,
+    *,
+    strategy: str | None = None,
+    target: Target | None = None,
+    image: str | None = None,
+    **words: Unpack[PlanWords],
 ) -> Launch:
     """The files and the command that train *model* by the plan that the words of :func:`advisor.estimate` describe.
 
-    *target* is what starts it, by default what starts the job's trainer usually.
+    *target* is what starts it, by default what starts the job's trainer usually; *image* the container where one is
+    started.
     """
     question, plan = plan_of(model, strategy=strategy, **words)
     return render(
@@ -51,10 +57,13 @@ def launch_files(
         weights_from=question.weights_from,
         inputs=question.inputs,
         target=target,
+        image=image,
     )
 
 
-def launch_of(estimate: Estimate, target: Target | None = None, more_arguments: Sequence[str] = ()) -> Launch:
+def launch_of(
+    estimate: Estimate, target: Target | None = None, more_arguments: Sequence[str] = (), image: str | None = None
+) -> Launch:
     """The files and the command by which *target* trains what was priced."""
     return render(
         estimate.model,
@@ -64,6 +73,7 @@ def launch_of(estimate: Estimate, target: Target | None = None, more_arguments: 
         weights_from=next((str(each.value) for each in estimate.inputs if each.name == "model"), None),
         inputs=estimate.inputs,
         target=target,
+        image=image,
         more_arguments=more_arguments,
     )
 
@@ -77,13 +87,15 @@ def render(
     weights_from: str | None = None,
     inputs: Sequence[Input] = (),
     target: Target | None = None,
+    image: str | None = None,
     more_arguments: Sequence[str] = (),
 ) -> Launch:
     """The files and the command by which *target* trains *model* by *plan*.
 
     *weights_from* is what transformers loads: a Hub id, a folder, or a config.json, which holds no weights and so
     starts from random ones; by default the model's name. The assumed ones of *inputs* are named in the files' headers.
-    train.py is given *more_arguments* after the plan's own. Raises SpecError where *target* does not start such a plan.
+    *image* is the container that a target of :data:`advisor.launch.targets.IMAGES` starts. train.py is given
+    *more_arguments* after the plan's own. Raises SpecError where *target* does not start such a plan.
     """
     if target is not None and target not in TARGETS:
         raise SpecError(f"the target must be one of {', '.join(TARGETS)}, got {target!r}")
@@ -93,13 +105,19 @@ def render(
     for argument in more_arguments:
         _refuse_what_no_command_line_holds("argument", argument, "leave it out")
     versions, _ = versions_of(job.trainer)
+    target = target or ("torchrun" if profile_of(job.trainer, versions).launcher == "torchrun" else "accelerate")
+    if image is not None:
+        _refuse_what_no_command_line_holds("image", image, "give another")
+        if target not in IMAGES:
+            raise SpecError(f"{target} starts no container; --image is for {', '.join(IMAGES)}")
+    elif assumed_image := IMAGES.get(target):
+        image, inputs = assumed_image, (*inputs, Input("image", assumed_image, "assumed"))
     comments = _comments(model, job, plan, cluster, weights_from, inputs)
     task = Task(model, job, plan, cluster, weights_from, comments)
     program = program_of(task, versions, more_arguments)
-    target = target or ("torchrun" if profile_of(job.trainer, versions).launcher == "torchrun" else "accelerate")
     if program.own_parallelism and target in ("accelerate", "deepspeed"):
         raise SpecError(f"{job.trainer} spreads the model itself; take the target torchrun or slurm, not {target}")
-    launch = import_module(f"advisor.launch.{TARGETS[target]}").launch(Training(task, program))
+    launch = import_module(f"advisor.launch.{TARGETS[target]}").launch(Training(task, program, image))
     assert isinstance(launch, Launch)
     return replace(launch, notes=program.notes)
 

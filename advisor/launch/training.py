@@ -119,6 +119,8 @@ class Training(NamedTuple):
 
     task: Task
     program: Program
+    image: str | None = None
+    """The container that each machine runs, for targets that start one."""
 
     @property
     def model(self) -> ModelSpec:

@@ -47,8 +47,9 @@ def test_what_is_only_shown_is_shown_whole(capsys: pytest.CaptureFixture[str]) -
 def test_what_is_written_is_named_and_the_command_starts_it_from_here(capsys: pytest.CaptureFixture[str]) -> None:
     lines = printed(capsys, launch("slurm"), Path("my runs"), columns=200)
 
+    names = ", ".join(file.name for file in launch("slurm").files)
     assert lines[-3:] == [
-        "  accelerate.yaml, ds_config.json, train.py, train_data.py, train_checkpoint.py, run.sh, job.sbatch are in my runs. Type:",
+        f"  {names} are in my runs. Type:",
         "",
         "  cd 'my runs' && sbatch job.sbatch",
     ]
