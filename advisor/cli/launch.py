@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +41,12 @@ _LAUNCH = "The launch"
     metavar="NAME",
     help=f"Container of each machine, for Kubernetes and SkyPilot.  [default: Kubernetes {DEFAULT_IMAGE}]",
 )
+@option(
+    _LAUNCH,
+    "--date",
+    type=click.DateTime(["%Y-%m-%d"]),
+    help="What the files' headers give as their date.  [default: SOURCE_DATE_EPOCH's, else today's]",
+)
 @option(_LAUNCH, "--out", metavar="FOLDER", type=click.Path(path_type=Path), help="Write the files there.")
 @option(_LAUNCH, "--force", is_flag=True, help="Let --out overwrite files that hold something else.")
 @option(_LAUNCH, "--run", is_flag=True, help="Start it in that folder, and exit with its exit code.")
@@ -51,6 +59,7 @@ def launch(
     *,
     target: Target | None,
     image: str | None,
+    date: datetime.datetime | None,
     out: Path | None,
     force: bool,
     run: bool,
@@ -78,7 +87,7 @@ def launch(
     _refuse_what_cannot_be_meant(out, run, as_json, arguments)
     with traced_first(question["trace"]):
         answer = price(**given(context, question))
-    started = launch_of(answer, target, arguments, image)
+    started = launch_of(answer, target, arguments, image=image, date=date.date() if date else _today())
     if out:
         write(started, out, force)
     notes((*answer.warnings, *started.notes))
@@ -92,6 +101,17 @@ def launch(
         note(f"Note: it is predicted not to fit: {answer.why}")
     if out and run:
         context.exit(_run(answer, started, out))
+
+
+def _today() -> datetime.date:
+    """The day to write into files, in UTC: https://reproducible-builds.org/specs/source-date-epoch."""
+    said = os.environ.get("SOURCE_DATE_EPOCH")
+    if said is None:
+        return datetime.datetime.now(datetime.timezone.utc).date()
+    try:
+        return datetime.datetime.fromtimestamp(int(said), datetime.timezone.utc).date()
+    except (ValueError, OverflowError, OSError):
+        raise click.UsageError(f"SOURCE_DATE_EPOCH is {said!r}, which is no time in seconds; unset it") from None
 
 
 def _refuse_what_cannot_be_meant(out: Path | None, run: bool, as_json: bool, arguments: tuple[str, ...]) -> None:

@@ -277,6 +277,9 @@ def train(
     tokens_per_step = (
         accelerator.num_processes * arguments.accumulation_steps * arguments.micro_batch * arguments.sequence_length
     )
+    prediction = read_prediction(accelerator, arguments)
+    if prediction and accelerator.is_main_process:
+        print(f"in brackets: what was predicted for {prediction['predicted_for']}", flush=True)
     report(accelerator, arguments.log, describe(accelerator, model, optimizer))
     for step in range(done + 1, arguments.steps + 1):
         if device.type == "cuda":
@@ -299,9 +302,28 @@ def train(
                 optimizer.zero_grad(set_to_none=True)
         loss_mean = loss_sum.item() / arguments.accumulation_steps  # waits for the device, so the clock below is right
         seconds = time.perf_counter() - start
-        report(accelerator, arguments.log, measure(accelerator, step, loss_mean, seconds, tokens_per_step))
+        record = measure(accelerator, step, loss_mean, seconds, tokens_per_step)
+        if prediction and device.type == "cuda":
+            peak = accelerator.num_processes * prediction["peak_flop_per_s_per_gpu"]
+            record["mfu"] = record["tokens_per_s"] * prediction["flop_per_token"] / peak
+        report(accelerator, arguments.log, record, prediction)
         if arguments.save_every and step % arguments.save_every == 0:
             save_checkpoint(accelerator, arguments, step)
+
+
+def read_prediction(accelerator: Accelerator, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What prediction.json beside this file says; nothing where it is not there, or is for another batch."""
+    path = Path(__file__).with_name("prediction.json")
+    if not path.is_file():
+        return {}
+    prediction: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    here = {
+        "processes": accelerator.num_processes,
+        "micro_batch": arguments.micro_batch,
+        "accumulation_steps": arguments.accumulation_steps,
+        "sequence_length": arguments.sequence_length,
+    }
+    return prediction if here.items() <= prediction.items() else {}
 
 
 def describe(accelerator: Accelerator, model: Any, optimizer: Any) -> dict[str, Any]:
@@ -343,7 +365,9 @@ def measure(
     }
 
 
-def report(accelerator: Accelerator, log: Path | None, record: dict[str, Any]) -> None:
+def report(
+    accelerator: Accelerator, log: Path | None, record: dict[str, Any], prediction: dict[str, Any] | None = None
+) -> None:
     if not accelerator.is_main_process:
         return
     if log:
@@ -352,11 +376,17 @@ def report(accelerator: Accelerator, log: Path | None, record: dict[str, Any]) -
     if "step" not in record:
         print(", ".join(f"{name} {value}" for name, value in record.items()), flush=True)
         return
-    line = f"step {record['step']}  loss {record['loss']:.4f}  {record['tokens_per_s']:,.0f} tokens/s"
-    if record["peak_allocated_bytes"]:
-        gib = 2**30
-        line += f"  peak allocated {record['peak_allocated_bytes'] / gib:.2f} GiB"
-        line += f"  reserved {record['peak_reserved_bytes'] / gib:.2f} GiB"
+    shown = {
+        "tokens_per_s": ("", ",.0f", "tokens/s", 1),
+        "mfu": ("MFU ", ".1f", "%", 100),
+        "peak_allocated_bytes": ("peak allocated ", ".2f", "GiB", 2**-30),
+        "peak_reserved_bytes": ("reserved ", ".2f", "GiB", 2**-30),
+    }
+    line = f"step {record['step']}  loss {record['loss']:.4f}"
+    for name, (title, form, unit, scale) in shown.items():
+        if record.get(name):
+            predicted = f" ({prediction[name] * scale:{form}})" if prediction else ""
+            line += f"  {title}{record[name] * scale:{form}}{predicted} {unit}"
     print(line, flush=True)
     if not math.isfinite(record["loss"]):
         print("the loss is not finite: lower --learning-rate or raise --warmup-steps", flush=True)

@@ -112,6 +112,8 @@ class Task(NamedTuple):
     """What transformers loads the model from."""
     comments: tuple[str, ...]
     """The lines of each file's header."""
+    prediction: LaunchFile | None = None
+    """What was predicted, for programs that show it beside what they measure."""
 
 
 class Training(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 from collections.abc import Callable
@@ -244,3 +245,28 @@ def test_a_launch_shows_its_command_with_quotes_where_they_are_needed() -> None:
     launch = Launch(("run", "two words"), {"SETTING": "a b"}, (LaunchFile("x", str),))
 
     assert launch.shell() == "SETTING='a b' run 'two words'"
+
+
+def test_headers_say_where_each_input_came_from_and_when_they_were_written() -> None:
+    inputs = (Input("gpu", "Test-80GB", "found"), Input("gpus", 2, "given"), Input("seq-len", 2048, "assumed"))
+
+    launch = render(model(), Job(), plan(), cluster(), inputs=inputs, date=datetime.date(2026, 1, 2))
+
+    for name in ("accelerate.yaml", "run.sh"):
+        header = text_of(launch, name).splitlines()
+        assert "# Given: gpus 2." in header
+        assert "# Found on the machine that wrote this: gpu Test-80GB." in header
+        assert "# Assumed: seq-len 2048." in header
+        assert "# Date: 2026-01-02." in header
+        assert f"# Names and keys as in {files.WRITTEN_FOR}." in header
+
+
+def test_a_later_day_alone_changes_no_file_that_is_there(tmp_path: Path) -> None:
+    first, second = (render(model(), Job(), plan(), cluster(), date=datetime.date(2026, 1, day)) for day in (2, 3))
+    write(first, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    write(second, tmp_path)
+
+    assert first != second
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

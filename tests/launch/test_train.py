@@ -373,3 +373,40 @@ def test_checkpoints_need_a_folder(
 
     with pytest.raises(SystemExit):
         program.parse_arguments()
+
+
+PREDICTION = {
+    "predicted_for": "2 x Test-80GB",
+    "processes": 2,
+    "micro_batch": 2,
+    "accumulation_steps": 2,
+    "sequence_length": 4,
+    "tokens_per_s": 1500,
+    "mfu": 0.5,
+    "peak_allocated_bytes": 2**30,
+    "peak_reserved_bytes": 2**31,
+}
+
+
+def test_each_step_stands_beside_what_was_predicted(program: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    record = {"step": 3, "loss": 1.5, "tokens_per_s": 1234.4, "mfu": 0.4125, "peak_allocated_bytes": 3 * 2**29}
+
+    program.report(SimpleNamespace(is_main_process=True), None, record, PREDICTION)
+    program.report(SimpleNamespace(is_main_process=True), None, record)
+
+    assert capsys.readouterr().out.splitlines() == [
+        "step 3  loss 1.5000  1,234 (1,500) tokens/s  MFU 41.2 (50.0) %  peak allocated 1.50 (1.00) GiB",
+        "step 3  loss 1.5000  1,234 tokens/s  MFU 41.2 %  peak allocated 1.50 GiB",
+    ]
+
+
+def test_a_prediction_for_another_batch_is_left_aside(
+    program: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(program, "__file__", str(tmp_path / "train.py"))
+
+    assert program.read_prediction(rank(0), arguments()) == {}
+    (tmp_path / "prediction.json").write_text(json.dumps(PREDICTION))
+    assert program.read_prediction(rank(0), arguments()) == PREDICTION
+    assert program.read_prediction(rank(0), arguments(micro_batch=4)) == {}
+    assert program.read_prediction(rank(0, processes=4), arguments()) == {}

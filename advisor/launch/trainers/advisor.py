@@ -22,10 +22,14 @@ def program(task: Task, versions: Versions, more_arguments: Sequence[str]) -> Pr
     return Program(
         script=Beside("train.py"),
         arguments=(*train_arguments(task.model, task.job, task.plan, task.weights_from), *more_arguments),
-        files=tuple(LaunchFile(name, partial((Path(__file__).parents[1] / name).read_text, "utf-8")) for name in FILES),
+        files=(*map(_file, FILES), *([task.prediction] if task.prediction else [])),
         usage="more arguments of train.py, such as --dataset=FILE --steps=1000 --output=FOLDER",
         install="torch transformers accelerate deepspeed",
     )
+
+
+def _file(name: str) -> LaunchFile:
+    return LaunchFile(name, partial((Path(__file__).parents[1] / name).read_text, "utf-8"))
 
 
 def train_arguments(model: ModelSpec, job: Job, plan: Plan, weights_from: str) -> tuple[str, ...]:
