@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from advisor.launch.accelerate import accelerate_environment
 from advisor.launch.deepspeed import deepspeed_json
 from advisor.launch.run_script import ALLOCATOR_SETTING, header
+from advisor.launch.torchrun import settings_of
 from advisor.launch.training import Beside, Launch, LaunchFile, Training, Word
 
 DRIVER = "ray_train.py"
@@ -15,7 +15,7 @@ DRIVER = "ray_train.py"
 def launch(training: Training) -> Launch:
     """``ray job submit``, which copies the folder to each machine."""
     files = [*training.program.files, LaunchFile(DRIVER, partial(_driver, training))]
-    if training.plan.strategy.zero_stage is not None:
+    if training.plan.strategy.zero_stage is not None and not training.program.own_parallelism:
         files.insert(0, LaunchFile("ds_config.json", partial(deepspeed_json, training.job, training.plan)))
     command = ("ray", "job", "submit", "--working-dir", ".", "--", "python", DRIVER)
     return Launch(command, {}, tuple(files), submits=True)
@@ -34,9 +34,9 @@ def _driver(training: Training) -> str:
     Ray has told each process its rank, and its process group is there, when the program starts.
     """
     program, plan, cluster = training.program, training.plan, training.cluster
-    environment = dict([ALLOCATOR_SETTING]) | accelerate_environment(training.model, training.job, plan)
+    environment = dict([ALLOCATOR_SETTING]) | settings_of(training)
     beside = {}
-    if plan.strategy.zero_stage is not None:
+    if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in environment:
         beside["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = Beside(environment.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE"))
     lines = [
         *(f"    os.environ[{name!r}] = {_python(word)}" for name, word in beside.items()),
