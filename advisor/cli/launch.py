@@ -47,6 +47,12 @@ _LAUNCH = "The launch"
     type=click.DateTime(["%Y-%m-%d"]),
     help="What the files' headers give as their date.  [default: SOURCE_DATE_EPOCH's, else today's]",
 )
+@option(
+    _LAUNCH,
+    "--keep-auto",
+    is_flag=True,
+    help="Leave auto in DeepSpeed's JSON where transformers' Trainer fills it in.",
+)
 @option(_LAUNCH, "--out", metavar="FOLDER", type=click.Path(path_type=Path), help="Write the files there.")
 @option(_LAUNCH, "--force", is_flag=True, help="Let --out overwrite files that hold something else.")
 @option(_LAUNCH, "--run", is_flag=True, help="Start it in that folder, and exit with its exit code.")
@@ -60,6 +66,7 @@ def launch(
     target: Target | None,
     image: str | None,
     date: datetime.datetime | None,
+    keep_auto: bool,
     out: Path | None,
     force: bool,
     run: bool,
@@ -87,7 +94,8 @@ def launch(
     _refuse_what_cannot_be_meant(out, run, as_json, arguments)
     with traced_first(question["trace"]):
         answer = price(**given(context, question))
-    started = launch_of(answer, target, arguments, image=image, date=date.date() if date else _today())
+    day = date.date() if date else _today()
+    started = launch_of(answer, target, arguments, image=image, date=day, keep_auto=keep_auto)
     if out:
         write(started, out, force)
     notes((*answer.warnings, *started.notes))

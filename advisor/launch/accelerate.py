@@ -77,7 +77,7 @@ def _configuration(training: Training, plan: Plan) -> Iterator[LaunchFile]:
     model, job, cluster = training.model, training.job, training.cluster
     yield LaunchFile(yaml, partial(accelerate_yaml, model, job, plan, cluster, training.comments, json))
     if plan.strategy.zero_stage is not None:
-        yield LaunchFile(json, partial(deepspeed_json, job, plan))
+        yield LaunchFile(json, partial(deepspeed_json, job, plan, training.task.keep_auto))
 
 
 def _names(training: Training, plan: Plan) -> tuple[str, str]:

@@ -76,6 +76,7 @@ def launch_of(
     *,
     image: str | None = None,
     date: datetime.date | None = None,
+    keep_auto: bool = False,
 ) -> Launch:
     """The files and the command by which *target* trains what was priced."""
     return render(
@@ -89,6 +90,7 @@ def launch_of(
         image=image,
         date=date,
         prediction=prediction_file(estimate),
+        keep_auto=keep_auto,
         more_arguments=more_arguments,
     )
 
@@ -105,14 +107,16 @@ def render(
     image: str | None = None,
     date: datetime.date | None = None,
     prediction: LaunchFile | None = None,
+    keep_auto: bool = False,
     more_arguments: Sequence[str] = (),
 ) -> Launch:
     """The files and the command by which *target* trains *model* by *plan*.
 
     *weights_from* is what transformers loads: a Hub id, a folder, or a config.json, which holds no weights and so
     starts from random ones; by default the model's name. The files' headers name *inputs*, and *date* where it is
-    given. *image* is the container that a target of :data:`advisor.launch.targets.IMAGES` starts. train.py is given
-    *more_arguments* after the plan's own. Raises SpecError where *target* does not start such a plan.
+    given. *image* is the container that a target of :data:`advisor.launch.targets.IMAGES` starts. *keep_auto* leaves
+    ``auto`` in DeepSpeed's JSON for transformers' Trainer to fill in. train.py is given *more_arguments* after the
+    plan's own. Raises SpecError where *target* does not start such a plan.
     """
     if target is not None and target not in TARGETS:
         raise SpecError(f"the target must be one of {', '.join(TARGETS)}, got {target!r}")
@@ -130,8 +134,13 @@ def render(
     elif assumed_image := IMAGES.get(target):
         image, inputs = assumed_image, (*inputs, Input("image", assumed_image, "assumed"))
     comments = _comments(model, job, plan, cluster, weights_from, inputs, date)
-    task = Task(model, job, plan, cluster, weights_from, comments, prediction)
+    task = Task(model, job, plan, cluster, weights_from, comments, prediction, keep_auto)
     program = program_of(task, versions, more_arguments)
+    if keep_auto and (plan.strategy.zero_stage is None or program.own_parallelism or not program.fills_auto):
+        raise SpecError(
+            f"{job.trainer} with {plan.strategy.title} completes no DeepSpeed JSON; auto can stay for zero1, zero2 or "
+            f"zero3 with a trainer built on transformers' Trainer, such as --trainer hf"
+        )
     if program.own_parallelism and target in ("accelerate", "deepspeed"):
         raise SpecError(f"{job.trainer} spreads the model itself; take the target torchrun or slurm, not {target}")
     launch = import_module(f"advisor.launch.{TARGETS[target]}").launch(Training(task, program, image))

@@ -16,7 +16,10 @@ def launch(training: Training) -> Launch:
     """``ray job submit``, which copies the folder to each machine."""
     files = [*training.program.files, LaunchFile(DRIVER, partial(_driver, training))]
     if training.plan.strategy.zero_stage is not None and not training.program.own_parallelism:
-        files.insert(0, LaunchFile("ds_config.json", partial(deepspeed_json, training.job, training.plan)))
+        files.insert(
+            0,
+            LaunchFile("ds_config.json", partial(deepspeed_json, training.job, training.plan, training.task.keep_auto)),
+        )
     command = ("ray", "job", "submit", "--working-dir", ".", "--", "python", DRIVER)
     return Launch(command, {}, tuple(files), submits=True)
 

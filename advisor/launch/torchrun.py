@@ -16,7 +16,9 @@ def launch(training: Training) -> Launch:
     plan, program, own = training.plan, training.program, training.program.own_command
     files = [*program.files, LaunchFile("run.sh", partial(_run_script, training))]
     if plan.strategy.zero_stage is not None and not program.own_parallelism:
-        files.insert(0, LaunchFile("ds_config.json", partial(deepspeed_json, training.job, plan)))
+        files.insert(
+            0, LaunchFile("ds_config.json", partial(deepspeed_json, training.job, plan, training.task.keep_auto))
+        )
     if own is None or own.launcher != "torchrun" or training.cluster.nodes > 1 or plan.offload.optimizer:
         return Launch(("bash", "run.sh"), {}, tuple(files))
     environment = dict([ALLOCATOR_SETTING, *own.environment]) | settings_of(training)

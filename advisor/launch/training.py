@@ -87,6 +87,8 @@ class Program:
     own_command: OwnCommand | None = None
     alternatives: tuple[Plan, ...] = ()
     """Plans that accelerate's configuration is written for besides, each file named after its strategy."""
+    fills_auto: bool = True
+    """Whether it completes a DeepSpeed JSON as transformers' Trainer does."""
     own_parallelism: bool = False
     """Whether it spreads the model over the ranks itself, and so wants no launcher but torchrun."""
 
@@ -114,6 +116,8 @@ class Task(NamedTuple):
     """The lines of each file's header."""
     prediction: LaunchFile | None = None
     """What was predicted, for programs that show it beside what they measure."""
+    keep_auto: bool = False
+    """Whether DeepSpeed's JSON leaves to transformers' Trainer what that fills in from its own arguments."""
 
 
 class Training(NamedTuple):

@@ -270,3 +270,12 @@ def test_a_later_day_alone_changes_no_file_that_is_there(tmp_path: Path) -> None
 
     assert first != second
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_auto_is_kept_only_for_a_trainer_that_fills_it_in() -> None:
+    kept = render(model(), Job(trainer="hf"), plan(Strategy.ZERO2), cluster(), keep_auto=True)
+
+    assert json.loads(text_of(kept, "ds_config.json"))["train_batch_size"] == "auto"
+    for job, chosen in ((Job(), plan(Strategy.ZERO2)), (Job(trainer="hf"), plan())):
+        with pytest.raises(SpecError, match="completes no DeepSpeed JSON; auto can stay for zero1, zero2 or zero3"):
+            render(model(), job, chosen, cluster(), keep_auto=True)
