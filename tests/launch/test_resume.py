@@ -39,11 +39,15 @@ DROPS_OUT = {
 
 
 @pytest.mark.parametrize(
-    ("target", "strategy"),
-    [("accelerate", Strategy.DDP), ("accelerate", Strategy.FSDP_GRAD_OP), ("deepspeed", Strategy.ZERO3)],
+    ("target", "strategy", "engine"),
+    [
+        ("accelerate", Strategy.DDP, "DistributedDataParallel"),
+        ("accelerate", Strategy.FSDP_GRAD_OP, "FSDPGPT2LMHeadModel"),
+        ("deepspeed", Strategy.ZERO3, "DeepSpeedEngine"),
+    ],
 )
 def test_killed_ranks_resume_with_the_losses_of_ranks_that_were_not(
-    target: Target, strategy: Strategy, tmp_path: Path
+    target: Target, strategy: Strategy, engine: str, tmp_path: Path
 ) -> None:
     if strategy.zero_stage is not None:
         pytest.importorskip("deepspeed")
@@ -67,8 +71,11 @@ def test_killed_ranks_resume_with_the_losses_of_ranks_that_were_not(
         uninterrupted = [read_one(tmp_path / "pipe", killed) for _ in range(6)]
     finally:
         kill(killed)
-    _, *resumed = finish(tmp_path / "resumed", [start(tmp_path, "resumed", "--steps=5", "--resume=auto", checkpoints)])
+    description, *resumed = finish(
+        tmp_path / "resumed", [start(tmp_path, "resumed", "--steps=5", "--resume=auto", checkpoints)]
+    )
 
+    assert (description["processes"], description["engine"]) == (2, engine)
     assert [record.get("step") for record in uninterrupted] == [None, 1, 2, 3, 4, 5]
     assert [record["step"] for record in resumed] == [4, 5]
     assert [record["loss"] for record in resumed] == [record["loss"] for record in uninterrupted[-2:]]
