@@ -38,7 +38,8 @@ def _job(training: Training) -> str:
 _USAGE = (
     "Usage: sbatch [options] job.sbatch [more arguments of train.py], in the folder of these files, which all machines",
     "  have to see.",
-    "A requeued job starts again from the first step.",
+    "A requeued job starts again from the first step; with --output=FOLDER --save-every=STEPS --resume=auto, train.py",
+    "  goes on from its last checkpoint.",
 )
 
 _SCRIPT = """

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from advisor.errors import SpecError
@@ -85,6 +85,7 @@ def test_the_same_plan_is_the_same_training_in_every_target(kind: str, nodes: in
 @given(job=jobs(), strategy=st.sampled_from(OWN_STRATEGIES), version=st.sampled_from([1, 2]))
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_other_launchers_set_what_accelerates_would(job: Job, strategy: Strategy, version: int, tmp_path: Path) -> None:
+    assume(strategy is not Strategy.HSDP or version == 2)
     chosen = plan(strategy, fsdp=FsdpSettings(version=version))
     with pytest.MonkeyPatch.context() as monkeypatch:
         expected = launcher_environment(tmp_path, text(chosen, job), monkeypatch)
