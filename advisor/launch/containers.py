@@ -29,6 +29,17 @@ def install(training: Training) -> str:
     return f"PIP_BREAK_SYSTEM_PACKAGES=1 pip install --quiet {shlex.join(packages)}\n"
 
 
+def missing_files(training: Training) -> tuple[str, ...]:
+    """Lines for a header: what the files of the launch name but do not bring to other machines."""
+    program, weights_from = training.program, training.task.weights_from
+    lines = []
+    if weights_from.endswith(".json") or weights_from.startswith((".", "/", "~")):
+        lines.append("The model is given as a path: it has to be there on each machine.")
+    if isinstance(program.script, str) and not program.is_module:
+        lines.append("The script is not one of these files: it has to be there on each machine.")
+    return tuple(lines)
+
+
 def job_name(training: Training) -> str:
     """``train-`` and the last part of the model's name, as a DNS label short enough to be part of another."""
     last = training.model.name.rpartition("/")[2].lower()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from advisor.launch.containers import job_name, machine_settings, yaml_text
+from advisor.launch.containers import job_name, machine_settings, missing_files, yaml_text
 from advisor.launch.kubernetes import USAGE, launch_of, pod
 from advisor.launch.training import Launch, LaunchFile, Training
 
@@ -36,4 +36,4 @@ def _pytorchjob(training: Training) -> str:
             "pytorchReplicaSpecs": {"Master": pods(1)} | ({"Worker": pods(nodes - 1)} if nodes > 1 else {}),
         },
     }
-    return yaml_text(training, job, usage=USAGE)
+    return yaml_text(training, job, usage=(*USAGE, *missing_files(training)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from advisor.launch.containers import job_name, machine_settings, yaml_text
+from advisor.launch.containers import job_name, machine_settings, missing_files, yaml_text
 from advisor.launch.kubernetes import USAGE, launch_of, pod
 from advisor.launch.training import Launch, LaunchFile, Training
 
@@ -52,4 +52,4 @@ def _trainjob(training: Training) -> str:
             "trainer": {"numNodes": nodes},
         },
     }
-    return yaml_text(training, runtime, job, usage=USAGE)
+    return yaml_text(training, runtime, job, usage=(*USAGE, *missing_files(training)))

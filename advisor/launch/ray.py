@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from advisor.launch.containers import missing_files
 from advisor.launch.deepspeed import deepspeed_json
 from advisor.launch.run_script import ALLOCATOR_SETTING, header
 from advisor.launch.torchrun import settings_of
@@ -50,7 +51,7 @@ def _driver(training: Training) -> str:
     settings = "".join(f"    {name!r}: {_python(value)},\n" for name, value in environment.items())
     needed = f"Needed on each machine: pip install 'ray[train]' {program.install}"
     return _DRIVER.format(
-        header=header((*training.comments, needed, *_USAGE)),
+        header=header((*training.comments, needed, *_USAGE, *missing_files(training))),
         environment=settings,
         imports="import torch\n" if plan.offload.optimizer else "",
         lines="\n".join(lines),

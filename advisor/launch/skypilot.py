@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from advisor.catalog.accelerators import skypilot_accelerator
-from advisor.launch.containers import files_of_each_machine, job_name, yaml_text
+from advisor.launch.containers import files_of_each_machine, job_name, missing_files, yaml_text
 from advisor.launch.training import Launch, LaunchFile, Training
 
 
@@ -36,7 +36,7 @@ def _task(training: Training, accelerator: str) -> str:
             "setup": f"pip install --quiet {training.program.install}\n",
             "run": _RUN,
         },
-        usage=_USAGE,
+        usage=(*_USAGE, *missing_files(training)),
     )
 
 

@@ -185,3 +185,22 @@ def test_ray_starts_a_process_for_each_gpu_with_the_settings_of_accelerate(offlo
     assert environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"] == str(started.files / "ds_config.json")
     assert started.arguments[-1] == "--steps=7"
     assert ("set_num_threads" in text_of(launch, "ray_train.py")) == offload.optimizer
+
+
+@pytest.mark.parametrize("target", [*JOBS, "ray"])
+@pytest.mark.parametrize(
+    ("weights_from", "words", "said"),
+    [
+        ("org/name", (), None),
+        ("/models/own", (), "# The model is given as a path: it has to be there on each machine."),
+        ("org/name", ("my_script.py",), "# The script is not one of these files: it has to be there on each machine."),
+    ],
+)
+def test_what_the_files_do_not_bring_along_is_said(
+    target: Target, weights_from: str, words: tuple[str, ...], said: str | None
+) -> None:
+    launch = launch_by(target, plan(), *words, weights_from=weights_from)
+
+    lines = text_of(launch, JOBS.get(target, "ray_train.py")).splitlines()
+
+    assert [line for line in lines if "has to be there" in line] == ([said] if said else [])
