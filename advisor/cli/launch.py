@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,7 @@ import click
 from advisor.cli.answer import note, notes, print_answer, traced_first
 from advisor.cli.estimate import parallel_options, plan_options
 from advisor.cli.options import SectionCommand, given, option, question_options, trace_options
-from advisor.launch.targets import TARGETS, Target
+from advisor.launch.targets import DEFAULT_IMAGE, TARGETS, Target
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -31,7 +33,25 @@ _LAUNCH = "The launch"
     _LAUNCH,
     "--target",
     type=click.Choice(list(TARGETS)),
-    help="The launcher, or the scheduler that starts it.  [default: accelerate, or what starts the trainer]",
+    help="The launcher, or what starts it on each machine.  [default: accelerate, or what starts the trainer]",
+)
+@option(
+    _LAUNCH,
+    "--image",
+    metavar="NAME",
+    help=f"Container of each machine, for Kubernetes and SkyPilot.  [default: Kubernetes {DEFAULT_IMAGE}]",
+)
+@option(
+    _LAUNCH,
+    "--date",
+    type=click.DateTime(["%Y-%m-%d"]),
+    help="What the files' headers give as their date.  [default: SOURCE_DATE_EPOCH's, else today's]",
+)
+@option(
+    _LAUNCH,
+    "--keep-auto",
+    is_flag=True,
+    help="Leave auto in DeepSpeed's JSON where transformers' Trainer fills it in.",
 )
 @option(_LAUNCH, "--out", metavar="FOLDER", type=click.Path(path_type=Path), help="Write the files there.")
 @option(_LAUNCH, "--force", is_flag=True, help="Let --out overwrite files that hold something else.")
@@ -44,6 +64,9 @@ def launch(
     /,
     *,
     target: Target | None,
+    image: str | None,
+    date: datetime.datetime | None,
+    keep_auto: bool,
     out: Path | None,
     force: bool,
     run: bool,
@@ -71,7 +94,8 @@ def launch(
     _refuse_what_cannot_be_meant(out, run, as_json, arguments)
     with traced_first(question["trace"]):
         answer = price(**given(context, question))
-    started = launch_of(answer, target, arguments)
+    day = date.date() if date else _today()
+    started = launch_of(answer, target, arguments, image=image, date=day, keep_auto=keep_auto)
     if out:
         write(started, out, force)
     notes((*answer.warnings, *started.notes))
@@ -85,6 +109,17 @@ def launch(
         note(f"Note: it is predicted not to fit: {answer.why}")
     if out and run:
         context.exit(_run(answer, started, out))
+
+
+def _today() -> datetime.date:
+    """The day to write into files, in UTC: https://reproducible-builds.org/specs/source-date-epoch."""
+    said = os.environ.get("SOURCE_DATE_EPOCH")
+    if said is None:
+        return datetime.datetime.now(datetime.timezone.utc).date()
+    try:
+        return datetime.datetime.fromtimestamp(int(said), datetime.timezone.utc).date()
+    except (ValueError, OverflowError, OSError):
+        raise click.UsageError(f"SOURCE_DATE_EPOCH is {said!r}, which is no time in seconds; unset it") from None
 
 
 def _refuse_what_cannot_be_meant(out: Path | None, run: bool, as_json: bool, arguments: tuple[str, ...]) -> None:

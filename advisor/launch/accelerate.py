@@ -10,7 +10,7 @@ from advisor.launch.deepspeed import deepspeed_json
 from advisor.launch.run_script import ALLOCATOR_SETTING, run_script
 from advisor.launch.training import Launch, LaunchFile, Training
 from advisor.specs.hardware import Cluster
-from advisor.specs.job import Job
+from advisor.specs.job import FORMAT_BYTES, Job
 from advisor.specs.model import ModelSpec
 from advisor.specs.plan import Plan, Strategy
 
@@ -77,7 +77,7 @@ def _configuration(training: Training, plan: Plan) -> Iterator[LaunchFile]:
     model, job, cluster = training.model, training.job, training.cluster
     yield LaunchFile(yaml, partial(accelerate_yaml, model, job, plan, cluster, training.comments, json))
     if plan.strategy.zero_stage is not None:
-        yield LaunchFile(json, partial(deepspeed_json, job, plan))
+        yield LaunchFile(json, partial(deepspeed_json, job, plan, training.task.keep_auto))
 
 
 def _names(training: Training, plan: Plan) -> tuple[str, str]:
@@ -167,8 +167,23 @@ def accelerate_yaml(
         settings["fsdp_config"] = _fsdp(model, plan)
     if plan.strategy is Strategy.HSDP:
         settings["parallelism_config"] = _replicas(plan)
-    header = "".join(f"# {line}\n" for line in comments)
+    header = "".join(f"# {line}\n" for line in (*comments, *_loading(model, job, plan, cluster)))
     return header + yaml.safe_dump(settings, sort_keys=False)
+
+
+def _loading(model: ModelSpec, job: Job, plan: Plan, cluster: Cluster) -> list[str]:
+    """What of the file keeps the processes of a machine from each loading the whole model, or that nothing does."""
+    processes = cluster.gpus_per_node
+    if processes == 1 or not (plan.strategy is Strategy.ZERO3 or plan.strategy.is_fsdp):
+        return []
+    held = job.precision if plan.strategy is Strategy.ZERO3 else job.parameter_format
+    copy_gib, host_gib = model.parameter_count * FORMAT_BYTES[held] / 2**30, cluster.host_memory_bytes / 2**30
+    copies = f"{processes} x {copy_gib:,.1f} = {processes * copy_gib:,.1f} GiB of {host_gib:,.0f} GiB host memory"
+    if plan.strategy is Strategy.ZERO3:
+        return [f"zero3_init_flag splits weights while they load, instead of {copies}."]
+    if model.family in WHOLE_IN_EVERY_PROCESS:
+        return [f"Every process of a machine loads all weights: {copies}."]
+    return [f"fsdp_cpu_ram_efficient_loading has one process load weights, instead of {copies}."]
 
 
 def _distributed_type(plan: Plan) -> str:

@@ -1,4 +1,7 @@
-"""A plan as DeepSpeed's JSON. Every value is resolved: ``auto`` would leave it to whichever program reads the file."""
+"""A plan as DeepSpeed's JSON. Every value is resolved: ``auto`` would leave it to whichever program reads the file.
+
+``auto`` stays only where it is asked for, and only for what transformers' Trainer takes from its own arguments.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,23 @@ _LOSS_SCALING = {
 }
 
 
-def deepspeed_json(job: Job, plan: Plan) -> str:
-    """The text of ``ds_config.json`` for a ZeRO plan.
+_TRAINERS_OWN = (
+    ("train_batch_size",),
+    ("train_micro_batch_size_per_gpu",),
+    ("gradient_accumulation_steps",),
+    ("gradient_clipping",),
+    ("bf16", "enabled"),
+    ("fp16", "enabled"),
+    *(("optimizer", "params", name) for name in ADAMW),
+)
+"""What TrainingArguments say too: transformers 5.23, integrations/deepspeed.py ``trainer_config_process``.
+
+Sizes in elements it would choose by the model's width: they stay what was priced.
+"""
+
+
+def deepspeed_json(job: Job, plan: Plan, keep_auto: bool = False) -> str:
+    """The text of ``ds_config.json`` for a ZeRO plan, with *keep_auto* for transformers' Trainer to complete.
 
     Keys: deepspeed 0.19.8, runtime/config.py, runtime/precision_config.py and runtime/zero/config.py.
     """
@@ -43,10 +61,22 @@ def deepspeed_json(job: Job, plan: Plan) -> str:
         "zero_optimization": _zero_optimization(plan),
     }
     if plan.offload.optimizer:
-        settings["optimizer"] = {"type": "AdamW", "params": ADAMW}
+        settings["optimizer"] = {"type": "AdamW", "params": dict(ADAMW)}
     if plan.swaps:
         settings["aio"] = _aio(plan.offload_settings)
+    if keep_auto:
+        for path in _TRAINERS_OWN:
+            _leave_to_the_trainer(settings, path)
     return json.dumps(settings, indent=2) + "\n"
+
+
+def _leave_to_the_trainer(settings: dict[str, Any], path: tuple[str, ...]) -> None:
+    *sections, key = path
+    for section in sections:
+        if section not in settings:
+            return
+        settings = settings[section]
+    settings[key] = "auto"
 
 
 def _bf16(job: Job) -> dict[str, bool]:

@@ -19,7 +19,7 @@ def launch(training: Training) -> Launch:
     plan, nodes = training.plan, training.cluster.nodes
     if plan.strategy.zero_stage is None:
         raise SpecError(f"{plan.title} is none of DeepSpeed's strategies; take the target accelerate or torchrun")
-    files = [LaunchFile("ds_config.json", partial(deepspeed_json, training.job, plan))]
+    files = [LaunchFile("ds_config.json", partial(deepspeed_json, training.job, plan, training.task.keep_auto))]
     if nodes > 1:
         files.append(LaunchFile("hostfile", partial(_hostfile, nodes, training.cluster.gpus_per_node)))
     files += [*training.program.files, LaunchFile("run.sh", partial(_run_script, training))]

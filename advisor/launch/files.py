@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import os
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +17,8 @@ from advisor.catalog.trainers import profile_of, refusal_of_plan, versions_of
 from advisor.cost.estimate import plan_of
 from advisor.errors import SpecError, WriteError
 from advisor.launch.accelerate import FSDP_REFUSES
-from advisor.launch.targets import TARGETS, Target
+from advisor.launch.prediction import prediction_file
+from advisor.launch.targets import IMAGES, TARGETS, Target
 from advisor.launch.trainers.programs import program_of
 from advisor.launch.trainers.words import attention_kernel, holds_no_weights
 from advisor.launch.training import Launch, LaunchFile, Task, Training
@@ -23,7 +26,7 @@ from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
 from advisor.specs.plan import Plan, Strategy
-from advisor.specs.question import Input
+from advisor.specs.question import Input, Origin
 from advisor.version import __version__
 
 if TYPE_CHECKING:
@@ -32,15 +35,26 @@ if TYPE_CHECKING:
     from advisor.cost.estimate import PlanWords
     from advisor.cost.results import Estimate
 
+WRITTEN_FOR = "torch 2.13, transformers 5.23, accelerate 1.15 and deepspeed 0.19.8"
+"""Where the names in the files were read; the oldest versions that know them are those of the extra ``run``."""
+
+_DATE_LINE = re.compile(rb"^# Date: [0-9-]{10}\.\n", re.MULTILINE)
+
 __all__ = ["Launch", "LaunchFile", "launch_files", "launch_of", "render", "write"]
 
 
 def launch_files(
-    model: str, *, strategy: str | None = None, target: Target | None = None, **words: Unpack[PlanWords]
+    model: str,
+    *,
+    strategy: str | None = None,
+    target: Target | None = None,
+    image: str | None = None,
+    **words: Unpack[PlanWords],
 ) -> Launch:
     """The files and the command that train *model* by the plan that the words of :func:`advisor.estimate` describe.
 
-    *target* is what starts it, by default what starts the job's trainer usually.
+    *target* is what starts it, by default what starts the job's trainer usually; *image* the container where one is
+    started.
     """
     question, plan = plan_of(model, strategy=strategy, **words)
     return render(
@@ -51,10 +65,19 @@ def launch_files(
         weights_from=question.weights_from,
         inputs=question.inputs,
         target=target,
+        image=image,
     )
 
 
-def launch_of(estimate: Estimate, target: Target | None = None, more_arguments: Sequence[str] = ()) -> Launch:
+def launch_of(
+    estimate: Estimate,
+    target: Target | None = None,
+    more_arguments: Sequence[str] = (),
+    *,
+    image: str | None = None,
+    date: datetime.date | None = None,
+    keep_auto: bool = False,
+) -> Launch:
     """The files and the command by which *target* trains what was priced."""
     return render(
         estimate.model,
@@ -64,6 +87,10 @@ def launch_of(estimate: Estimate, target: Target | None = None, more_arguments: 
         weights_from=next((str(each.value) for each in estimate.inputs if each.name == "model"), None),
         inputs=estimate.inputs,
         target=target,
+        image=image,
+        date=date,
+        prediction=prediction_file(estimate),
+        keep_auto=keep_auto,
         more_arguments=more_arguments,
     )
 
@@ -77,13 +104,19 @@ def render(
     weights_from: str | None = None,
     inputs: Sequence[Input] = (),
     target: Target | None = None,
+    image: str | None = None,
+    date: datetime.date | None = None,
+    prediction: LaunchFile | None = None,
+    keep_auto: bool = False,
     more_arguments: Sequence[str] = (),
 ) -> Launch:
     """The files and the command by which *target* trains *model* by *plan*.
 
     *weights_from* is what transformers loads: a Hub id, a folder, or a config.json, which holds no weights and so
-    starts from random ones; by default the model's name. The assumed ones of *inputs* are named in the files' headers.
-    train.py is given *more_arguments* after the plan's own. Raises SpecError where *target* does not start such a plan.
+    starts from random ones; by default the model's name. The files' headers name *inputs*, and *date* where it is
+    given. *image* is the container that a target of :data:`advisor.launch.targets.IMAGES` starts. *keep_auto* leaves
+    ``auto`` in DeepSpeed's JSON for transformers' Trainer to fill in. train.py is given *more_arguments* after the
+    plan's own. Raises SpecError where *target* does not start such a plan.
     """
     if target is not None and target not in TARGETS:
         raise SpecError(f"the target must be one of {', '.join(TARGETS)}, got {target!r}")
@@ -93,13 +126,24 @@ def render(
     for argument in more_arguments:
         _refuse_what_no_command_line_holds("argument", argument, "leave it out")
     versions, _ = versions_of(job.trainer)
-    comments = _comments(model, job, plan, cluster, weights_from, inputs)
-    task = Task(model, job, plan, cluster, weights_from, comments)
-    program = program_of(task, versions, more_arguments)
     target = target or ("torchrun" if profile_of(job.trainer, versions).launcher == "torchrun" else "accelerate")
+    if image is not None:
+        _refuse_what_no_command_line_holds("image", image, "give another")
+        if target not in IMAGES:
+            raise SpecError(f"{target} starts no container; --image is for {', '.join(IMAGES)}")
+    elif assumed_image := IMAGES.get(target):
+        image, inputs = assumed_image, (*inputs, Input("image", assumed_image, "assumed"))
+    comments = _comments(model, job, plan, cluster, weights_from, inputs, date)
+    task = Task(model, job, plan, cluster, weights_from, comments, prediction, keep_auto)
+    program = program_of(task, versions, more_arguments)
+    if keep_auto and (plan.strategy.zero_stage is None or program.own_parallelism or not program.fills_auto):
+        raise SpecError(
+            f"{job.trainer} with {plan.strategy.title} completes no DeepSpeed JSON; auto can stay for zero1, zero2 or "
+            f"zero3 with a trainer built on transformers' Trainer, such as --trainer hf"
+        )
     if program.own_parallelism and target in ("accelerate", "deepspeed"):
         raise SpecError(f"{job.trainer} spreads the model itself; take the target torchrun or slurm, not {target}")
-    launch = import_module(f"advisor.launch.{TARGETS[target]}").launch(Training(task, program))
+    launch = import_module(f"advisor.launch.{TARGETS[target]}").launch(Training(task, program, image))
     assert isinstance(launch, Launch)
     return replace(launch, notes=program.notes)
 
@@ -131,9 +175,15 @@ def _refuse_what_no_command_line_holds(what: str, word: str, remedy: str) -> Non
 
 
 def _comments(
-    model: ModelSpec, job: Job, plan: Plan, cluster: Cluster, weights_from: str, inputs: Sequence[Input]
+    model: ModelSpec,
+    job: Job,
+    plan: Plan,
+    cluster: Cluster,
+    weights_from: str,
+    inputs: Sequence[Input],
+    date: datetime.date | None,
 ) -> tuple[str, ...]:
-    """The header of the files: what this is, and what was assumed."""
+    """The header of the files: what this is, when and for what it was written, and where each input came from."""
     machines = f" in {cluster.nodes} machines" if cluster.nodes > 1 else ""
     lines = [
         f"{model.name}, {plan.strategy.title} on {cluster.gpus} x {cluster.gpu.name}{machines}. "
@@ -153,10 +203,23 @@ def _comments(
         lines.append("The flash attention is Dao's: pip install flash-attn.")
     if holds_no_weights(weights_from):
         lines.append("The model is a configuration without weights: training starts from random ones.")
-    assumed = [f"{each.name} {each.value}" for each in inputs if each.origin == "assumed"]
-    if assumed:
-        lines.append(f"Assumed: {', '.join(assumed)}.")
+    lines.append(f"Names and keys as in {WRITTEN_FOR}.")
+    for origin, title in _ORIGINS.items():
+        values = [f"{each.name} {each.value}" for each in inputs if each.origin == origin]
+        if values:
+            lines.append(f"{title}: {', '.join(values)}.")
+    if date:
+        lines.append(f"Date: {date.isoformat()}.")
     return tuple(part for line in lines for part in textwrap.wrap(_one_line(line), 116, subsequent_indent="  "))
+
+
+_ORIGINS: dict[Origin, str] = {
+    "given": "Given",
+    "found": "Found on the machine that wrote this",
+    "file": "Read from the given configuration",
+    "default": "Default of the framework that the configuration is for",
+    "assumed": "Assumed",
+}
 
 
 def _one_line(text: str) -> str:
@@ -198,9 +261,9 @@ def _refuse_what_is_in_the_way(launch: Launch, target: Path, force: bool) -> Non
 
 
 def _holds(target: Path, file: LaunchFile) -> bool:
-    """Whether the very *file* lies in *target* already."""
+    """Whether the very *file* lies in *target* already, be it written on another day."""
     path = target / file.name
-    return path.is_file() and path.read_bytes() == file.text.encode()
+    return path.is_file() and _DATE_LINE.sub(b"", path.read_bytes()) == _DATE_LINE.sub(b"", file.text.encode())
 
 
 @contextmanager

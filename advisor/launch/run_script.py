@@ -51,7 +51,7 @@ command -v {program} > /dev/null || {{
 
 _ALLOCATOR = f"""\
 # Let torch's allocator grow its segments in place. Fixed ones leave gaps between tensors of different sizes, and memory
-# that is reserved but unusable counts against the GPU all the same.
+# that is reserved but unusable counts against the GPU all the same. By its older name, which every torch obeys.
 export {ALLOCATOR_SETTING[0]}="${{{ALLOCATOR_SETTING[0]}:-${{PYTORCH_ALLOC_CONF:-{ALLOCATOR_SETTING[1]}}}}}"
 """
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import re
 from functools import partial
 
-from advisor.launch.accelerate import launch as by_accelerate
+from advisor.launch.containers import files_of_each_machine
 from advisor.launch.run_script import header
-from advisor.launch.torchrun import launch as by_torchrun
 from advisor.launch.training import Launch, LaunchFile, Training
 
 
 def launch(training: Training) -> Launch:
     """``sbatch job.sbatch``, which starts run.sh once on each machine."""
     script = LaunchFile("job.sbatch", partial(_job, training))
-    started = by_torchrun(training) if training.program.own_parallelism else by_accelerate(training)
-    return Launch(("sbatch", "job.sbatch"), {}, (*started.files, script), submits=True)
+    return Launch(("sbatch", "job.sbatch"), {}, (*files_of_each_machine(training), script), submits=True)
 
 
 def _job(training: Training) -> str:
@@ -40,7 +38,8 @@ def _job(training: Training) -> str:
 _USAGE = (
     "Usage: sbatch [options] job.sbatch [more arguments of train.py], in the folder of these files, which all machines",
     "  have to see.",
-    "A requeued job starts again from the first step.",
+    "A requeued job starts again from the first step; with --output=FOLDER --save-every=STEPS --resume=auto, train.py",
+    "  goes on from its last checkpoint.",
 )
 
 _SCRIPT = """

@@ -16,10 +16,12 @@ def launch(training: Training) -> Launch:
     plan, program, own = training.plan, training.program, training.program.own_command
     files = [*program.files, LaunchFile("run.sh", partial(_run_script, training))]
     if plan.strategy.zero_stage is not None and not program.own_parallelism:
-        files.insert(0, LaunchFile("ds_config.json", partial(deepspeed_json, training.job, plan)))
+        files.insert(
+            0, LaunchFile("ds_config.json", partial(deepspeed_json, training.job, plan, training.task.keep_auto))
+        )
     if own is None or own.launcher != "torchrun" or training.cluster.nodes > 1 or plan.offload.optimizer:
         return Launch(("bash", "run.sh"), {}, tuple(files))
-    environment = dict([ALLOCATOR_SETTING, *own.environment]) | _environment(training)
+    environment = dict([ALLOCATOR_SETTING, *own.environment]) | settings_of(training)
     return Launch((*own.words, *map(str, program.arguments)), environment, tuple(files))
 
 
@@ -46,14 +48,14 @@ def _run_script(training: Training) -> str:
 
 def exports(training: Training) -> str:
     """What accelerate's launcher would set, as lines of run.sh, which knows its folder as ``$here``."""
-    settings = _environment(training)
+    settings = settings_of(training)
     words = {name: shlex.quote(value) for name, value in settings.items()}
     if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in words:
         words["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = '"$here/ds_config.json"'
     return "".join(f"export {name}={word}\n" for name, word in words.items())
 
 
-def _environment(training: Training) -> dict[str, str]:
+def settings_of(training: Training) -> dict[str, str]:
     """accelerate's settings; none for a program that spreads the model itself."""
     if training.program.own_parallelism:
         return {}

@@ -55,10 +55,8 @@ TEXT_PART = {
     r"^language_model\.lm_head\.": "lm_head.",
 }
 
-PADDING = -1  # stands for no token until the batch is made
 IGNORED = -100  # the label that the loss leaves out
 LOSS_TOKENS = 1024  # most tokens whose logits exist at once under --loss chunked
-MASKED_SHARE = 0.15  # of the tokens that a masked or sequence-to-sequence model has to restore; Devlin et al., 2019
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -97,7 +95,9 @@ def parse_arguments() -> argparse.Namespace:
     training.add_argument("--weight-decay", type=float, default=0.0)
     training.add_argument("--gradient-clipping", type=float, default=1.0, help="largest norm; DeepSpeed reads its JSON")
     training.add_argument("--seed", type=int, default=0)
-    training.add_argument("--output", type=Path, help="folder to save the trained model in")
+    training.add_argument("--output", type=Path, help="folder for the trained model and its checkpoints; all see it")
+    training.add_argument("--save-every", type=int, metavar="STEPS", help="of how many steps each ends in a checkpoint")
+    training.add_argument("--resume", metavar="auto|FOLDER", help="go on from a checkpoint; auto: the last, if any")
     training.add_argument("--log", type=Path, help="file for one JSON object about the run and one per step")
     arguments = parser.parse_args()
     if arguments.model.endswith(".json") and not arguments.random_weights:
@@ -108,10 +108,16 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--method {arguments.method} is for causal models")
     if arguments.method == "qlora" and arguments.random_weights:
         parser.error("--method qlora brings loaded weights to four bits: give a Hub id or a folder with weights")
+    if (arguments.save_every or arguments.resume == "auto") and not arguments.output:
+        parser.error("--save-every and --resume auto need the folder of the checkpoints: add --output")
     return arguments
 
 
 def main() -> None:
+    # The files beside this one.
+    from train_checkpoint import resume  # type: ignore[import-not-found]
+    from train_data import make_batches  # type: ignore[import-not-found]
+
     arguments = parse_arguments()
     accelerator = Accelerator(gradient_accumulation_steps=arguments.accumulation_steps)
     set_seed(arguments.seed)
@@ -122,12 +128,14 @@ def main() -> None:
     for layer in model.modules():
         if arguments.compile and isinstance(layer, GradientCheckpointingLayer):
             layer.compile()  # in place: names of weights stay, and what FSDP or DeepSpeed adds later is seen
-    batches = make_batches(accelerator, arguments, tokenizer, model.config.vocab_size)
+    vocabulary_size = model.config.vocab_size
     optimizer = build_optimizer(accelerator, arguments, model)
     set_seed(arguments.seed, device_specific=True)  # dropout differs between processes, first weights do not
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
-    train(accelerator, arguments, model, optimizer, batches)
+    done = resume(accelerator, arguments)
+    batches = make_batches(accelerator, arguments, tokenizer, vocabulary_size, done * arguments.accumulation_steps)
+    train(accelerator, arguments, model, optimizer, batches, done)
     if arguments.output:
         save(accelerator, arguments, model, tokenizer)
     accelerator.wait_for_everyone()  # the first process may still be writing
@@ -321,104 +329,26 @@ def build_optimizer(accelerator: Accelerator, arguments: argparse.Namespace, mod
     )
 
 
-def make_batches(
-    accelerator: Accelerator, arguments: argparse.Namespace, tokenizer: Any, vocabulary_size: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless micro-batches of this process, on its device. An attention mask comes with padding alone."""
-    if tokenizer is None:
-        sequences = random_sequences(accelerator, arguments, vocabulary_size)
-        mask_token = 0
-    else:
-        sequences = text_sequences(accelerator, arguments, tokenizer)
-        known = (tokenizer.mask_token_id, tokenizer.unk_token_id, 0)
-        mask_token = next(token for token in known if token is not None)
-    for tokens in sequences:
-        inputs = labels = tokens
-        if arguments.objective != "causal":
-            hidden = torch.rand(tokens.shape) < MASKED_SHARE
-            hidden[:, 0] = True  # at least one token to restore in each sequence
-            inputs = tokens.masked_fill(hidden, mask_token)
-        if arguments.objective == "masked":
-            labels = tokens.masked_fill(~hidden, IGNORED)
-        batch = {"input_ids": inputs, "labels": labels}
-        if arguments.padded:
-            seen = tokens != PADDING
-            batch = {
-                "input_ids": inputs.masked_fill(~seen, 0),
-                "labels": labels.masked_fill(~seen, IGNORED),
-                "attention_mask": seen.long(),
-            }
-        yield {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-
-
-def random_sequences(
-    accelerator: Accelerator, arguments: argparse.Namespace, vocabulary_size: int
-) -> Iterator[torch.Tensor]:
-    generator = torch.Generator().manual_seed(arguments.seed + accelerator.process_index)
-    shape = (arguments.micro_batch, arguments.sequence_length)
-    while True:
-        tokens = torch.randint(vocabulary_size, shape, generator=generator)
-        if arguments.padded:
-            lengths = torch.randint(1, arguments.sequence_length, (arguments.micro_batch, 1), generator=generator)
-            tokens[torch.arange(arguments.sequence_length) >= lengths] = PADDING
-        yield tokens
-
-
-def text_sequences(accelerator: Accelerator, arguments: argparse.Namespace, tokenizer: Any) -> Iterator[torch.Tensor]:
-    """The dataset's tokens in a new order on every pass: joined and cut into equal sequences, or padded one by one."""
-    separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-    tokens: list[int] = []
-    for text in read_texts(arguments.dataset):
-        tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        tokens += [separator] if separator is not None else []
-        if arguments.padded:
-            tokens += [PADDING] * (-len(tokens) % arguments.sequence_length)
-    count = len(tokens) // arguments.sequence_length
-    together = arguments.micro_batch * accelerator.num_processes
-    if count < together:
-        raise SystemExit(
-            f"{arguments.dataset} gives {count} sequences of {arguments.sequence_length} tokens; one forward pass of "
-            f"{accelerator.num_processes} processes x {arguments.micro_batch} needs {together}"
-        )
-    sequences = torch.tensor(tokens[: count * arguments.sequence_length]).view(count, arguments.sequence_length)
-    generator = torch.Generator().manual_seed(arguments.seed)  # the same order in every process
-    while True:
-        order = torch.randperm(count, generator=generator)
-        for start in range(0, count - together + 1, together):
-            first = start + accelerator.process_index * arguments.micro_batch
-            yield sequences[order[first : first + arguments.micro_batch]]
-
-
-def read_texts(dataset: str) -> Iterator[str]:
-    path = Path(dataset)
-    if path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
-            for line in lines:
-                yield json.loads(line)["text"]
-    elif path.is_file():
-        yield path.read_text(encoding="utf-8")
-    else:
-        try:
-            from datasets import load_dataset  # type: ignore[import-not-found, import-untyped, unused-ignore]
-        except ImportError:
-            raise SystemExit(f"there is no file {dataset}; to look for it on the Hub: pip install datasets") from None
-        for row in load_dataset(dataset, split="train"):
-            yield row["text"]
-
-
 def train(
     accelerator: Accelerator,
     arguments: argparse.Namespace,
     model: Any,
     optimizer: Any,
     batches: Iterator[dict[str, torch.Tensor]],
+    done: int = 0,
 ) -> None:
+    """All steps after the first *done*."""
+    from train_checkpoint import save_checkpoint
+
     device = accelerator.device
     tokens_per_step = (
         accelerator.num_processes * arguments.accumulation_steps * arguments.micro_batch * arguments.sequence_length
     )
+    prediction = read_prediction(accelerator, arguments)
+    if prediction and accelerator.is_main_process:
+        print(f"in brackets: what was predicted for {prediction['predicted_for']}", flush=True)
     report(accelerator, arguments.log, describe(accelerator, model, optimizer))
-    for step in range(1, arguments.steps + 1):
+    for step in range(done + 1, arguments.steps + 1):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
@@ -440,7 +370,28 @@ def train(
                 optimizer.zero_grad(set_to_none=True)
         loss_mean = loss_sum.item() / arguments.accumulation_steps  # waits for the device, so the clock below is right
         seconds = time.perf_counter() - start
-        report(accelerator, arguments.log, measure(accelerator, step, loss_mean, seconds, tokens_per_step))
+        record = measure(accelerator, step, loss_mean, seconds, tokens_per_step)
+        if prediction and device.type == "cuda":
+            peak = accelerator.num_processes * prediction["peak_flop_per_s_per_gpu"]
+            record["mfu"] = record["tokens_per_s"] * prediction["flop_per_token"] / peak
+        report(accelerator, arguments.log, record, prediction)
+        if arguments.save_every and step % arguments.save_every == 0:
+            save_checkpoint(accelerator, arguments, step)
+
+
+def read_prediction(accelerator: Accelerator, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What prediction.json beside this file says; nothing where it is not there, or is for another batch."""
+    path = Path(__file__).with_name("prediction.json")
+    if not path.is_file():
+        return {}
+    prediction: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    here = {
+        "processes": accelerator.num_processes,
+        "micro_batch": arguments.micro_batch,
+        "accumulation_steps": arguments.accumulation_steps,
+        "sequence_length": arguments.sequence_length,
+    }
+    return prediction if here.items() <= prediction.items() else {}
 
 
 def describe(accelerator: Accelerator, model: Any, optimizer: Any) -> dict[str, Any]:
@@ -484,7 +435,9 @@ def measure(
     }
 
 
-def report(accelerator: Accelerator, log: Path | None, record: dict[str, Any]) -> None:
+def report(
+    accelerator: Accelerator, log: Path | None, record: dict[str, Any], prediction: dict[str, Any] | None = None
+) -> None:
     if not accelerator.is_main_process:
         return
     if log:
@@ -493,11 +446,17 @@ def report(accelerator: Accelerator, log: Path | None, record: dict[str, Any]) -
     if "step" not in record:
         print(", ".join(f"{name} {value}" for name, value in record.items()), flush=True)
         return
-    line = f"step {record['step']}  loss {record['loss']:.4f}  {record['tokens_per_s']:,.0f} tokens/s"
-    if record["peak_allocated_bytes"]:
-        gib = 2**30
-        line += f"  peak allocated {record['peak_allocated_bytes'] / gib:.2f} GiB"
-        line += f"  reserved {record['peak_reserved_bytes'] / gib:.2f} GiB"
+    shown = {
+        "tokens_per_s": ("", ",.0f", "tokens/s", 1),
+        "mfu": ("MFU ", ".1f", "%", 100),
+        "peak_allocated_bytes": ("peak allocated ", ".2f", "GiB", 2**-30),
+        "peak_reserved_bytes": ("reserved ", ".2f", "GiB", 2**-30),
+    }
+    line = f"step {record['step']}  loss {record['loss']:.4f}"
+    for name, (title, form, unit, scale) in shown.items():
+        if record.get(name):
+            predicted = f" ({prediction[name] * scale:{form}})" if prediction else ""
+            line += f"  {title}{record[name] * scale:{form}}{predicted} {unit}"
     print(line, flush=True)
     if not math.isfinite(record["loss"]):
         print("the loss is not finite: lower --learning-rate or raise --warmup-steps", flush=True)

@@ -87,6 +87,8 @@ class Program:
     own_command: OwnCommand | None = None
     alternatives: tuple[Plan, ...] = ()
     """Plans that accelerate's configuration is written for besides, each file named after its strategy."""
+    fills_auto: bool = True
+    """Whether it completes a DeepSpeed JSON as transformers' Trainer does."""
     own_parallelism: bool = False
     """Whether it spreads the model over the ranks itself, and so wants no launcher but torchrun."""
 
@@ -112,6 +114,10 @@ class Task(NamedTuple):
     """What transformers loads the model from."""
     comments: tuple[str, ...]
     """The lines of each file's header."""
+    prediction: LaunchFile | None = None
+    """What was predicted, for programs that show it beside what they measure."""
+    keep_auto: bool = False
+    """Whether DeepSpeed's JSON leaves to transformers' Trainer what that fills in from its own arguments."""
 
 
 class Training(NamedTuple):
@@ -119,6 +125,8 @@ class Training(NamedTuple):
 
     task: Task
     program: Program
+    image: str | None = None
+    """The container that each machine runs, for targets that start one."""
 
     @property
     def model(self) -> ModelSpec:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from advisor.cost.results import Estimate
 from advisor.launch.start import Measured
+from advisor.launch.trainers.advisor import FILES as PROGRAM_FILES
 from advisor.launch.training import Launch
 from advisor.report.estimate import VERDICTS
 from advisor.report.numbers import GIB, rate
@@ -41,8 +42,8 @@ def launch_report(estimate: Estimate, launch: Launch, *, width: int, out: Path |
 
 
 def _shown(name: str, text: str) -> Text:
-    if name == "train.py":
-        text = f"{len(text.splitlines())} lines: the training program, the same for every plan."
+    if name in PROGRAM_FILES:
+        text = f"{len(text.splitlines())} lines of the training program, the same for every plan."
     return verbatim(text.rstrip("\n"))
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from advisor.catalog.gpus import known_gpu
 from advisor.cost.estimate import price
 from advisor.errors import SpecError
+from advisor.launch.trainers.advisor import FILES as PROGRAM_FILES
 from advisor.specs.job import Job
 from advisor.specs.plan import Plan
 from advisor.tracing.real_model import needs_torch
@@ -205,7 +206,7 @@ def _made(
             stands_for=campaign.question.model.name if campaign.twin and campaign.twin.cuts else None,
             cuts=run.cuts,
             ranks=measured,
-            files={file.name: file.text for file in finished.files if file.name != "train.py"},
+            files={file.name: file.text for file in finished.files if file.name not in PROGRAM_FILES},
         ),
     )
 

@@ -47,7 +47,7 @@ def test_a_model_profile_has_its_form(path: Path) -> None:
     assert isinstance(profile["config"]["model_type"], str)
 
 
-@pytest.mark.parametrize("name", ["gpus.csv", "links.csv"])
+@pytest.mark.parametrize("name", ["gpus.csv", "links.csv", "skypilot.csv"])
 def test_every_row_of_a_table_is_complete_and_has_a_source(name: str) -> None:
     with (profiles_folder() / name).open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -51,6 +51,9 @@ def test_json_is_one_object_with_every_file(api: Api, run: Run) -> None:
         "accelerate.yaml",
         "ds_config.json",
         "train.py",
+        "train_data.py",
+        "train_checkpoint.py",
+        "prediction.json",
         "run.sh",
         "job.sbatch",
     ]
@@ -134,9 +137,46 @@ def test_a_run_is_compared_and_its_exit_code_is_passed_on(
 ) -> None:
     (tmp_path / "steps").write_text("".join(json.dumps(record) + "\n" for record in records))
     script = LaunchFile("run.sh", lambda: f"cat steps >> log.jsonl; exit {code}\n")
-    monkeypatch.setattr("advisor.launch.files.launch_of", lambda *_: Launch((), {}, (script,)))
+    monkeypatch.setattr("advisor.launch.files.launch_of", lambda *_, **__: Launch((), {}, (script,)))
 
     result = run(*ONE_PLAN, "--out", str(tmp_path), "--run")
 
     assert result.exit_code == code
     assert said in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "epoch", "day"),
+    [
+        ([], "0", "1970-01-01"),
+        (["--date", "2026-01-02"], "0", "2026-01-02"),
+        (["--date", "2026-01-02"], None, "2026-01-02"),
+    ],
+)
+def test_the_date_of_the_files_can_be_fixed(
+    words: list[str], epoch: str | None, day: str, api: Api, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if epoch is not None:
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", epoch)
+
+    assert f"# Date: {day}." in run(*ONE_PLAN, *words).stdout
+
+
+def test_a_broken_epoch_is_wrong_usage(api: Api, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
+
+    result = run(*ONE_PLAN)
+
+    assert result.exit_code == 2
+    assert "SOURCE_DATE_EPOCH is 'yesterday', which is no time in seconds; unset it" in result.stderr
+
+
+def test_what_was_predicted_lies_beside_the_program(api: Api, run: Run, tmp_path: Path) -> None:
+    run(*ONE_PLAN, "--out", str(tmp_path))
+
+    prediction = json.loads((tmp_path / "prediction.json").read_text())
+    assert prediction["tokens_per_s"] == round(api.estimate.time.tokens_per_s)
+    assert prediction["peak_allocated_bytes"] == api.estimate.memory.peak_allocated_bytes
+    rate = prediction["tokens_per_s"] / prediction["processes"]
+    mfu = rate * prediction["flop_per_token"] / prediction["peak_flop_per_s_per_gpu"]
+    assert mfu == pytest.approx(api.estimate.time.mfu, rel=1e-3)

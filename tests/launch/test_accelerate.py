@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 
 from advisor.launch.accelerate import FSDP_REFUSES, LAYER_CLASSES, WHOLE_IN_EVERY_PROCESS, accelerate_yaml
 from advisor.specs.job import Job
+from advisor.specs.model import Parameter, Run
 from advisor.specs.plan import FsdpSettings, Plan, Strategy
 from launch.examples import PLANS_OF_EVERY_KIND, cluster, model, plan
 
@@ -20,6 +22,8 @@ DISTRIBUTED_TYPES = {
     "fsdp-grad-op": "FSDP",
 } | {name: "DEEPSPEED" for name in PLANS_OF_EVERY_KIND if name.startswith("zero")}
 each_plan = pytest.mark.parametrize("kind", PLANS_OF_EVERY_KIND)
+
+MILLION = (Parameter("weight", (1024, 1024)),)
 
 
 def text(chosen: Plan, job: Job | None = None, nodes: int = 1, **model_facts: Any) -> str:
@@ -181,3 +185,26 @@ def test_the_named_class_is_that_of_each_transformer_layer(family: str) -> None:
 
 def test_no_family_is_both_named_and_refused() -> None:
     assert not FSDP_REFUSES & LAYER_CLASSES.keys()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "family", "said"),
+    [
+        (Strategy.ZERO3, "qwen2", "# zero3_init_flag splits weights while they load, instead of 2 x {} host memory."),
+        (
+            Strategy.FSDP,
+            "qwen2",
+            "# fsdp_cpu_ram_efficient_loading has one process load weights, instead of 2 x {} host",
+        ),
+        (Strategy.FSDP, "deepseek_v3", "# Every process of a machine loads all weights: 2 x {} host memory."),
+    ],
+)
+def test_what_loading_takes_of_the_host_is_said(strategy: Strategy, family: str, said: str) -> None:
+    # The specification of a thousand layers of 2^20 weights: 2 GiB in bf16, 4 GiB in fp32.
+    copy_gib = 2.0 if strategy is Strategy.ZERO3 else 4.0
+    large = replace(model(family=family), runs=(Run((replace(model().runs[0].layers[0], parameters=MILLION),), 1024),))
+
+    written = accelerate_yaml(large, Job(), plan(strategy), cluster(), [])
+
+    assert said.format(f"{copy_gib} = {2 * copy_gib} GiB of 1,024 GiB") in written
+    assert "host memory" not in text(plan(Strategy.ZERO2))

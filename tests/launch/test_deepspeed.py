@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 
-from advisor.launch.deepspeed import GRADIENT_CLIPPING, deepspeed_json
+from advisor.launch.deepspeed import ADAMW, GRADIENT_CLIPPING, deepspeed_json
 from advisor.specs.job import Job
 from advisor.specs.plan import Offload, OffloadSettings, Plan, Strategy, ZeroSettings
 from launch.examples import jobs, plan, zero_plans
@@ -172,3 +173,34 @@ def test_pure_bf16_keeps_masters_and_moments_in_bf16() -> None:
         "bf16_master_weights_and_grads": True,
         "bf16_optimizer_states": True,
     }
+
+
+@given(job=jobs(), chosen=zero_plans())
+@settings(deadline=None, max_examples=40)
+def test_what_is_left_auto_is_what_transformers_trainer_fills_in_again(job: Job, chosen: Plan) -> None:
+    integration = pytest.importorskip("transformers.integrations.deepspeed")
+    pytest.importorskip("deepspeed")
+    arguments = SimpleNamespace(
+        world_size=int(chosen.gpus),
+        per_device_train_batch_size=int(chosen.micro_batch),
+        gradient_accumulation_steps=int(chosen.accumulation_steps),
+        max_grad_norm=GRADIENT_CLIPPING,
+        learning_rate=ADAMW["lr"],
+        adam_beta1=ADAMW["betas"][0],
+        adam_beta2=ADAMW["betas"][1],
+        adam_epsilon=ADAMW["eps"],
+        weight_decay=ADAMW["weight_decay"],
+        save_on_each_node=False,
+        fp16=job.precision == "fp16",
+        bf16=job.precision == "bf16",
+        fp16_full_eval=False,
+        bf16_full_eval=False,
+    )
+    written = json.loads(deepspeed_json(job, chosen, keep_auto=True))
+    assert leaves(written).count("auto") == (10 if chosen.offload.optimizer else 6)
+
+    config = integration.HfTrainerDeepSpeedConfig(written)
+    config.trainer_config_process(arguments)
+
+    assert config.config == json.loads(deepspeed_json(job, chosen))
+    assert config.mismatches == []

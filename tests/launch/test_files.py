@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 from collections.abc import Callable
@@ -14,12 +15,13 @@ from hypothesis import given, settings
 from advisor.errors import SpecError, WriteError
 from advisor.launch import files
 from advisor.launch.files import Launch, LaunchFile, render, write
+from advisor.launch.trainers.advisor import FILES
 from advisor.specs.job import Job
 from advisor.specs.plan import Offload, Strategy
 from advisor.specs.question import Input
 from launch.examples import PLANS_OF_EVERY_KIND, cluster, hostile_text, model, plan
 
-ALL_FILES = ["accelerate.yaml", "ds_config.json", "train.py", "run.sh"]
+ALL_FILES = ["accelerate.yaml", "ds_config.json", *FILES, "run.sh"]
 
 
 @pytest.fixture
@@ -198,12 +200,12 @@ def test_a_folder_that_no_system_accepts_is_an_explained_failure(launch: Launch,
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("nth", range(4))
+@pytest.mark.parametrize("nth", range(len(ALL_FILES)))
 def test_a_full_disk_leaves_nothing_behind(
     nth: int, launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = files._write_new
-    calls = iter(range(4))
+    calls = iter(range(len(ALL_FILES)))
 
     def full(path: Path, text: str) -> None:
         real(path, text[:10])
@@ -243,3 +245,37 @@ def test_a_launch_shows_its_command_with_quotes_where_they_are_needed() -> None:
     launch = Launch(("run", "two words"), {"SETTING": "a b"}, (LaunchFile("x", str),))
 
     assert launch.shell() == "SETTING='a b' run 'two words'"
+
+
+def test_headers_say_where_each_input_came_from_and_when_they_were_written() -> None:
+    inputs = (Input("gpu", "Test-80GB", "found"), Input("gpus", 2, "given"), Input("seq-len", 2048, "assumed"))
+
+    launch = render(model(), Job(), plan(), cluster(), inputs=inputs, date=datetime.date(2026, 1, 2))
+
+    for name in ("accelerate.yaml", "run.sh"):
+        header = text_of(launch, name).splitlines()
+        assert "# Given: gpus 2." in header
+        assert "# Found on the machine that wrote this: gpu Test-80GB." in header
+        assert "# Assumed: seq-len 2048." in header
+        assert "# Date: 2026-01-02." in header
+        assert f"# Names and keys as in {files.WRITTEN_FOR}." in header
+
+
+def test_a_later_day_alone_changes_no_file_that_is_there(tmp_path: Path) -> None:
+    first, second = (render(model(), Job(), plan(), cluster(), date=datetime.date(2026, 1, day)) for day in (2, 3))
+    write(first, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    write(second, tmp_path)
+
+    assert first != second
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_auto_is_kept_only_for_a_trainer_that_fills_it_in() -> None:
+    kept = render(model(), Job(trainer="hf"), plan(Strategy.ZERO2), cluster(), keep_auto=True)
+
+    assert json.loads(text_of(kept, "ds_config.json"))["train_batch_size"] == "auto"
+    for job, chosen in ((Job(), plan(Strategy.ZERO2)), (Job(trainer="hf"), plan())):
+        with pytest.raises(SpecError, match="completes no DeepSpeed JSON; auto can stay for zero1, zero2 or zero3"):
+            render(model(), job, chosen, cluster(), keep_auto=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
+import importlib
 import itertools
 import json
 import os
@@ -16,32 +16,32 @@ from typing import Any
 
 import pytest
 
-from advisor.launch import files
+from advisor.launch.trainers import advisor
 from launch.examples import write_tiny_qwen2
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-PROGRAM = Path(files.__file__).with_name("train.py")
+FILES = {name: Path(advisor.__file__).parents[1].joinpath(name).read_text("utf-8") for name in advisor.FILES}
 
 
 @pytest.fixture(scope="module")
 def program() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("shipped_train", PROGRAM)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("advisor.launch.train")
+
+
+@pytest.fixture(scope="module")
+def data() -> ModuleType:
+    return importlib.import_module("advisor.launch.train_data")
 
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """train.py alone in a folder, as a user has it."""
-    path = tmp_path / "train.py"
-    path.write_text(PROGRAM.read_text(encoding="utf-8"), encoding="utf-8")
-    return path
+    """train.py and what it imports alone in a folder, as a user has them."""
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    return tmp_path / "train.py"
 
 
 @pytest.fixture
@@ -99,8 +99,9 @@ def rank(index: int, processes: int = 2) -> SimpleNamespace:
     return SimpleNamespace(process_index=index, num_processes=processes, device="cpu")
 
 
-def test_it_needs_nothing_of_advisor() -> None:
-    tree = ast.parse(PROGRAM.read_text(encoding="utf-8"))
+@pytest.mark.parametrize("name", FILES)
+def test_it_needs_nothing_of_advisor(name: str) -> None:
+    tree = ast.parse(FILES[name])
     imported = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
     imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
 
@@ -275,11 +276,11 @@ def test_only_the_text_part_of_a_model_that_also_sees_is_trained_and_saved(copy:
     assert torch.equal(text.model.layers[1].mlp.up_proj.weight, before)
 
 
-def test_ranks_share_out_every_sequence_of_a_pass(program: ModuleType, tmp_path: Path) -> None:
+def test_ranks_share_out_every_sequence_of_a_pass(data: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "numbers.txt").write_text(" ".join(map(str, range(32))))
     asked = arguments(dataset=str(tmp_path / "numbers.txt"))
 
-    streams = [program.text_sequences(rank(index), asked, Numbers()) for index in range(2)]
+    streams = [data.text_sequences(rank(index), asked, Numbers()) for index in range(2)]
     one_pass = torch.cat([next(stream) for stream in streams for _ in range(2)])
     second_pass = torch.cat([next(stream) for stream in streams for _ in range(2)])
 
@@ -288,12 +289,12 @@ def test_ranks_share_out_every_sequence_of_a_pass(program: ModuleType, tmp_path:
     assert not torch.equal(one_pass, second_pass)
 
 
-def test_too_short_a_dataset_says_how_much_is_missing(program: ModuleType, tmp_path: Path) -> None:
+def test_too_short_a_dataset_says_how_much_is_missing(data: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "numbers.txt").write_text("1 2 3 4 5 6 7 8")
     asked = arguments(dataset=str(tmp_path / "numbers.txt"))
 
     with pytest.raises(SystemExit) as refused:
-        next(program.text_sequences(rank(0), asked, Numbers()))
+        next(data.text_sequences(rank(0), asked, Numbers()))
 
     assert "gives 2 sequences of 4 tokens; one forward pass of 2 processes x 2 needs 4" in str(refused.value)
 
@@ -309,10 +310,10 @@ class Numbers:
 
 
 @pytest.mark.parametrize("objective", ["causal", "masked", "seq2seq"])
-def test_labels_ask_for_what_the_objective_restores(objective: str, program: ModuleType) -> None:
+def test_labels_ask_for_what_the_objective_restores(objective: str, data: ModuleType) -> None:
     asked = arguments(objective=objective, sequence_length=64)
 
-    for batch in itertools.islice(program.make_batches(rank(0), asked, None, 256), 3):
+    for batch in itertools.islice(data.make_batches(rank(0), asked, None, 256), 3):
         inputs, labels = batch["input_ids"], batch["labels"]
         assert inputs.shape == labels.shape == (2, 64)
         assert batch.keys() == {"input_ids", "labels"}  # a mask would cost memory, and nothing is padded
@@ -329,11 +330,11 @@ def test_labels_ask_for_what_the_objective_restores(objective: str, program: Mod
             assert (labels != -100).all()
 
 
-def test_padding_is_hidden_from_attention_and_from_the_loss(program: ModuleType, tmp_path: Path) -> None:
+def test_padding_is_hidden_from_attention_and_from_the_loss(data: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "texts.jsonl").write_text('{"text": "1 2 3"}\n{"text": "4 5 6 7 8"}\n{"text": "9"}\n')
     asked = arguments(dataset=str(tmp_path / "texts.jsonl"), padded=True, micro_batch=4)
 
-    batch = next(program.make_batches(rank(0, 1), asked, Numbers(), 256))
+    batch = next(data.make_batches(rank(0, 1), asked, Numbers(), 256))
 
     seen = batch["attention_mask"].bool()
     assert sorted(batch["input_ids"][seen].tolist()) == list(range(1, 10))
@@ -342,8 +343,8 @@ def test_padding_is_hidden_from_attention_and_from_the_loss(program: ModuleType,
     assert torch.equal(batch["labels"][seen], batch["input_ids"][seen])
 
 
-def test_random_tokens_differ_between_ranks_but_not_between_runs(program: ModuleType) -> None:
-    first, again, other = (next(program.random_sequences(rank(index), arguments(), 256)) for index in (0, 0, 1))
+def test_random_tokens_differ_between_ranks_but_not_between_runs(data: ModuleType) -> None:
+    first, again, other = (next(data.random_sequences(rank(index), arguments(), 256)) for index in (0, 0, 1))
 
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -362,3 +363,50 @@ def test_a_batch_that_deepspeeds_file_contradicts_is_refused(program: ModuleType
     assert str(refused.value) == (
         "ds_config.json has gradient_accumulation_steps 8, the arguments say 4: change one of them"
     )
+
+
+@pytest.mark.parametrize("words", [("--save-every=3",), ("--resume=auto",)])
+def test_checkpoints_need_a_folder(
+    words: tuple[str, ...], program: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--model=tiny", *words])
+
+    with pytest.raises(SystemExit):
+        program.parse_arguments()
+
+
+PREDICTION = {
+    "predicted_for": "2 x Test-80GB",
+    "processes": 2,
+    "micro_batch": 2,
+    "accumulation_steps": 2,
+    "sequence_length": 4,
+    "tokens_per_s": 1500,
+    "mfu": 0.5,
+    "peak_allocated_bytes": 2**30,
+    "peak_reserved_bytes": 2**31,
+}
+
+
+def test_each_step_stands_beside_what_was_predicted(program: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    record = {"step": 3, "loss": 1.5, "tokens_per_s": 1234.4, "mfu": 0.4125, "peak_allocated_bytes": 3 * 2**29}
+
+    program.report(SimpleNamespace(is_main_process=True), None, record, PREDICTION)
+    program.report(SimpleNamespace(is_main_process=True), None, record)
+
+    assert capsys.readouterr().out.splitlines() == [
+        "step 3  loss 1.5000  1,234 (1,500) tokens/s  MFU 41.2 (50.0) %  peak allocated 1.50 (1.00) GiB",
+        "step 3  loss 1.5000  1,234 tokens/s  MFU 41.2 %  peak allocated 1.50 GiB",
+    ]
+
+
+def test_a_prediction_for_another_batch_is_left_aside(
+    program: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(program, "__file__", str(tmp_path / "train.py"))
+
+    assert program.read_prediction(rank(0), arguments()) == {}
+    (tmp_path / "prediction.json").write_text(json.dumps(PREDICTION))
+    assert program.read_prediction(rank(0), arguments()) == PREDICTION
+    assert program.read_prediction(rank(0), arguments(micro_batch=4)) == {}
+    assert program.read_prediction(rank(0, processes=4), arguments()) == {}

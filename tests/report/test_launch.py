@@ -9,6 +9,7 @@ import pytest
 from advisor.launch.files import Launch, launch_of
 from advisor.launch.start import Measured
 from advisor.launch.targets import Target
+from advisor.launch.trainers.advisor import FILES
 from advisor.report.launch import comparison_report, launch_report
 from advisor.report.terminal import results, show
 from report.samples import made_estimate
@@ -34,21 +35,21 @@ def test_what_is_only_shown_is_shown_whole(capsys: pytest.CaptureFixture[str]) -
 
     for file in asked.files:
         assert file.name in lines
-        if file.name != "train.py":
+        if file.name not in FILES:
             for line in file.text.splitlines():
                 assert f"  {line}".rstrip() in lines
         else:
-            assert f"  {len(file.text.splitlines())} lines: the training program, the same for every plan." in lines
-    assert "Give --out FOLDER to write accelerate.yaml, ds_config.json, train.py, run.sh. In" in " ".join(
-        map(str.strip, lines)
-    )
+            assert f"  {len(file.text.splitlines())} lines of the training program, the same for every plan." in lines
+    names = ", ".join(file.name for file in asked.files)
+    assert f"Give --out FOLDER to write {names}. In that folder:" in " ".join(map(str.strip, lines))
 
 
 def test_what_is_written_is_named_and_the_command_starts_it_from_here(capsys: pytest.CaptureFixture[str]) -> None:
     lines = printed(capsys, launch("slurm"), Path("my runs"), columns=200)
 
+    names = ", ".join(file.name for file in launch("slurm").files)
     assert lines[-3:] == [
-        "  accelerate.yaml, ds_config.json, train.py, run.sh, job.sbatch are in my runs. Type:",
+        f"  {names} are in my runs. Type:",
         "",
         "  cd 'my runs' && sbatch job.sbatch",
     ]

@@ -13,16 +13,24 @@ from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
 from advisor.specs.plan import Plan
 
+FILES = ("train.py", "train_data.py", "train_checkpoint.py")
+"""train.py and what it imports."""
+
 
 def program(task: Task, versions: Versions, more_arguments: Sequence[str]) -> Program:
     """train.py with the plan in its arguments, and *more_arguments* after them."""
     return Program(
         script=Beside("train.py"),
         arguments=(*train_arguments(task.model, task.job, task.plan, task.weights_from), *more_arguments),
-        files=(LaunchFile("train.py", partial(Path(__file__).parents[1].joinpath("train.py").read_text, "utf-8")),),
-        usage="more arguments of train.py, such as --dataset=FILE --steps=1000 --output=FOLDER",
+        files=(*map(_file, FILES), *([task.prediction] if task.prediction else [])),
+        fills_auto=False,
+        usage="more arguments of train.py, such as --dataset=FILE --steps=1000 --output=FOLDER --resume=auto",
         install="torch transformers accelerate deepspeed",
     )
+
+
+def _file(name: str) -> LaunchFile:
+    return LaunchFile(name, partial((Path(__file__).parents[1] / name).read_text, "utf-8"))
 
 
 def train_arguments(model: ModelSpec, job: Job, plan: Plan, weights_from: str) -> tuple[str, ...]:
