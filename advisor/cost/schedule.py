@@ -25,7 +25,7 @@ from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
 from advisor.specs.plan import Count, Plan
 from advisor.step.pipeline import bubble_share
-from advisor.step.program import Amount, Block, Node, Sequence, blocks, read_once
+from advisor.step.program import Amount, Block, Node, Repeat, Sequence, read_once, total
 
 MODEL_FLOP_PER_FORWARD = 3
 """Forward, and twice as much for the gradients of inputs and weights."""
@@ -165,7 +165,11 @@ def _host_update_seconds(gpus: Count, cluster: Cluster, calibration: Calibration
 @read_once
 def _host_updated(node: Node) -> Amount:
     """Parameters that an optimizer on the CPU updates in *node*."""
-    return sum((runs * block.host_updated_parameters for _, block, runs in blocks(node)), 0.0)
+    if isinstance(node, Block):
+        return node.host_updated_parameters
+    if isinstance(node, Repeat):
+        return node.times * _host_updated(node.body)
+    return total(_host_updated(step) for step in node.steps)
 
 
 def _phases(node: Node, times: Amount) -> Iterator[tuple[Sequence, Amount]]:

@@ -22,7 +22,6 @@ from advisor.step.fsdp import FullyShardedDataParallel
 from advisor.step.fsdp_one import FullyShardedDataParallelOne
 from advisor.step.laying import laid_for
 from advisor.step.masks import Shared, shared_by
-from advisor.step.megatron import rank_step
 from advisor.step.nvme import SwappedZeroThree
 from advisor.step.offload import OffloadedZeroOne, OffloadedZeroTwo
 from advisor.step.offload_three import OffloadedZeroThree
@@ -116,6 +115,8 @@ def build(model: ModelSpec, job: Job, plan: Plan, rank: int | None = None, sourc
 
 
 def _megatron_program(model: ModelSpec, job: Job, plan: Plan, rank: int | None) -> StepProgram:
+    from advisor.step.megatron import rank_step  # of use to no other plan
+
     refuse_unmodelled(job, plan)
     found = rank_step(model, job, plan, rank)
     piped = plan.pipeline_parallel > 1

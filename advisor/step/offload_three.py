@@ -6,12 +6,13 @@ deepspeed 0.19.8, runtime/zero/stage3.py and partition_parameters.py.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 
 from advisor.step.flat_partition import Reduction
 from advisor.step.offload import ROUNDED, cpu_adam, pinned, rounded
-from advisor.step.program import Block, Collective, Copy, hold, release, released
+from advisor.step.program import Amount, Block, Collective, Copy, hold, release, released
 from advisor.step.scheme import MicroStep, Nodes, Part
 from advisor.step.states import FP32_BYTES, MOMENTS
 from advisor.step.zero import NORM_BYTES
@@ -87,13 +88,20 @@ class OffloadedZeroThree(ZeroThree):
 
     def _copies(self, reduction: Reduction, micro: MicroStep) -> tuple[Copy, ...]:
         """Of the rank's shares: to the host and back in the half format, and in the end in the optimizer's."""
-        share = sum(-(-self.sizes[tensor] // self.plan.gpus) for tensor in reduction.tensors)
+        if reduction not in self._moved:
+            self._moved[reduction] = sum(-(-self.sizes[tensor] // self.plan.gpus) for tensor in reduction.tensors)
+        share = self._moved[reduction]
         half = share * self.job.compute_bytes
         there = Copy("accumulated gradients", "device-to-host", half, waits=False)
         back = Copy("accumulated gradients", "host-to-device", half, waits=False)
         if not micro.last:
             return there, back
         return there, back, Copy("gradients", "device-to-host", share * self.state_bytes, waits=False)
+
+    @cached_property
+    def _moved(self) -> dict[Reduction, Amount]:
+        """Elements of this rank's shares, by reduction."""
+        return {}
 
     def taken_in_last(self, reduction: Reduction) -> Nodes:
         """In the last micro-step the norm of each share is taken, and the share cast to the optimizer's format."""
