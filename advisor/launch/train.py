@@ -70,14 +70,10 @@ def parse_arguments() -> argparse.Namespace:
     model.add_argument("--loss", choices=["full", "chunked", "fused"], default="full", help="fused needs liger-kernel")
     model.add_argument("--compile", action="store_true", help="compile each layer with torch.compile")
     model.add_argument("--checkpointing", choices=["none", "selective", "full"], default="none", help="of activations")
-    model.add_argument(
-        "--method",
-        choices=["full", "lora", "qlora"],
-        default="full",
-        help="lora needs peft, qlora bitsandbytes too",
-    )
+    methods = ["full", "lora", "qlora"]
+    model.add_argument("--method", choices=methods, default="full", help="lora needs peft, qlora bitsandbytes too")
     model.add_argument("--lora-rank", type=int, default=8)
-    model.add_argument("--lora-alpha", type=float, default=8, help="adapters are scaled by alpha / rank")
+    model.add_argument("--lora-alpha", type=int, default=8, help="adapters are scaled by alpha / rank")
     model.add_argument("--lora-targets", default="", help="linear layers, joined by commas, or all-linear; else peft's")
     model.add_argument("--lora-dropout", type=float, default=0.0)
     model.add_argument("--lora-weights", choices=["fp32", "as-model"], default="fp32", help="format of the adapters")
@@ -187,8 +183,6 @@ def build_model(accelerator: Accelerator, arguments: argparse.Namespace) -> Any:
             raise SystemExit(
                 f"{arguments.model} lacks {len(names)} weights of {type(model).__name__}, first {names[0]}"
             )
-    if arguments.method == "qlora":
-        model = prepared_for_adapters(model)
     if arguments.checkpointing != "none":
         # transformers is renaming gradient checkpointing to activation checkpointing.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -199,15 +193,8 @@ def build_model(accelerator: Accelerator, arguments: argparse.Namespace) -> Any:
         fuse_loss(model)
     if arguments.method != "full":
         targets = [name for name in arguments.lora_targets.split(",") if name]
-        in_fp32 = arguments.lora_weights == "fp32"
-        return add_adapters(
-            model,
-            arguments.lora_rank,
-            targets,
-            alpha=arguments.lora_alpha,
-            dropout=arguments.lora_dropout,
-            in_fp32=in_fp32,
-        )
+        settings = {"alpha": arguments.lora_alpha, "dropout": arguments.lora_dropout}
+        return add_adapters(model, arguments.lora_rank, targets, in_fp32=arguments.lora_weights == "fp32", **settings)
     return model
 
 
@@ -271,21 +258,11 @@ def fuse_loss(model: Any) -> None:
         raise SystemExit(f"Liger has no fused loss for {type(model).__name__}: take --loss chunked or full")
 
 
-def in_four_bits(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+def in_four_bits(compute_dtype: torch.dtype) -> Any:
     """The linear layers in NF4, their scales quantized too; Dettmers et al., 2023."""
-    return BitsAndBytesConfig(  # type: ignore[no-untyped-call, unused-ignore]
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )
-
-
-def prepared_for_adapters(model: Any) -> Any:
-    """*model*, whose linear layers are in four bits, with all else in fp32."""
-    from peft import prepare_model_for_kbit_training  # type: ignore[import-not-found, unused-ignore]
-
-    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # type: ignore[no-untyped-call, unused-ignore]
+    nested: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    config: Any = BitsAndBytesConfig
+    return config(load_in_4bit=True, bnb_4bit_compute_dtype=compute_dtype, **nested)
 
 
 def add_adapters(
@@ -293,17 +270,20 @@ def add_adapters(
 ) -> Any:
     """Freeze *model* and put low-rank adapters beside its linear layers; without *targets*, beside peft's choice."""
     try:
-        from peft import LoraConfig, get_peft_model  # type: ignore[import-not-found, unused-ignore]
+        import peft  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         raise SystemExit("--method lora and qlora need peft: pip install peft") from None
-    config = LoraConfig(
+    if getattr(model, "is_loaded_in_4bit", False):
+        prepare: Any = peft.prepare_model_for_kbit_training  # brings all other weights to fp32
+        model = prepare(model, use_gradient_checkpointing=False)
+    config = peft.LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules="all-linear" if "all-linear" in targets else list(targets) or None,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config, autocast_adapter_dtype=in_fp32)
+    return peft.get_peft_model(model, config, autocast_adapter_dtype=in_fp32)
 
 
 def has_other_parts(arguments: argparse.Namespace) -> bool:

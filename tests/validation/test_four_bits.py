@@ -37,7 +37,6 @@ PLAN = Plan(strategy=Strategy.DDP, gpus=1, micro_batch=2)
 def model_in_four_bits() -> Any:
     """What ``train.py`` loads and prepares, made of random weights."""
     from bitsandbytes.nn import Linear4bit, Params4bit
-    from peft import prepare_model_for_kbit_training
 
     from advisor.launch.train import add_adapters
     from advisor.tracing.real_model import described, real_model, settings_of
@@ -52,7 +51,6 @@ def model_in_four_bits() -> Any:
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, held.to("cpu"))
     model.is_loaded_in_4bit = True
-    prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return add_adapters(model, JOB.lora_rank, JOB.lora_targets)
 
 
