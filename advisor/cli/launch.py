@@ -45,6 +45,7 @@ _LAUNCH = "The launch"
     _LAUNCH,
     "--date",
     type=click.DateTime(["%Y-%m-%d"]),
+    metavar="YYYY-MM-DD",
     help="What the files' headers give as their date.  [default: SOURCE_DATE_EPOCH's, else today's]",
 )
 @option(
