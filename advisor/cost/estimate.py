@@ -34,7 +34,6 @@ from advisor.specs.plan import (
 )
 from advisor.specs.question import Input, Question
 from advisor.step.build import StepProgram, gradients_modelled
-from advisor.step.megatron_shard import check
 from advisor.step.nvme import swap_buffers
 
 Choice = TypeVar("Choice", bound=Enum)
@@ -180,6 +179,8 @@ def _megatron_plan(model: str, words: PlanWords, ask_about: Callable[..., Questi
         virtual_stages=words.get("vpp", 1),
         context_parallel=context,
     )
+    from advisor.step.megatron_shard import check  # of use to no other plan
+
     check(question.model, question.job, plan)
     return question, plan
 
