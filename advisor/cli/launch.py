@@ -33,7 +33,8 @@ _LAUNCH = "The launch"
     _LAUNCH,
     "--target",
     type=click.Choice(list(TARGETS)),
-    help="The launcher, or what starts it on each machine.  [default: accelerate, or what starts the trainer]",
+    metavar="NAME",
+    help=f"What starts it: {', '.join(TARGETS)}.  [default: accelerate, or what starts the trainer]",
 )
 @option(
     _LAUNCH,
