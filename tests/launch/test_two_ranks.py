@@ -206,7 +206,7 @@ def test_two_ranks_train_adapters_and_nothing_else(strategy: Strategy, checkpoin
     )
     write(launch, tmp_path / "run")
 
-    description, *steps = finish(tmp_path / "here", [start(tmp_path, "here")])
+    description, *steps = finish(tmp_path / "here", [start(tmp_path, "here", "--output=output")])
 
     assert (description["processes"], description["model"]) == (2, "Qwen2ForCausalLM")
     assert all(math.isfinite(step["loss"]) for step in steps)
