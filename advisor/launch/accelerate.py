@@ -120,7 +120,7 @@ def accelerate_environment(model: ModelSpec, job: Job, plan: Plan) -> dict[str, 
         return {
             "ACCELERATE_USE_DEEPSPEED": "true",
             "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds_config.json",
-            "ACCELERATE_DEEPSPEED_ZERO3_INIT": _word(plan.strategy is Strategy.ZERO3),
+            "ACCELERATE_DEEPSPEED_ZERO3_INIT": _word(plan.strategy.zero_stage == 3),
         }
     environment = {"ACCELERATE_MIXED_PRECISION": mixed_precision(job)}
     if plan.strategy.is_fsdp:
@@ -203,7 +203,7 @@ def _deepspeed(plan: Plan, cluster: Cluster, json: str) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "deepspeed_config_file": json,
         # Split the weights while the model is built, so that no process ever holds all of them.
-        "zero3_init_flag": plan.strategy is Strategy.ZERO3,
+        "zero3_init_flag": plan.strategy.zero_stage == 3,
     }
     if cluster.nodes > 1:
         # run.sh starts the processes of its own machine; the default launcher would reach the others by pdsh and ssh.

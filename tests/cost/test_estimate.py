@@ -180,7 +180,7 @@ def test_nothing_is_offloaded_or_recomputed_unless_told() -> None:
     [
         (
             {"strategy": "zero4"},
-            "--strategy must be one of ddp, fsdp, fsdp-grad-op, hsdp, zero0, zero1, zero2, zero3, got 'zero4'",
+            "--strategy must be one of ddp, fsdp, fsdp-grad-op, hsdp, zero0, zero1, zero2, zero3, zero3++, got 'zero4'",
         ),
         ({"offload": "gpu"}, "--offload must be one of none, optimizer, optimizer+params, got 'gpu'"),
         ({"checkpointing": "some"}, "--checkpointing must be one of none, selective, full, got 'some'"),

@@ -142,7 +142,7 @@ def test_no_two_strategies_share_a_title() -> None:
 def test_deepspeed_runs_the_zero_stages_and_no_others() -> None:
     stages = {each: each.zero_stage for each in Strategy if each.zero_stage}
 
-    assert stages == {Strategy.ZERO1: 1, Strategy.ZERO2: 2, Strategy.ZERO3: 3}
+    assert stages == {Strategy.ZERO1: 1, Strategy.ZERO2: 2, Strategy.ZERO3: 3, Strategy.ZERO3_PLUS: 3}
     assert [each for each in Strategy if each.is_fsdp] == [Strategy.FSDP, Strategy.FSDP_GRAD_OP, Strategy.HSDP]
 
 
@@ -189,7 +189,7 @@ def test_zero_settings_are_deepspeed_s_own(strategy: Strategy) -> None:
 
     assert usual.reduce_bucket == 500_000_000
     assert smaller.reduce_bucket == 10**6
-    assert usual.overlap_communication == smaller.overlap_communication == (strategy is Strategy.ZERO3)
+    assert usual.overlap_communication == smaller.overlap_communication == (strategy.zero_stage == 3)
 
 
 def megatron(**counts: Any) -> Plan:

@@ -15,6 +15,7 @@ from advisor.catalog.training_config.deepspeed import (
     OFFLOAD_UNMODELLED,
     SIZES,
     ZERO_HARMLESS,
+    ZERO_PLUS,
     ZERO_UNMODELLED,
     from_deepspeed,
 )
@@ -171,7 +172,7 @@ def test_each_setting_shows_where_it_comes_from(tmp_path: Path) -> None:
     ("path", "value"),
     [
         (f"zero_optimization.{key}", value)
-        for key, value in (("round_robin_gradients", True), ("zero_hpz_partition_size", 4))
+        for key, value in (("round_robin_gradients", True), ("zero_quantized_nontrainable_weights", True))
     ]
     + [
         ("zero_optimization.offload_optimizer", {"device": "cpu", "ratio": 0.5}),
@@ -245,6 +246,7 @@ def test_every_key_of_deepspeed_s_zero_block_is_known() -> None:
         return {field.alias or name for name, field in kind.model_fields.items()} | set(kind.model_fields)
 
     read_keys = {key for keys in SIZES.values() for key in keys}
+    read_keys |= set(ZERO_PLUS.values())
     read_keys |= {"stage", "overlap_comm", "offload_param", "offload_optimizer", "cpu_offload", "cpu_offload_param"}
     assert names(DeepSpeedZeroConfig) - read_keys == ZERO_UNMODELLED.keys() | set(ZERO_HARMLESS)
     offload = names(DeepSpeedZeroOffloadOptimizerConfig) | names(DeepSpeedZeroOffloadParamConfig)
