@@ -174,12 +174,12 @@ def accelerate_yaml(
 def _loading(model: ModelSpec, job: Job, plan: Plan, cluster: Cluster) -> list[str]:
     """What of the file keeps the processes of a machine from each loading the whole model, or that nothing does."""
     processes = cluster.gpus_per_node
-    if processes == 1 or not (plan.strategy is Strategy.ZERO3 or plan.strategy.is_fsdp):
+    if processes == 1 or not (plan.strategy.zero_stage == 3 or plan.strategy.is_fsdp):
         return []
-    held = job.precision if plan.strategy is Strategy.ZERO3 else job.parameter_format
+    held = job.precision if plan.strategy.zero_stage == 3 else job.parameter_format
     copy_gib, host_gib = model.parameter_count * FORMAT_BYTES[held] / 2**30, cluster.host_memory_bytes / 2**30
     copies = f"{processes} x {copy_gib:,.1f} = {processes * copy_gib:,.1f} GiB of {host_gib:,.0f} GiB host memory"
-    if plan.strategy is Strategy.ZERO3:
+    if plan.strategy.zero_stage == 3:
         return [f"zero3_init_flag splits weights while they load, instead of {copies}."]
     if model.family in WHOLE_IN_EVERY_PROCESS:
         return [f"Every process of a machine loads all weights: {copies}."]

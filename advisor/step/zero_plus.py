@@ -27,7 +27,7 @@ from advisor.step.gathering import PLAIN, Buffers
 from advisor.step.program import Amount, Block, Collective, hold, release, scratch
 from advisor.step.scheme import MicroStep, Nodes, Part, Scheme
 from advisor.step.states import FP32_BYTES
-from advisor.step.zero_three import ZeroThree
+from advisor.step.zero_three import FLAT_COPY, ZeroThree
 
 MOST_IN_GROUP = 8000
 """``target_group_size``: weights that share a scale."""
@@ -205,7 +205,9 @@ class ZeroPlusPlus(ZeroThree):
     @property
     def streams(self) -> Mapping[str, str]:
         found = super().streams
-        return {**found, EXCHANGED: found["flat copy of a bucket"]} if found else found
+        if not found or not self.exchanges:
+            return found
+        return {EXCHANGED if label == FLAT_COPY else label: stream for label, stream in found.items()}
 
     @property
     def exchanges(self) -> bool:

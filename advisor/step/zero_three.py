@@ -19,6 +19,8 @@ from advisor.step.scheme import MicroStep, Nodes, Part
 from advisor.step.states import MOMENTS, adam_step_counters, adam_temporaries, tensor_shards
 from advisor.step.zero import NORM_BYTES, Zero
 
+FLAT_COPY = "flat copy of a bucket"
+
 
 def shares(sizes: Sequence[int], ranks: int) -> tuple[int, ...]:
     """Elements of one rank's share of each tensor."""
@@ -147,7 +149,7 @@ class ZeroThree(Zero):
         """``__allgather_stream`` and ``reduce_and_partition_stream``."""
         if not self.plan.zero.overlap_communication:
             return {}
-        return {"gathered weights": "all-gather", "flat copy of a bucket": "reduce"}
+        return {"gathered weights": "all-gather", FLAT_COPY: "reduce"}
 
     def states(self) -> Nodes:
         shard, half = self.trained_shard, self.job.compute_bytes
@@ -300,7 +302,7 @@ class ZeroThree(Zero):
         reduce = Collective("gradients", "reduce-scatter", padded * half, 1, waits=False)
         return (
             replace(
-                scratch("flat copy of a bucket", padded * half * copies),
+                scratch(FLAT_COPY, padded * half * copies),
                 moved_bytes=4 * padded * half,
                 transfers=(reduce,),
             ),

@@ -15,8 +15,16 @@ from advisor.search.rank import OFFLOAD_LEAD, TIE_SHARE, ordered
 from advisor.search.recommend import recommend, search
 from advisor.search.results import Recommendation, row
 from advisor.search.sheet import price_sheet
-from advisor.search.space import SEARCHED_CHECKPOINTING, VARIANTS, bar, fsdp_settings, sheets, variants
-from advisor.specs.plan import Offload, Plan, Strategy, zero_settings
+from advisor.search.space import (
+    SEARCHED_CHECKPOINTING,
+    VARIANTS,
+    bar,
+    fsdp_settings,
+    searched_zero_settings,
+    sheets,
+    variants,
+)
+from advisor.specs.plan import Offload, Plan, Strategy
 from advisor.specs.question import Question
 from advisor.specs.training import Objective
 from search.questions import ASKED, answer, bounded, priced, question, variant_of, with_free_communication, with_memory
@@ -37,7 +45,7 @@ def every_legal_plan(asked: Question) -> Iterator[Plan]:
                 accumulation_steps=steps,
                 checkpointing=checkpointing,
                 offload=offload,
-                zero=zero_settings(strategy),
+                zero=searched_zero_settings(strategy, asked),
                 fsdp=fsdp_settings(strategy, asked),
             )
 

@@ -45,6 +45,21 @@ def test_only_sharded_optimizers_are_offloaded(strategy: Strategy, offload: Offl
         Plan(strategy=strategy, gpus=4, micro_batch=1, offload=offload)
 
 
+def test_zero_plus_plus_has_parts_that_other_strategies_have_not() -> None:
+    parts = ZeroSettings(hpz_partition=4, quantized_weights=True)
+    plan = Plan(strategy=Strategy.ZERO3_PLUS, gpus=8, micro_batch=1, zero=parts)
+
+    assert plan.title == "ZeRO++ hpZ 4, qwZ"
+    with pytest.raises(SpecError, match=r"parts of ZeRO\+\+, got them with ZeRO-3; take zero3\+\+"):
+        replace(plan, strategy=Strategy.ZERO3)
+    with pytest.raises(SpecError, match="6 GPUs do not divide into groups of hpz_partition 4"):
+        replace(plan, gpus=6)
+    with pytest.raises(SpecError, match="modelled without offload; take zero3"):
+        replace(plan, offload=Offload.OPTIMIZER)
+    with pytest.raises(SpecError, match="hpz_partition must be at least 1 rank, got 0"):
+        replace(parts, hpz_partition=0)
+
+
 def test_whole_weights_are_not_offloaded() -> None:
     with pytest.raises(SpecError, match=r"ZeRO-2 keeps whole weights.*needs zero3"):
         Plan(strategy=Strategy.ZERO2, gpus=4, micro_batch=1, offload=Offload.OPTIMIZER_AND_PARAMETERS)
