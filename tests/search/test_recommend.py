@@ -221,11 +221,12 @@ def test_machines_talk_over_the_network() -> None:
 
     for each in found.plans:
         ways = {line.link for line in each.traffic if line.link != found.cluster.host_link.name}
-        assert ways == {network}
+        # ZeRO++ gathers from second copies inside a machine.
+        assert ways == ({network, link} if each.plan.strategy is Strategy.ZERO3_PLUS else {network})
     assert link in {line.link for line in inside.plans[0].traffic}
     speeds = {variant_of(each.plan): each.time.tokens_per_s for each in inside.plans}
-    # Offloading is left out: more ranks in one machine share its host.
-    apart = [each for each in found.plans if not each.plan.offload.optimizer]
+    # Offloading is left out: more ranks in one machine share its host. In one machine there is no ZeRO++.
+    apart = [each for each in found.plans if not each.plan.offload.optimizer and variant_of(each.plan) in speeds]
     assert len(apart) >= 3
     assert all(each.time.tokens_per_s < speeds[variant_of(each.plan)] for each in apart)
 
