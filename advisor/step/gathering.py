@@ -43,6 +43,8 @@ class Buffers(NamedTuple):
     """While one tensor is turned into its own format."""
     copied: bool = False
     """Whether a tensor that came alone is copied from the buffer, too."""
+    apart: bool = False
+    """Whether what has been freed before is gathered apart from what has not: under hpZ, over other ranks."""
 
 
 PLAIN = Buffers()
@@ -85,6 +87,7 @@ class _Coordinator:
         self.last_fetch_for = [-1] * len(sizes)
         self.in_flight: dict[int, _Gather] = {}
         self.whole = {tensor for tensor, stays in enumerate(self.persists) if stays and small_are_whole}
+        self.freed: set[int] = set()
         self.available = 0
         self.held: float = 0
         self.most: float = 0
@@ -100,11 +103,14 @@ class _Coordinator:
         missing = [tensor for tensor in tensors if tensor not in self.whole and tensor not in self.in_flight]
         if not missing:
             return
-        started = _Gather(missing, self.buffers)
-        for tensor in missing:
-            self.in_flight[tensor] = started
-            self.available += self.sizes[tensor]
-            self._hold(self.sizes[tensor] * self.buffers.arrives)
+        again = [tensor for tensor in missing if tensor in self.freed]
+        parts = [again, [tensor for tensor in missing if tensor not in self.freed]]
+        for part in filter(None, parts if self.buffers.apart else [missing]):
+            started = _Gather(part, self.buffers)
+            for tensor in part:
+                self.in_flight[tensor] = started
+                self.available += self.sizes[tensor]
+                self._hold(self.sizes[tensor] * self.buffers.arrives)
 
     def wait(self, tensors: Iterable[int]) -> None:
         """Take *tensors* out of what is in flight.
@@ -167,6 +173,7 @@ class _Coordinator:
     def release(self, tensors: Iterable[int]) -> tuple[int, ...]:
         """Free those of *tensors* that are whole."""
         freed = tuple(tensor for tensor in tensors if tensor in self.whole and tensor not in self.in_flight)
+        self.freed.update(freed)
         for tensor in freed:
             self.whole.discard(tensor)
             self.available -= self.sizes[tensor]

@@ -23,7 +23,7 @@ from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec, Parameter
 from advisor.specs.plan import Plan, ZeroSettings
 from advisor.step.flat_partition import Reduction, by_count
-from advisor.step.gathering import PLAIN, Buffers
+from advisor.step.gathering import Buffers
 from advisor.step.program import Amount, Block, Collective, hold, release, scratch
 from advisor.step.scheme import MicroStep, Nodes, Part, Scheme
 from advisor.step.states import FP32_BYTES
@@ -100,10 +100,16 @@ class ZeroPlusPlus(ZeroThree):
 
     @property
     def buffers(self) -> Buffers:
+        """Weights that have second copies are gathered apart from those that have none yet.
+
+        partitioned_param_coordinator.py ``__all_gather_params_``. Later micro-steps, in which all have them, are taken
+        to gather as the first does.
+        """
         if not self.plan.zero.quantized_weights:
-            return PLAIN
+            return Buffers(apart=self.keeps_copy)
         half = FP16_BYTES / self.job.compute_bytes
-        return Buffers(INT8_BYTES / self.job.compute_bytes, opened=half, cast=half * self.casts, copied=True)
+        arrives = INT8_BYTES / self.job.compute_bytes
+        return Buffers(arrives, opened=half, cast=half * self.casts, copied=True, apart=self.keeps_copy)
 
     def in_forward(self, micro: MicroStep) -> Scheme:
         if not self.keeps_copy:

@@ -109,3 +109,14 @@ def test_quantised_tensors_that_come_together_are_dequantised_together() -> None
     assert (first.running, second.running) == (10 + 10, 20)
     # 15 of int8, 30 dequantised, both copies, and the second once more before it is cast.
     assert (together.peak, together.running) == (15 + 30 + 10 + 20 + 20, 30)
+
+
+def test_what_was_freed_before_is_gathered_apart_from_what_was_not() -> None:
+    # The first tensor, freed after its call, is prefetched for its next one with the last, which nobody has used yet.
+    calls = (Call((0,), (0,)), Call((1,), (1,)), Call((2,), (2,)), Call((0,), (0,)))
+    limits = Limits(prefetch_bucket=15, max_live=ALL, max_reuse=0, persistence_threshold=0)
+    together, apart = (gathered(calls, (10, 20, 5), limits, buffers=Buffers(apart=each)) for each in (False, True))
+
+    # Together they are copied from a flat buffer of 15.
+    assert [level.running for level in together] == [30, 35, 30, 10]
+    assert [level.running for level in apart] == [30, 35, 15, 10]
