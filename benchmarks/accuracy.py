@@ -90,6 +90,10 @@ def offloaded(seed: int, count: int) -> Iterator[Record]:
     return one_by_one(title, deepspeed.offload_cases(seed, count))
 
 
+def zero_plus(seed: int, count: int) -> Iterator[Record]:
+    return one_by_one("DeepSpeed, ZeRO++'s second copy, real tensors", deepspeed.zero_plus_cases(seed, count))
+
+
 def one_by_one(title: str, drawn: Sequence[Case]) -> Iterator[Record]:
     """DeepSpeed's ranks, one at a time."""
     for start in range(0, len(drawn), BATCH):
@@ -129,6 +133,7 @@ TRUTHS = {
     "sharded": Truth(traced("FSDP2, FSDP1 and DDP, rank 0 of 2 to 64, traced", sharded.cases), 60),
     "deepspeed": Truth(on_real_tensors, 60),
     "offload": Truth(offloaded, 20),
+    "zero-plus": Truth(zero_plus, 20),
     "real-runs": Truth(for_real, 60),
     "adapters": Truth(with_adapters, 42),
 }

@@ -35,6 +35,7 @@ from advisor.specs.plan import (
 from advisor.specs.question import Input, Question
 from advisor.step.build import StepProgram, gradients_modelled
 from advisor.step.nvme import swap_buffers
+from advisor.step.zero_plus import all_parts, refusal
 
 Choice = TypeVar("Choice", bound=Enum)
 
@@ -119,7 +120,8 @@ def plan_of(
     to, nvme = _offload_to(words.get("offload_to", "cpu")), words.get("nvme")
     if to == "nvme" and not offload.optimizer:
         raise SpecError("--offload-to nvme says where, not what; give --offload optimizer or optimizer+params too")
-    return with_nvme(question, nvme, to == "nvme"), Plan(
+    zero = zero_settings(kind, words.get("bucket_size"), _gradient_format(words.get("grad_accum_dtype")))
+    plan = Plan(
         strategy=kind,
         gpus=question.cluster.gpus,
         micro_batch=micro_batch,
@@ -128,12 +130,29 @@ def plan_of(
         offload=offload,
         offload_to=to,
         offload_settings=_offload_settings(question.model, question.cluster.gpus, nvme),
-        zero=zero_settings(kind, words.get("bucket_size"), _gradient_format(words.get("grad_accum_dtype"))),
+        zero=_on_machines(zero, kind, question),
         fsdp=FsdpSettings(
             version=words.get("fsdp_version") or usual_fsdp_version(question.job),
             shard_ranks=_shard_ranks(kind, words.get("shard_ranks"), question.cluster),
         ),
     )
+    _check_zero_plus(question, plan)
+    return with_nvme(question, nvme, to == "nvme"), plan
+
+
+def _on_machines(zero: ZeroSettings, strategy: Strategy, question: Question) -> ZeroSettings:
+    """*zero* for the machines that are there; all of ZeRO++ where that is the strategy and nobody says which parts."""
+    machine_gpus = question.cluster.gpus_per_node
+    if strategy is not Strategy.ZERO3_PLUS:
+        return zero
+    if zero.is_plus:
+        return replace(zero, machine_gpus=machine_gpus)
+    return all_parts(zero, question.model, question.job, question.cluster.gpus, machine_gpus)
+
+
+def _check_zero_plus(question: Question, plan: Plan) -> None:
+    if reason := refusal(question.model, question.job, plan):
+        raise SpecError(reason)
 
 
 def _asked(words: Mapping[str, Any]) -> Words:
@@ -222,9 +241,10 @@ def _plan_from_config(
         offload=_member(Offload, "--offload", chosen("offload", "none")),
         offload_to=_offload_to(chosen("offload_to", "cpu")),
         offload_settings=offload_settings_of(found),
-        zero=zero_of(found, kind, width, job.precision),
+        zero=_on_machines(zero_of(found, kind, width, job.precision), kind, question),
         fsdp=fsdp_of(found),
     )
+    _check_zero_plus(question, plan)
     question = with_nvme(question, words.get("nvme"), plan.swaps)
     question = replace(
         question,

@@ -120,7 +120,7 @@ def accelerate_environment(model: ModelSpec, job: Job, plan: Plan) -> dict[str, 
         return {
             "ACCELERATE_USE_DEEPSPEED": "true",
             "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds_config.json",
-            "ACCELERATE_DEEPSPEED_ZERO3_INIT": _word(plan.strategy is Strategy.ZERO3),
+            "ACCELERATE_DEEPSPEED_ZERO3_INIT": _word(plan.strategy.zero_stage == 3),
         }
     environment = {"ACCELERATE_MIXED_PRECISION": mixed_precision(job)}
     if plan.strategy.is_fsdp:
@@ -174,12 +174,12 @@ def accelerate_yaml(
 def _loading(model: ModelSpec, job: Job, plan: Plan, cluster: Cluster) -> list[str]:
     """What of the file keeps the processes of a machine from each loading the whole model, or that nothing does."""
     processes = cluster.gpus_per_node
-    if processes == 1 or not (plan.strategy is Strategy.ZERO3 or plan.strategy.is_fsdp):
+    if processes == 1 or not (plan.strategy.zero_stage == 3 or plan.strategy.is_fsdp):
         return []
-    held = job.precision if plan.strategy is Strategy.ZERO3 else job.parameter_format
+    held = job.precision if plan.strategy.zero_stage == 3 else job.parameter_format
     copy_gib, host_gib = model.parameter_count * FORMAT_BYTES[held] / 2**30, cluster.host_memory_bytes / 2**30
     copies = f"{processes} x {copy_gib:,.1f} = {processes * copy_gib:,.1f} GiB of {host_gib:,.0f} GiB host memory"
-    if plan.strategy is Strategy.ZERO3:
+    if plan.strategy.zero_stage == 3:
         return [f"zero3_init_flag splits weights while they load, instead of {copies}."]
     if model.family in WHOLE_IN_EVERY_PROCESS:
         return [f"Every process of a machine loads all weights: {copies}."]
@@ -203,7 +203,7 @@ def _deepspeed(plan: Plan, cluster: Cluster, json: str) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "deepspeed_config_file": json,
         # Split the weights while the model is built, so that no process ever holds all of them.
-        "zero3_init_flag": plan.strategy is Strategy.ZERO3,
+        "zero3_init_flag": plan.strategy.zero_stage == 3,
     }
     if cluster.nodes > 1:
         # run.sh starts the processes of its own machine; the default launcher would reach the others by pdsh and ssh.

@@ -97,6 +97,8 @@ def _zero_optimization(plan: Plan) -> dict[str, Any]:
     }
     if stage == 3:
         settings |= _stage3(zero)
+    if zero.is_plus:
+        settings |= _plus(zero)
     return settings | _offload(plan)
 
 
@@ -109,6 +111,14 @@ def _stage3(zero: ZeroSettings) -> dict[str, Any]:
         "stage3_max_reuse_distance": zero.max_reuse_distance,
         # Without it, saving the trained model fails.
         "stage3_gather_16bit_weights_on_model_save": True,
+    }
+
+
+def _plus(zero: ZeroSettings) -> dict[str, Any]:
+    return {
+        "zero_hpz_partition_size": zero.hpz_partition,
+        "zero_quantized_weights": zero.quantized_weights,
+        "zero_quantized_gradients": zero.quantized_gradients,
     }
 
 

@@ -16,10 +16,10 @@ from advisor.cost.results import Estimate, Memory
 from advisor.errors import ConfigError
 from advisor.search.results import Rejected
 from advisor.search.sheet import held_by, of_fullest, shortfall
-from advisor.search.space import Barred, bar, fsdp_settings, nearest_batch, variants
+from advisor.search.space import Barred, bar, fsdp_settings, nearest_batch, searched_zero_settings, variants
 from advisor.specs.hardware import Cluster
 from advisor.specs.model import ModelSpec
-from advisor.specs.plan import Checkpointing, Count, Offload, Plan, Strategy, zero_settings
+from advisor.specs.plan import Checkpointing, Count, Offload, Plan, Strategy
 from advisor.specs.question import Question
 
 Variant = tuple[Strategy, Offload]
@@ -317,7 +317,7 @@ def _leanest(question: Question, strategy: Strategy, offload: Offload, gpus: Cou
         accumulation_steps=np.concatenate([share, single]),
         checkpointing=Checkpointing.FULL,
         offload=offload,
-        zero=zero_settings(strategy),
+        zero=searched_zero_settings(strategy, question),
         fsdp=fsdp_settings(strategy, question),
     )
 

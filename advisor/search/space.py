@@ -12,8 +12,17 @@ from advisor.cost.estimate import unsupported
 from advisor.errors import SpecError
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
-from advisor.specs.plan import Checkpointing, FsdpSettings, Offload, Plan, Strategy, zero_settings
+from advisor.specs.plan import (
+    Checkpointing,
+    FsdpSettings,
+    Offload,
+    Plan,
+    Strategy,
+    ZeroSettings,
+    zero_settings,
+)
 from advisor.specs.question import Question
+from advisor.step.zero_plus import all_parts, refusal
 
 VARIANTS: tuple[tuple[Strategy, Offload], ...] = (
     (Strategy.DDP, Offload.NONE),
@@ -23,6 +32,7 @@ VARIANTS: tuple[tuple[Strategy, Offload], ...] = (
     (Strategy.FSDP, Offload.NONE),
     (Strategy.HSDP, Offload.NONE),
     (Strategy.ZERO3, Offload.NONE),
+    (Strategy.ZERO3_PLUS, Offload.NONE),
     (Strategy.ZERO2, Offload.OPTIMIZER),
     (Strategy.ZERO3, Offload.OPTIMIZER),
     (Strategy.ZERO3, Offload.OPTIMIZER_AND_PARAMETERS),
@@ -34,9 +44,12 @@ SEARCHED_CHECKPOINTING = (Checkpointing.NONE, Checkpointing.FULL)
 
 
 def variants(cluster: Cluster) -> tuple[tuple[Strategy, Offload], ...]:
-    """Those that differ from each other on *cluster*: within one machine, or one GPU in each, HSDP is FSDP or DDP."""
+    """Those that differ from each other on *cluster*: within one machine, or one GPU in each, HSDP is FSDP or DDP.
+
+    There, ZeRO++ gains nothing on ZeRO-3.
+    """
     differs = 1 < cluster.gpus_per_node < cluster.gpus
-    return tuple(each for each in VARIANTS if differs or each[0] is not Strategy.HSDP)
+    return tuple(each for each in VARIANTS if differs or each[0] not in (Strategy.HSDP, Strategy.ZERO3_PLUS))
 
 
 def fsdp_settings(strategy: Strategy, question: Question) -> FsdpSettings:
@@ -45,6 +58,15 @@ def fsdp_settings(strategy: Strategy, question: Question) -> FsdpSettings:
         version=usual_fsdp_version(question.job),
         shard_ranks=question.cluster.gpus_per_node if strategy is Strategy.HSDP else None,
     )
+
+
+def searched_zero_settings(strategy: Strategy, question: Question) -> ZeroSettings:
+    """Those of a searched plan: ZeRO++ with all its parts that the model and the job allow."""
+    settings = zero_settings(strategy)
+    if strategy is not Strategy.ZERO3_PLUS:
+        return settings
+    cluster = question.cluster
+    return all_parts(settings, question.model, question.job, cluster.gpus, cluster.gpus_per_node)
 
 
 class Barred(NamedTuple):
@@ -71,7 +93,7 @@ def sheets(question: Question) -> Iterator[Plan | Barred]:
                 accumulation_steps=accumulations,
                 checkpointing=checkpointing,
                 offload=offload,
-                zero=zero_settings(strategy),
+                zero=searched_zero_settings(strategy, question),
                 fsdp=fsdp_settings(strategy, question),
             )
 
@@ -105,4 +127,8 @@ def bar(question: Question, strategy: Strategy, offload: Offload) -> str | None:
         return "frozen weights under HSDP are not modelled"
     if question.job.method != "full" and offload.optimizer:
         return "states of adapters are small, and their offload is not modelled"
+    if strategy is Strategy.ZERO3_PLUS:
+        plan = Plan(strategy=strategy, gpus=gpus, micro_batch=1, zero=searched_zero_settings(strategy, question))
+        if reason := refusal(question.model, question.job, plan):
+            return reason
     return unsupported(question.model, question.job, strategy)

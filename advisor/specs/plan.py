@@ -25,12 +25,13 @@ Count = int | NDArray[Any]
 
 PipelineSchedule = Literal["1f1b", "gpipe"]
 
-GroupName = Literal["data", "shard", "replica", "tensor", "context", "pipeline"]
+GroupName = Literal["data", "shard", "replica", "secondary", "machine", "machines", "tensor", "context", "pipeline"]
 """Which ranks a message goes round.
 
 Data: those that hold the same part of the model and see different tokens. Shard: those of them that FSDP's states are
-cut over. Replica: those that hold the same cut. Tensor: those that cut each layer. Context: those that cut each
-sequence. Pipeline: those that have consecutive layers.
+cut over. Replica: those that hold the same cut. Secondary: those that ZeRO++'s second copy of the weights is cut over.
+Machine: those of one machine. Machines: those that stand at one place in each of them. Tensor: those that cut each
+layer. Context: those that cut each sequence. Pipeline: those that have consecutive layers.
 """
 
 
@@ -53,12 +54,14 @@ class Strategy(Enum):
     ZERO1 = "zero1"
     ZERO2 = "zero2"
     ZERO3 = "zero3"
+    ZERO3_PLUS = "zero3++"
+    """Stage 3 with the parts of ZeRO++ that its settings switch on."""
     MEGATRON = "megatron"
 
     @property
     def zero_stage(self) -> int | None:
         """DeepSpeed's stage; None where DeepSpeed does not run."""
-        return {"zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3}.get(self.value)
+        return {"zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3, "zero3++": 3}.get(self.value)
 
     @property
     def is_fsdp(self) -> bool:
@@ -75,6 +78,7 @@ class Strategy(Enum):
             "zero1": "ZeRO-1",
             "zero2": "ZeRO-2",
             "zero3": "ZeRO-3",
+            "zero3++": "ZeRO++",
             "megatron": "Megatron",
         }[self.value]
 
@@ -122,18 +126,41 @@ class ZeroSettings:
     overlap_communication: bool = False
     gradient_format: GradientFormat | None = None
     """``data_types.grad_accum_dtype``: what gradients are summed in; None for the format the model computes in."""
+    hpz_partition: int = 1
+    """``zero_hpz_partition_size``: ranks that ZeRO++ cuts a second copy of the weights over; 1 for no such copy."""
+    quantized_weights: bool = False
+    """``zero_quantized_weights``: ZeRO++ gathers weights as int8."""
+    quantized_gradients: bool = False
+    """``zero_quantized_gradients``: ZeRO++ reduces gradients as int4, inside machines first and then between them."""
+    machine_gpus: int = 1
+    """GPUs that DeepSpeed counts in a machine (``device_count``), which quantised gradients alone depend on."""
 
     def __post_init__(self) -> None:
         for name in ("reduce_bucket", "max_live_parameters", "sub_group"):
             if getattr(self, name) < 1:
                 raise SpecError(f"{name} must be at least 1 element, got {getattr(self, name)}")
+        for name in ("hpz_partition", "machine_gpus"):
+            if getattr(self, name) < 1:
+                raise SpecError(f"{name} must be at least 1 rank, got {getattr(self, name)}")
+
+    @property
+    def is_plus(self) -> bool:
+        """Whether any part of ZeRO++ is on."""
+        return self.hpz_partition > 1 or self.quantized_weights or self.quantized_gradients
+
+    @property
+    def parts_title(self) -> str:
+        """Such as `` hpZ 8, qwZ``: the parts of ZeRO++ that are on, by the paper's names."""
+        parts = [f"hpZ {self.hpz_partition}"] if self.hpz_partition > 1 else []
+        parts += ["qwZ"] * self.quantized_weights + ["qgZ"] * self.quantized_gradients
+        return " " + ", ".join(parts) if parts else ""
 
 
 def zero_settings(
     strategy: Strategy, reduce_bucket: int | None = None, gradient_format: GradientFormat | None = None
 ) -> ZeroSettings:
     """DeepSpeed's defaults; it overlaps communication from stage 3 on (zero/config.py ``overlap_comm_valid``)."""
-    settings = ZeroSettings(overlap_communication=strategy is Strategy.ZERO3, gradient_format=gradient_format)
+    settings = ZeroSettings(overlap_communication=strategy.zero_stage == 3, gradient_format=gradient_format)
     return settings if reduce_bucket is None else replace(settings, reduce_bucket=reduce_bucket)
 
 
@@ -247,6 +274,7 @@ class Plan:
                 raise SpecError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.strategy is Strategy.HSDP:
             self._check_shards()
+        self._check_zero_plus()
         self._check_parallelism()
         if self.offload.optimizer and not self.strategy.zero_stage:
             raise SpecError(
@@ -268,6 +296,19 @@ class Plan:
             raise SpecError(f"{self.gpus} GPUs do not divide into groups of {shard} to cut states over")
         if self.fsdp.version == 1:
             raise SpecError("HSDP is modelled for FSDP version 2")
+
+    def _check_zero_plus(self) -> None:
+        zero, plus = self.zero, self.strategy is Strategy.ZERO3_PLUS
+        if zero.is_plus and not plus:
+            raise SpecError(
+                "hpz_partition, quantized_weights and quantized_gradients are parts of ZeRO++, got them with "
+                f"{self.strategy.title}; take zero3++"
+            )
+        for name, ranks in (("hpz_partition", zero.hpz_partition), ("machine_gpus", zero.machine_gpus)):
+            if plus and np.any(np.asarray(self.gpus) % ranks):
+                raise SpecError(f"{self.gpus} GPUs do not divide into groups of {name} {ranks}")
+        if plus and self.offload.optimizer:
+            raise SpecError("ZeRO++ is modelled without offload; take zero3 to offload")
 
     @property
     def shard_ranks(self) -> Count:
@@ -349,6 +390,9 @@ class Plan:
         groups = {
             "shard": Group(self.shard_ranks),
             "replica": Group(self.gpus // self.shard_ranks, self.shard_ranks),
+            "secondary": Group(self.zero.hpz_partition),
+            "machine": Group(self.zero.machine_gpus),
+            "machines": Group(self.gpus // self.zero.machine_gpus, self.zero.machine_gpus),
             "tensor": Group(tensor),
             "context": Group(context, tensor),
             "pipeline": Group(self.pipeline_parallel, self.gpus // self.pipeline_parallel),
@@ -368,6 +412,8 @@ class Plan:
         name = self.strategy.title.replace("FSDP", "FSDP1") if self.fsdp.version == 1 else self.strategy.title
         if self.strategy is Strategy.MEGATRON:
             return f"{name}{self._cuts_title}"
+        if self.strategy is Strategy.ZERO3_PLUS:
+            return f"{name}{self.zero.parts_title}"
         alone = self.strategy is Strategy.DDP and bool(np.all(np.asarray(self.gpus) == 1))
         return f"{'one GPU' if alone else name}{extra}"
 

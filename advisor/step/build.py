@@ -45,6 +45,7 @@ from advisor.step.scheme import MicroStep, Nodes, Part, Scheme
 from advisor.step.stage_zero import StageZero
 from advisor.step.tape import Event
 from advisor.step.zero_flat import ZeroOne, ZeroTwo
+from advisor.step.zero_plus import ZeroPlusPlus
 from advisor.step.zero_three import ZeroThree
 
 MASKS = "attention masks"
@@ -203,6 +204,8 @@ def _scheme_class(job: Job, plan: Plan) -> type[Scheme]:
         return OffloadedZeroOne if plan.offload.optimizer else ZeroOne
     if plan.strategy is Strategy.ZERO2:
         return OffloadedZeroTwo if plan.offload.optimizer else ZeroTwo
+    if plan.strategy is Strategy.ZERO3_PLUS:
+        return ZeroPlusPlus
     if plan.strategy is Strategy.ZERO3:
         if plan.swaps:
             return SwappedZeroThree
@@ -245,7 +248,9 @@ class _Walk:
         self.joined: dict[tuple[tuple[int, int], ...], Sequence] = {}
         self.runs_backward: dict[tuple[int, MicroStep | None], Sequence] = {}
         self.stretches_backward: dict[tuple[int, int, MicroStep | None], Node] = {}
-        self.forward, self.loss = self._forward(), self._loss()
+        self.forward: dict[int, tuple[Scheme, Sequence]] = {}
+        """By the identity of the scheme that a forward pass is laid out with."""
+        self.loss = self._loss()
 
     def _alone(self) -> bool:
         """Whether the micro-batch is one sequence, of a model to which that makes a difference."""
@@ -270,12 +275,14 @@ class _Walk:
         return self.shared[max(start for start in self.shared if start <= index)]
 
     def micro_step(self, micro: MicroStep) -> Sequence:
-        return then(self.forward, self.loss, self._backward(micro))
+        scheme = self.scheme.in_forward(micro)
+        if id(scheme) not in self.forward:
+            self.forward[id(scheme)] = scheme, self._forward(scheme)
+        return then(self.forward[id(scheme)][1], self.loss, self._backward(micro))
 
-    def _forward(self) -> Sequence:
-        scheme = self.scheme
+    def _forward(self, scheme: Scheme) -> Sequence:
         steps: list[Node] = [*scheme.begin_forward(), *self._inputs(hold)]
-        steps += self._forward_part(self.embedding, self._record_embedding().forward)
+        steps += self._forward_part(scheme, self.embedding, self._record_embedding().forward)
         steps.append(hold(EMBEDDED, "activations", self._embedded_bytes))
         for index, stretches in enumerate(self.stretches):
             if index == self._decoder_run:
@@ -283,7 +290,7 @@ class _Walk:
             if index in self.shared:
                 steps.append(hold(MASKS, "activations", self.shared[index].made_bytes))
             for parts, times in stretches:
-                body = [node for part in parts for node in self._forward_layer(part)]
+                body = [node for part in parts for node in self._forward_layer(scheme, part)]
                 steps.append(repeat(then(*body), times))
             stack = self._stack_closed_by(index)
             if stack is not None:
@@ -392,12 +399,11 @@ class _Walk:
     def _record_head(self) -> HeadRecording:
         return self.scheme.source.head(self.model, self.mode, self.checkpointed)
 
-    def _forward_part(self, part: Part, events: tuple[Event, ...]) -> list[Node]:
-        scheme = self.scheme
+    def _forward_part(self, scheme: Scheme, part: Part, events: tuple[Event, ...]) -> list[Node]:
         return [*scheme.before_forward(part), self.laid.whole(events), *scheme.after_forward(part)]
 
-    def _forward_layer(self, part: Part) -> list[Node]:
-        return self._forward_part(part, self._record(part.of_layer).forward)
+    def _forward_layer(self, scheme: Scheme, part: Part) -> list[Node]:
+        return self._forward_part(scheme, part, self._record(part.of_layer).forward)
 
     def _backward_layer(self, part: Part, micro: MicroStep) -> list[Node]:
         return [

@@ -32,14 +32,32 @@ class Limits(NamedTuple):
     persistence_threshold: int
 
 
+class Buffers(NamedTuple):
+    """What an element takes on its way to a whole tensor, in elements of the format that the model computes in."""
+
+    arrives: float = 1
+    """In the buffer of the all-gather."""
+    opened: float = 0
+    """Beside it once it has arrived, if it came with other tensors, until the last of these is there."""
+    cast: float = 0
+    """While one tensor is turned into its own format."""
+    copied: bool = False
+    """Whether a tensor that came alone is copied from the buffer, too."""
+    apart: bool = False
+    """Whether what has been freed before is gathered apart from what has not: under hpZ, over other ranks."""
+
+
+PLAIN = Buffers()
+
+
 class Level(NamedTuple):
     """Elements held for gathered weights, buffers of coalesced gathers among them."""
 
-    peak: int
+    peak: float
     """The most while the call's own tensors and the next ones are gathered."""
-    running: int
+    running: float
     """While the module runs."""
-    after: int
+    after: float
     """Once the module has ended."""
     freed: tuple[int, ...]
     """The tensors that it frees as it ends."""
@@ -48,9 +66,10 @@ class Level(NamedTuple):
 class _Gather:
     """One all-gather. Several tensors arrive in a flat buffer, from which each is copied when the first is needed."""
 
-    def __init__(self, tensors: Sequence[int]) -> None:
+    def __init__(self, tensors: Sequence[int], buffers: Buffers) -> None:
         self.waiting = set(tensors)
-        self.several = len(tensors) > 1
+        self.copies = len(tensors) > 1 or buffers.copied
+        self.opened = buffers.opened if len(tensors) > 1 else 0
         self.tensors = tuple(tensors)
         self.copied = False
 
@@ -58,15 +77,20 @@ class _Gather:
 class _Coordinator:
     """The state of one pass."""
 
-    def __init__(self, calls: Sequence[Call], sizes: Sequence[int], limits: Limits, small_are_whole: bool) -> None:
-        self.calls, self.sizes, self.limits = calls, sizes, limits
+    def __init__(
+        self, calls: Sequence[Call], sizes: Sequence[int], limits: Limits, small_are_whole: bool, buffers: Buffers
+    ) -> None:
+        self.calls, self.sizes, self.limits, self.buffers = calls, sizes, limits, buffers
         self.persists = [size <= limits.persistence_threshold for size in sizes]
         self.queue = [(tensor, at) for at, call in enumerate(calls) for tensor in sorted(call.tensors)]
         self.head = 0
         self.last_fetch_for = [-1] * len(sizes)
         self.in_flight: dict[int, _Gather] = {}
         self.whole = {tensor for tensor, stays in enumerate(self.persists) if stays and small_are_whole}
-        self.available = self.held = self.most = 0
+        self.freed: set[int] = set()
+        self.available = 0
+        self.held: float = 0
+        self.most: float = 0
         self.passed = [0]
         self.uses: list[list[int]] = [[] for _ in sizes]
         for at, call in enumerate(calls):
@@ -79,11 +103,14 @@ class _Coordinator:
         missing = [tensor for tensor in tensors if tensor not in self.whole and tensor not in self.in_flight]
         if not missing:
             return
-        started = _Gather(missing)
-        for tensor in missing:
-            self.in_flight[tensor] = started
-            self.available += self.sizes[tensor]
-            self._hold(self.sizes[tensor])
+        again = [tensor for tensor in missing if tensor in self.freed]
+        parts = [again, [tensor for tensor in missing if tensor not in self.freed]]
+        for part in filter(None, parts if self.buffers.apart else [missing]):
+            started = _Gather(part, self.buffers)
+            for tensor in part:
+                self.in_flight[tensor] = started
+                self.available += self.sizes[tensor]
+                self._hold(self.sizes[tensor] * self.buffers.arrives)
 
     def wait(self, tensors: Iterable[int]) -> None:
         """Take *tensors* out of what is in flight.
@@ -96,11 +123,21 @@ class _Coordinator:
             if not started.copied:
                 started.copied = True
                 self.whole.update(started.tensors)
-                self._hold(sum(self.sizes[each] for each in started.tensors) * started.several)
+                self._copy(started)
         for tensor, started in landed:
             started.waiting.discard(tensor)
-            if started.several and not started.waiting:
-                self._hold(-sum(self.sizes[each] for each in started.tensors))
+            if started.copies and not started.waiting:
+                taken = self.buffers.arrives + started.opened
+                self._hold(-taken * sum(self.sizes[each] for each in started.tensors))
+
+    def _copy(self, started: _Gather) -> None:
+        """Make whole tensors of what a gather brought."""
+        if not started.copies:
+            return
+        self._hold(started.opened * sum(self.sizes[each] for each in started.tensors))
+        for tensor in started.tensors:
+            self._hold(self.sizes[tensor] * (1 + self.buffers.cast))
+            self._hold(-self.sizes[tensor] * self.buffers.cast)
 
     def dequeue(self, call: int) -> None:
         """Take the call's own tensors off the queue, unless a prefetch has."""
@@ -136,6 +173,7 @@ class _Coordinator:
     def release(self, tensors: Iterable[int]) -> tuple[int, ...]:
         """Free those of *tensors* that are whole."""
         freed = tuple(tensor for tensor in tensors if tensor in self.whole and tensor not in self.in_flight)
+        self.freed.update(freed)
         for tensor in freed:
             self.whole.discard(tensor)
             self.available -= self.sizes[tensor]
@@ -157,13 +195,17 @@ class _Coordinator:
             passed += sum(self.sizes[other] for other in each.beneath)
         return False
 
-    def _hold(self, elements: int) -> None:
+    def _hold(self, elements: float) -> None:
         self.held += elements
         self.most = max(self.most, self.held)
 
 
 def gathered(
-    calls: tuple[Call, ...], sizes: tuple[int, ...], limits: Limits, small_come_late: bool = False
+    calls: tuple[Call, ...],
+    sizes: tuple[int, ...],
+    limits: Limits,
+    small_come_late: bool = False,
+    buffers: Buffers = PLAIN,
 ) -> tuple[Level, ...]:
     """The level at each of a micro-step's module *calls*. *sizes* are those of the tensors, in elements.
 
@@ -173,9 +215,9 @@ def gathered(
 
     Left out: the padding of each tensor to a multiple of the ranks.
     """
-    levels, decided = _pass(calls, sizes, limits, True)
-    if small_come_late and (then := _pass(calls, sizes, limits, False)[1]) != decided:
-        return _pass(calls, sizes, limits, True, then)[0]
+    levels, decided = _pass(calls, sizes, limits, buffers, True)
+    if small_come_late and (then := _pass(calls, sizes, limits, buffers, False)[1]) != decided:
+        return _pass(calls, sizes, limits, buffers, True, then)[0]
     return levels
 
 
@@ -188,11 +230,12 @@ def _pass(
     calls: tuple[Call, ...],
     sizes: tuple[int, ...],
     limits: Limits,
+    buffers: Buffers,
     small_are_whole: bool,
     decided: Decided | None = None,
 ) -> tuple[tuple[Level, ...], Decided]:
     """The levels of one pass, and what each call decides to free, unless that was *decided* before."""
-    state = _Coordinator(calls, sizes, limits, small_are_whole)
+    state = _Coordinator(calls, sizes, limits, small_are_whole, buffers)
     found: list[Level] = []
     decisions: list[tuple[int, ...]] = []
     for at, call in enumerate(calls):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from advisor.specs.model import AnyLayer, Experts, Layer, ModelSpec, Parameter
 from advisor.specs.plan import ZeroSettings
 from advisor.step.arrival import Arrival, Source, Where, arrival, handed_over
-from advisor.step.gathering import Call, Level, Limits, gathered
+from advisor.step.gathering import PLAIN, Buffers, Call, Level, Limits, gathered
 from advisor.step.recording import Mode
 from advisor.step.recording import Source as Recordings
 
@@ -28,8 +28,10 @@ GATHERED_WHOLE = frozenset({"mixtral", "qwen2_moe", "qwen3_moe"})
 class Move(NamedTuple):
     """A change of the gathered elements, and the most that is gathered in between above what was before."""
 
-    net: int
-    peak: int
+    net: float
+    peak: float
+    freed: tuple[Parameter, ...] = ()
+    """Under hpZ, what is freed meanwhile for the first time since the optimizer's step."""
 
 
 class Stay(NamedTuple):
@@ -49,9 +51,9 @@ class Passage(NamedTuple):
     """At the start of backward."""
     after: dict[Where, tuple[Move, ...]]
     """After each gradient that a part hands over, in order."""
-    last: int
-    """What is left when the last gradient has come."""
-    most: int
+    last: Move
+    """After the last gradient has come."""
+    most: float
     """The most elements gathered at once."""
     usual: dict[Where, Where]
     """For each layer, one of the same kind that fares as most of them do."""
@@ -73,7 +75,13 @@ PartCall = tuple[Where, Call]
 
 @lru_cache(maxsize=32)
 def passage(
-    model: ModelSpec, mode: Mode, checkpointed: bool, zero: ZeroSettings, accumulates: bool, recordings: Recordings
+    model: ModelSpec,
+    mode: Mode,
+    checkpointed: bool,
+    zero: ZeroSettings,
+    accumulates: bool,
+    recordings: Recordings,
+    buffers: Buffers = PLAIN,
 ) -> Passage:
     """The passage of *model* in micro-steps after the first of all, in which DeepSpeed only takes note of the order."""
     found = reduced(model, mode, checkpointed, recordings)
@@ -83,9 +91,10 @@ def passage(
     backward = _backward_calls(model, mode, checkpointed, recordings)
     limits = Limits(zero.prefetch_bucket, zero.max_live_parameters, zero.max_reuse_distance, zero.persistence_threshold)
     sizes = tuple(parameter.numel for parameter in model.parameters())
-    levels = gathered(tuple(call[1] for call in (*forward, *backward)), sizes, limits, accumulates)
-    stays, held = _stays(model, forward, levels, mode.loss == "full", checkpointed)
-    first, after, last = _changes(arrived, backward, levels[len(forward) :], held)
+    levels = gathered(tuple(call[1] for call in (*forward, *backward)), sizes, limits, accumulates, buffers)
+    first_freed = _first_freed(model, levels) if zero.hpz_partition > 1 else ((),) * len(levels)
+    stays, held = _stays(model, forward, levels, first_freed, mode.loss == "full", checkpointed)
+    first, after, last = _changes(arrived, backward, levels[len(forward) :], first_freed[len(forward) :], held)
     return Passage(
         forward=stays,
         first=first,
@@ -145,15 +154,35 @@ def seen_transposed(model: ModelSpec, layer: AnyLayer) -> tuple[Parameter, ...]:
     return tuple(each for each in layer.parameters if ".experts." in each.name)
 
 
+Freed = tuple[tuple[Parameter, ...], ...]
+
+
+def _first_freed(model: ModelSpec, levels: tuple[Level, ...]) -> Freed:
+    """For each call the parameters that no call before it has freed."""
+    parameters, seen = tuple(model.parameters()), set[int]()
+    found = []
+    for level in levels:
+        new = [tensor for tensor in level.freed if tensor not in seen]
+        seen.update(new)
+        found.append(tuple(parameters[tensor] for tensor in new))
+    return tuple(found)
+
+
 def _stays(
-    model: ModelSpec, calls: list[PartCall], levels: tuple[Level, ...], loss_after: bool, checkpointed: bool
-) -> tuple[dict[Where, Stay], int]:
+    model: ModelSpec,
+    calls: list[PartCall],
+    levels: tuple[Level, ...],
+    first_freed: Freed,
+    loss_after: bool,
+    checkpointed: bool,
+) -> tuple[dict[Where, Stay], float]:
     """Each part's forward pass takes the most that any of its module calls finds, as if from its start to its end.
 
     In the head that is the loss, which *loss_after* says comes after the last module has ended, not within its call.
     """
     found: dict[Where, Stay] = {}
-    held, start = 0, 0
+    held: float = 0
+    start = 0
     while start < len(calls):
         end = next((at for at in range(start, len(calls)) if calls[at][0] != calls[start][0]), len(calls))
         part = levels[start:end]
@@ -163,7 +192,8 @@ def _stays(
         peak = max(level.peak for level in part)
         freed = {tensor for level in part for tensor in level.freed}
         kept = () if checkpointed else _kept(model, calls[start][0], freed)
-        found[calls[start][0]] = Stay(Move(most - held, peak - held), Move(left - most, 0), kept)
+        first = tuple(each for call in first_freed[start:end] for each in call)
+        found[calls[start][0]] = Stay(Move(most - held, peak - held), Move(left - most, 0, first), kept)
         held, start = left, end
     return found, held
 
@@ -178,28 +208,34 @@ def _kept(model: ModelSpec, part: Where, freed: set[int]) -> tuple[Parameter, ..
 
 
 def _changes(
-    arrived: Arrival, calls: list[PartCall], levels: tuple[Level, ...], held: int
-) -> tuple[Move, dict[Where, tuple[Move, ...]], int]:
-    """The change at the start of backward, that after each gradient, and what is left at the end.
+    arrived: Arrival, calls: list[PartCall], levels: tuple[Level, ...], first_freed: Freed, held: float
+) -> tuple[Move, dict[Where, tuple[Move, ...]], Move]:
+    """The change at the start of backward, that after each gradient, and that at the end.
 
     Between two gradients stands the most that the module calls between them find.
     """
     call_of = {tensor: at for at, (_, call) in enumerate(calls) for tensor in call.tensors}
     moves: list[Move] = []
     passed, before = 0, held
+    first: tuple[Parameter, ...] = ()
     for tensor in arrived.tensors:
         until = call_of[tensor] + 1
         running = peak = before
         if until > passed:
             running = max(level.running for level in levels[passed:until])
             peak = max(level.peak for level in levels[passed:until])
+            # What the call before this gradient frees goes as the next one begins.
+            moves.append(Move(running - before, peak - before, first))
+            first = tuple(each for call in first_freed[passed:until] for each in call)
             passed = until
-        moves.append(Move(running - before, peak - before))
+        else:
+            moves.append(Move(0, 0))
         before = running
     after: dict[Where, list[Move]] = {}
     for (part, _), move in zip(arrived.sources, [*moves[1:], Move(0, 0)], strict=True):
         after.setdefault(part, []).append(move)
-    return moves[0], {part: tuple(found) for part, found in after.items()}, before
+    rest = tuple(each for call in first_freed[passed:] for each in call)
+    return moves[0], {part: tuple(found) for part, found in after.items()}, Move(-before, 0, (*first, *rest))
 
 
 def _usual(model: ModelSpec, stays: dict[Where, Stay], after: dict[Where, tuple[Move, ...]]) -> dict[Where, Where]:

@@ -140,6 +140,10 @@ class Scheme:
         """What is held between steps, in the order in which it is made, with what making it takes."""
         return ()
 
+    def in_forward(self, micro: MicroStep) -> Scheme:
+        """The scheme as it is in the forward pass of *micro*; where the same object, so is the pass."""
+        return self
+
     def begin_forward(self) -> Nodes:
         return ()
 

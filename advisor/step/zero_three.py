@@ -12,11 +12,14 @@ from advisor.specs.model import Parameter
 from advisor.specs.plan import Checkpointing
 from advisor.step.arrival import Arrival, Source, Where, arrival, where
 from advisor.step.flat_partition import Reduction, by_count, reductions
+from advisor.step.gathering import PLAIN, Buffers
 from advisor.step.passage import Move, Passage, block_of_experts, passage, reduced
 from advisor.step.program import Amount, Block, Collective, hold, release, released, scratch
 from advisor.step.scheme import MicroStep, Nodes, Part
 from advisor.step.states import MOMENTS, adam_step_counters, adam_temporaries, tensor_shards
 from advisor.step.zero import NORM_BYTES, Zero
+
+FLAT_COPY = "flat copy of a bucket"
 
 
 def shares(sizes: Sequence[int], ranks: int) -> tuple[int, ...]:
@@ -72,7 +75,13 @@ class ZeroThree(Zero):
         # Plans laid out together are not taken to accumulate: with the settings that are searched it is all the same.
         steps = self.plan.accumulation_steps
         accumulates = not np.ndim(steps) and bool(steps > 1)
-        return passage(self.model, self.mode, self.checkpointed, self.plan.zero, accumulates, self.source)
+        zero, source = self.plan.zero, self.source
+        return passage(self.model, self.mode, self.checkpointed, zero, accumulates, source, self.buffers)
+
+    @property
+    def buffers(self) -> Buffers:
+        """What an element takes while it is gathered."""
+        return PLAIN
 
     @property
     def checkpointed(self) -> bool:
@@ -140,7 +149,7 @@ class ZeroThree(Zero):
         """``__allgather_stream`` and ``reduce_and_partition_stream``."""
         if not self.plan.zero.overlap_communication:
             return {}
-        return {"gathered weights": "all-gather", "flat copy of a bucket": "reduce"}
+        return {"gathered weights": "all-gather", FLAT_COPY: "reduce"}
 
     def states(self) -> Nodes:
         shard, half = self.trained_shard, self.job.compute_bytes
@@ -169,7 +178,7 @@ class ZeroThree(Zero):
 
     def before_backward(self, part: Part, micro: MicroStep) -> Nodes:
         first = (self._gathered(self.passage.first),) if part.kind == "head" else ()
-        return (*first, self._gather(part)) if self.gathers == 2 else first
+        return (*first, self._gather_again(part)) if self.gathers == 2 else first
 
     def _like(self, part: Part) -> Where:
         """Where *part* stands, or one of the layers that it stands for."""
@@ -187,7 +196,8 @@ class ZeroThree(Zero):
 
     def _gathered(self, move: Move) -> Block:
         half = self.job.compute_bytes
-        return Block("gathered weights", "parameters", move.net * half, max(move.peak, move.net, 0) * half, "buffers")
+        net_bytes, peak_bytes = int(move.net * half), int(max(move.peak, move.net, 0) * half)
+        return Block("gathered weights", "parameters", net_bytes, peak_bytes, "buffers")
 
     def ahead(self, part: Part) -> float:
         """How much of the part before is still to come when the prefetching of *part* begins, at most all of it."""
@@ -199,6 +209,10 @@ class ZeroThree(Zero):
         messages = max(1, part.numel // at_once) if at_once else len(part.parameters)
         gather = Collective("weights", "all-gather", payload, messages, waits=True, ahead=self.ahead(part))
         return Block("gather of weights", "temporaries", moved_bytes=payload, transfers=(gather,))
+
+    def _gather_again(self, part: Part) -> Block:
+        """For backward."""
+        return self._gather(part)
 
     def gradient(self, part: Part, parameter: Parameter, size_bytes: int, micro: MicroStep) -> Nodes:
         block = self._blocks.get(id(part.layer), ())
@@ -288,7 +302,7 @@ class ZeroThree(Zero):
         reduce = Collective("gradients", "reduce-scatter", padded * half, 1, waits=False)
         return (
             replace(
-                scratch("flat copy of a bucket", padded * half * copies),
+                scratch(FLAT_COPY, padded * half * copies),
                 moved_bytes=4 * padded * half,
                 transfers=(reduce,),
             ),
@@ -314,7 +328,7 @@ class ZeroThree(Zero):
     def end_backward(self, micro: MicroStep) -> Nodes:
         kept = (released(self._output_matrix),) if self.job.loss == "fused" else ()
         # What no module's own backward has released goes last (runtime/engine.py ``_backward_epilogue``).
-        return (*self._reduce(self.reductions[-1], micro), self._gathered(Move(-self.passage.last, 0)), *kept)
+        return (*self._reduce(self.reductions[-1], micro), self._gathered(self.passage.last), *kept)
 
     def update(self) -> Nodes:
         shard, half = self.trained_shard, self.job.compute_bytes

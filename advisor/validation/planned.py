@@ -171,6 +171,8 @@ def _refuse_what_cannot_run(question: Question, plans: Sequence[Plan], device: D
         raise SpecError("one machine alone is run for validation: drop --nodes")
     if device == "cpu" and question.job.precision == "fp16":
         raise SpecError("a CPU does not train in fp16: give --precision bf16")
+    if device == "cpu" and any(plan.zero.quantized_weights or plan.zero.quantized_gradients for plan in plans):
+        raise SpecError("DeepSpeed quantises on GPUs alone: a CPU runs ZeRO++ with zero_hpz_partition_size and no more")
 
 
 def _refuse_launcher(plan: Plan, launcher: Launcher) -> None:

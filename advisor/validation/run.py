@@ -256,6 +256,6 @@ def _classes(job: Job, plan: Plan) -> tuple[str | None, str]:
         return "DeepSpeedEngine", "AdamW" if job.precision == "fp32" else "FP16_UnfusedOptimizer"
     if plan.strategy is Strategy.ZERO1 and job.precision == "bf16" and plan.zero.gradient_format == "fp32":
         return "DeepSpeedEngine", "BF16_Optimizer"
-    if plan.strategy is Strategy.ZERO3:
+    if plan.strategy.zero_stage == 3:
         return "DeepSpeedEngine", "DeepSpeedZeroOptimizer_Stage3"
     return "DeepSpeedEngine", "DeepSpeedZeroOptimizer"

@@ -51,6 +51,18 @@ def offload_cases(seed: int, count: int) -> list[Case]:
     return found
 
 
+def zero_plus_cases(seed: int, count: int) -> list[Case]:
+    """*count* cases of stage 3 with second copies of the weights: the part of ZeRO++ that runs without a GPU."""
+    draw = random.Random(seed)
+    found = []
+    for _ in range(count):
+        case = _case(draw, Strategy.ZERO3)
+        ranks = draw.choice([each for each in (2, 4, 8) if int(case.plan.gpus) % each == 0])
+        zero = replace(case.plan.zero, hpz_partition=ranks)
+        found.append(replace(case, plan=replace(case.plan, strategy=Strategy.ZERO3_PLUS, zero=zero)))
+    return found
+
+
 def _case(draw: random.Random, strategy: Strategy) -> Case:
     family = draw.choice(FAMILIES)
     config = _config(draw, family)

@@ -51,6 +51,27 @@ def held(used_bytes: int, host_bytes: int = 0, nvme_bytes: int = 0, releases: in
     )
 
 
+LLAMA: dict[str, Any] = {"model": "Llama-3.1-8B", "gpu": "H100", "precision": "fp16", "global_batch": 16}
+
+
+def test_on_a_slow_network_zero_plus_plus_is_faster_than_zero_3() -> None:
+    two_machines: dict[str, Any] = {"gpus": 16, "nodes": 2, "network": "ethernet-100g"} | LLAMA
+    plain, plus = (estimate(strategy=strategy, **two_machines) for strategy in ("zero3", "zero3++"))
+
+    assert plus.plan.title == "ZeRO++ hpZ 8, qwZ, qgZ"
+    assert [line.link for line in plus.traffic[:4]] == ["100gbe", "nvlink4", "nvlink4", "100gbe"]
+    assert plus.time.step_s < plain.time.step_s / 2
+    assert plus.sent_bytes < plain.sent_bytes
+
+
+def test_in_one_machine_zero_plus_plus_gains_nothing_and_holds_more() -> None:
+    one_machine = {"gpus": 8} | LLAMA
+    plain, plus = (estimate(strategy=strategy, **one_machine) for strategy in ("zero3", "zero3++"))
+
+    assert plus.time.step_s > 0.9 * plain.time.step_s
+    assert plus.memory.peak_allocated_bytes > plain.memory.peak_allocated_bytes
+
+
 @pytest.mark.parametrize(
     ("used", "host", "verdict", "why"),
     [
@@ -180,7 +201,7 @@ def test_nothing_is_offloaded_or_recomputed_unless_told() -> None:
     [
         (
             {"strategy": "zero4"},
-            "--strategy must be one of ddp, fsdp, fsdp-grad-op, hsdp, zero0, zero1, zero2, zero3, got 'zero4'",
+            "--strategy must be one of ddp, fsdp, fsdp-grad-op, hsdp, zero0, zero1, zero2, zero3, zero3++, got 'zero4'",
         ),
         ({"offload": "gpu"}, "--offload must be one of none, optimizer, optimizer+params, got 'gpu'"),
         ({"checkpointing": "some"}, "--checkpointing must be one of none, selective, full, got 'some'"),

@@ -110,6 +110,7 @@ PLANS_OF_EVERY_KIND = {
     "zero1": plan(Strategy.ZERO1),
     "zero2": plan(Strategy.ZERO2),
     "zero3": plan(Strategy.ZERO3),
+    "zero3++": plan(Strategy.ZERO3_PLUS, zero=ZeroSettings(hpz_partition=2, quantized_weights=True)),
     "zero2-offload": plan(Strategy.ZERO2, offload=Offload.OPTIMIZER),
     "zero3-offload": plan(Strategy.ZERO3, offload=Offload.OPTIMIZER),
     "zero3-offload-all": plan(Strategy.ZERO3, offload=Offload.OPTIMIZER_AND_PARAMETERS),

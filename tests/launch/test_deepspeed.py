@@ -33,6 +33,11 @@ CASES = {
     "zero3-offload-all": plan(Strategy.ZERO3, gpus=3, zero=UNUSUAL, offload=Offload.OPTIMIZER_AND_PARAMETERS),
 }
 CASES |= {
+    "zero3++": plan(
+        Strategy.ZERO3_PLUS,
+        gpus=3,
+        zero=replace(UNUSUAL, hpz_partition=3, quantized_weights=True, quantized_gradients=True),
+    ),
     "zero1-offload": plan(Strategy.ZERO1, gpus=3, zero=UNUSUAL, offload=Offload.OPTIMIZER),
     "zero3-nvme": plan(
         Strategy.ZERO3, gpus=3, zero=UNUSUAL, offload=Offload.OPTIMIZER_AND_PARAMETERS, offload_to="nvme"
@@ -84,7 +89,10 @@ def test_deepspeed_reads_the_sizes_of_the_plan(chosen: Plan, monkeypatch: pytest
     assert int(zero.stage) == chosen.strategy.zero_stage
     assert zero.reduce_bucket_size == UNUSUAL.reduce_bucket
     assert zero.overlap_comm is True
-    if chosen.strategy is Strategy.ZERO3:
+    assert zero.zero_hpz_partition_size == chosen.zero.hpz_partition
+    assert zero.zero_quantized_weights == chosen.zero.quantized_weights
+    assert zero.zero_quantized_gradients == chosen.zero.quantized_gradients
+    if chosen.strategy.zero_stage == 3:
         assert zero.prefetch_bucket_size == UNUSUAL.prefetch_bucket
         assert zero.param_persistence_threshold == UNUSUAL.persistence_threshold
         assert zero.max_live_parameters == UNUSUAL.max_live_parameters

@@ -15,8 +15,16 @@ from advisor.search.rank import OFFLOAD_LEAD, TIE_SHARE, ordered
 from advisor.search.recommend import recommend, search
 from advisor.search.results import Recommendation, row
 from advisor.search.sheet import price_sheet
-from advisor.search.space import SEARCHED_CHECKPOINTING, VARIANTS, bar, fsdp_settings, sheets, variants
-from advisor.specs.plan import Offload, Plan, Strategy, zero_settings
+from advisor.search.space import (
+    SEARCHED_CHECKPOINTING,
+    VARIANTS,
+    bar,
+    fsdp_settings,
+    searched_zero_settings,
+    sheets,
+    variants,
+)
+from advisor.specs.plan import Offload, Plan, Strategy
 from advisor.specs.question import Question
 from advisor.specs.training import Objective
 from search.questions import ASKED, answer, bounded, priced, question, variant_of, with_free_communication, with_memory
@@ -37,7 +45,7 @@ def every_legal_plan(asked: Question) -> Iterator[Plan]:
                 accumulation_steps=steps,
                 checkpointing=checkpointing,
                 offload=offload,
-                zero=zero_settings(strategy),
+                zero=searched_zero_settings(strategy, asked),
                 fsdp=fsdp_settings(strategy, asked),
             )
 
@@ -213,11 +221,12 @@ def test_machines_talk_over_the_network() -> None:
 
     for each in found.plans:
         ways = {line.link for line in each.traffic if line.link != found.cluster.host_link.name}
-        assert ways == {network}
+        # ZeRO++ gathers from second copies inside a machine.
+        assert ways == ({network, link} if each.plan.strategy is Strategy.ZERO3_PLUS else {network})
     assert link in {line.link for line in inside.plans[0].traffic}
     speeds = {variant_of(each.plan): each.time.tokens_per_s for each in inside.plans}
-    # Offloading is left out: more ranks in one machine share its host.
-    apart = [each for each in found.plans if not each.plan.offload.optimizer]
+    # Offloading is left out: more ranks in one machine share its host. In one machine there is no ZeRO++.
+    apart = [each for each in found.plans if not each.plan.offload.optimizer and variant_of(each.plan) in speeds]
     assert len(apart) >= 3
     assert all(each.time.tokens_per_s < speeds[variant_of(each.plan)] for each in apart)
 

@@ -92,6 +92,19 @@ def test_hsdp_is_searched_where_there_are_machines_of_several_gpus(gpus: int, no
     assert all(each.group("shard") == (8, 1) and each.group("replica") == (2, 8) for each in found)
 
 
+@pytest.mark.parametrize(("gpus", "nodes", "differs"), [(8, 1, False), (4, 4, False), (16, 2, True)])
+def test_zero_plus_plus_is_searched_where_there_are_machines_of_several_gpus(
+    gpus: int, nodes: int, differs: bool
+) -> None:
+    asked = question(gpus=gpus, nodes=nodes, global_batch=16)
+    found = [each for each in sheets(asked) if isinstance(each, Plan) and each.strategy is Strategy.ZERO3_PLUS]
+
+    assert bool(found) == differs
+    # Gradients are in bf16, which DeepSpeed cannot quantise.
+    assert {each.title for each in found} == ({"ZeRO++ hpZ 8, qwZ"} if differs else set())
+    assert all(each.group("secondary") == (8, 1) and each.group("machines") == (2, 8) for each in found)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_one_gpu_shares_with_nobody_but_the_host(variant: tuple[Strategy, Offload]) -> None:
     strategy, offload = variant

@@ -45,6 +45,21 @@ def test_only_sharded_optimizers_are_offloaded(strategy: Strategy, offload: Offl
         Plan(strategy=strategy, gpus=4, micro_batch=1, offload=offload)
 
 
+def test_zero_plus_plus_has_parts_that_other_strategies_have_not() -> None:
+    parts = ZeroSettings(hpz_partition=4, quantized_weights=True)
+    plan = Plan(strategy=Strategy.ZERO3_PLUS, gpus=8, micro_batch=1, zero=parts)
+
+    assert plan.title == "ZeRO++ hpZ 4, qwZ"
+    with pytest.raises(SpecError, match=r"parts of ZeRO\+\+, got them with ZeRO-3; take zero3\+\+"):
+        replace(plan, strategy=Strategy.ZERO3)
+    with pytest.raises(SpecError, match="6 GPUs do not divide into groups of hpz_partition 4"):
+        replace(plan, gpus=6)
+    with pytest.raises(SpecError, match="modelled without offload; take zero3"):
+        replace(plan, offload=Offload.OPTIMIZER)
+    with pytest.raises(SpecError, match="hpz_partition must be at least 1 rank, got 0"):
+        replace(parts, hpz_partition=0)
+
+
 def test_whole_weights_are_not_offloaded() -> None:
     with pytest.raises(SpecError, match=r"ZeRO-2 keeps whole weights.*needs zero3"):
         Plan(strategy=Strategy.ZERO2, gpus=4, micro_batch=1, offload=Offload.OPTIMIZER_AND_PARAMETERS)
@@ -142,7 +157,7 @@ def test_no_two_strategies_share_a_title() -> None:
 def test_deepspeed_runs_the_zero_stages_and_no_others() -> None:
     stages = {each: each.zero_stage for each in Strategy if each.zero_stage}
 
-    assert stages == {Strategy.ZERO1: 1, Strategy.ZERO2: 2, Strategy.ZERO3: 3}
+    assert stages == {Strategy.ZERO1: 1, Strategy.ZERO2: 2, Strategy.ZERO3: 3, Strategy.ZERO3_PLUS: 3}
     assert [each for each in Strategy if each.is_fsdp] == [Strategy.FSDP, Strategy.FSDP_GRAD_OP, Strategy.HSDP]
 
 
@@ -189,7 +204,7 @@ def test_zero_settings_are_deepspeed_s_own(strategy: Strategy) -> None:
 
     assert usual.reduce_bucket == 500_000_000
     assert smaller.reduce_bucket == 10**6
-    assert usual.overlap_communication == smaller.overlap_communication == (strategy is Strategy.ZERO3)
+    assert usual.overlap_communication == smaller.overlap_communication == (strategy.zero_stage == 3)
 
 
 def megatron(**counts: Any) -> Plan:

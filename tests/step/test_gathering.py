@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from advisor.step.gathering import Call, Limits, gathered
+from advisor.step.gathering import Buffers, Call, Limits, gathered
 
 ALL = 10**9
 WHOLE = Limits(prefetch_bucket=ALL, max_live=ALL, max_reuse=ALL, persistence_threshold=0)
@@ -88,3 +88,35 @@ def test_the_window_holds_what_runs_and_ends_empty(
     for call, level in zip(calls, levels, strict=True):
         assert level.peak >= level.running >= level.after >= 0
         assert level.running >= sum(sizes[tensor] for tensor in call.tensors if sizes[tensor] > small)
+
+
+# Weights of two bytes come as int8 and are dequantised into fp16, from which each is cast.
+QUANTISED = Buffers(0.5, opened=1, cast=1, copied=True)
+
+
+def test_a_quantised_tensor_that_comes_alone_is_dequantised_and_cast() -> None:
+    (level,) = gathered((Call((0,), (0,)),), (10,), Limits(0, ALL, 0, 0), buffers=QUANTISED)
+
+    # 5 of int8, 10 dequantised and 10 cast; then the last alone.
+    assert (level.peak, level.running, level.after) == (25, 10, 0)
+
+
+def test_quantised_tensors_that_come_together_are_dequantised_together() -> None:
+    first, second = gathered((Call((0,), (0,)), Call((1,), (1,))), (10, 20), Limits(ALL, ALL, 0, 0), buffers=QUANTISED)
+    together, *_ = gathered((Call((0, 1), (0, 1)),), (10, 20), Limits(0, ALL, 0, 0), buffers=QUANTISED)
+
+    # The second is prefetched by itself as int8 while the first runs.
+    assert (first.running, second.running) == (10 + 10, 20)
+    # 15 of int8, 30 dequantised, both copies, and the second once more before it is cast.
+    assert (together.peak, together.running) == (15 + 30 + 10 + 20 + 20, 30)
+
+
+def test_what_was_freed_before_is_gathered_apart_from_what_was_not() -> None:
+    # The first tensor, freed after its call, is prefetched for its next one with the last, which nobody has used yet.
+    calls = (Call((0,), (0,)), Call((1,), (1,)), Call((2,), (2,)), Call((0,), (0,)))
+    limits = Limits(prefetch_bucket=15, max_live=ALL, max_reuse=0, persistence_threshold=0)
+    together, apart = (gathered(calls, (10, 20, 5), limits, buffers=Buffers(apart=each)) for each in (False, True))
+
+    # Together they are copied from a flat buffer of 15.
+    assert [level.running for level in together] == [30, 35, 30, 10]
+    assert [level.running for level in apart] == [30, 35, 15, 10]

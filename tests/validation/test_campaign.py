@@ -279,6 +279,7 @@ def test_what_does_not_fit_this_machine_is_refused_with_the_sum(
         (("--strategy", "ddp", "--precision", "fp16"), "give --precision bf16"),
         (("--model", "bert-base-uncased", "--strategy", "ddp"), "no causal model"),
         (("--strategy", "zero3", "--offload", "optimizer", "--offload-to", "nvme"), "advisor trace"),
+        (("--strategy", "zero3++"), "DeepSpeed quantises on GPUs alone"),
         (("--strategy", "fsdp", "--fsdp-version", "1"), "FSDP version 1 is not run"),
         (("--emulate-ranks", "8", "--strategy", "ddp"), "drop --gpus and --launcher"),
         (("--micro-batch", "2"), "drop --micro-batch, or give --strategy"),

@@ -58,6 +58,23 @@ CASES = (
     Case("stage 3, experts", MIXTURE, JOB, replace(PLAN, strategy=Strategy.ZERO3, zero=WINDOW, accumulation_steps=2)),
     Case("stage 3, sub-groups", CONFIG, JOB, replace(PLAN, strategy=Strategy.ZERO3, zero=SUB_GROUPS)),
     Case("stage 3, checkpointing", TIED, JOB, replace(PLAN, strategy=Strategy.ZERO3, checkpointing=Checkpointing.FULL)),
+    Case(
+        "second copies",
+        CONFIG,
+        JOB,
+        replace(PLAN, strategy=Strategy.ZERO3_PLUS, zero=replace(WINDOW, hpz_partition=2), accumulation_steps=2),
+    ),
+    Case(
+        "second copies, experts",
+        MIXTURE,
+        JOB,
+        replace(
+            PLAN,
+            strategy=Strategy.ZERO3_PLUS,
+            zero=replace(WINDOW, hpz_partition=4, max_reuse_distance=300_000),
+            checkpointing=Checkpointing.FULL,
+        ),
+    ),
     Case("stage 1, offload", TIED, JOB, replace(PLAN, strategy=Strategy.ZERO1, accumulation_steps=2, **ON_HOST), 2),
     Case("stage 2, offload", CONFIG, JOB, replace(PLAN, accumulation_steps=2, **ON_HOST), rank=3),
     Case(

@@ -32,6 +32,13 @@ WIDTH_SIZES = ("reduce_bucket", "prefetch_bucket", "persistence_threshold")
 
 STAGE3_SIZES = tuple(name for name in SIZES if name != "reduce_bucket")
 
+ZERO_PLUS = {
+    "hpz_partition": "zero_hpz_partition_size",
+    "quantized_weights": "zero_quantized_weights",
+    "quantized_gradients": "zero_quantized_gradients",
+}
+"""Fields of the plan's ZeRO settings that make stage 3 ZeRO++, and their keys."""
+
 FORMATS = {"fp32": "fp32", "float32": "fp32", "float": "fp32", "fp16": "fp16", "float16": "fp16", "half": "fp16"} | {
     "bf16": "bf16",
     "bfloat16": "bf16",
@@ -57,9 +64,6 @@ ZERO_UNMODELLED: dict[str, Any] = {
     "legacy_stage1": False,
     "compute_grad_norm": True,
     "zenflow": None,
-    "zero_hpz_partition_size": 1,
-    "zero_quantized_weights": False,
-    "zero_quantized_gradients": False,
     "zero_quantized_nontrainable_weights": False,
     "memory_efficient_linear": True,
     "stage3_model_persistence_threshold": None,
@@ -262,6 +266,7 @@ def _zero(zero: Table, found: dict[str, Setting], warnings: list[str]) -> None:
         found["strategy"] = Setting("zero0", f"{DEFAULT}: no zero_optimization.stage", written=False)
     number = stage if isinstance(stage, int) else 0
     _sizes(zero, number, found)
+    warnings += _plus(zero, number, found)
     overlap = zero.switch("overlap_comm")
     if isinstance(overlap, bool):
         found["overlap_communication"] = Setting(overlap, zero.place("overlap_comm"))
@@ -285,6 +290,20 @@ def _sizes(zero: Table, stage: int, found: dict[str, Setting]) -> None:
             continue
         key, value = next(iter(read.items()))
         found[name] = Setting(value, zero.place(key))
+
+
+def _plus(zero: Table, stage: int, found: dict[str, Setting]) -> Iterator[str]:
+    """The parts of ZeRO++ that are on; of stages below 3 DeepSpeed reads none."""
+    for name, key in ZERO_PLUS.items():
+        # zero/config.py takes 0 for a partition, too; stage3.py has no second copy unless it is above 1.
+        value = zero.count(key, least=0) if name == "hpz_partition" else zero.switch(key)
+        if value in (None, AUTO, False) or (name == "hpz_partition" and value in (0, 1)):
+            continue
+        if stage != 3:
+            yield f"{zero.place(key)} takes part in stage 3 alone; stage {stage} passes over it"
+            continue
+        found[name] = Setting(value, zero.place(key))
+        found["strategy"] = Setting("zero3++", zero.place(key))
 
 
 def _offload(zero: Table, stage: int, found: dict[str, Setting], warnings: list[str]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from advisor.catalog.training_config.deepspeed import SIZES, WIDTH_SIZES
+from advisor.catalog.training_config.deepspeed import SIZES, WIDTH_SIZES, ZERO_PLUS
 from advisor.catalog.training_config.settings import AUTO, Setting, Settings
 from advisor.errors import ConfigError, SpecError
 from advisor.specs.plan import FsdpSettings, OffloadSettings, Strategy, ZeroSettings, zero_settings
@@ -37,7 +37,7 @@ def settle(read: Settings, words: Mapping[str, Any]) -> Settings:
     return Settings(_with_gpus(_unmixed(found)), tuple(warnings))
 
 
-ZERO_FIELDS = (*SIZES, "overlap_communication", "gradient_format")
+ZERO_FIELDS = (*SIZES, "overlap_communication", "gradient_format", *ZERO_PLUS)
 
 
 def _unmixed(found: dict[str, Setting]) -> dict[str, Setting]:
@@ -135,7 +135,8 @@ def zero_of(found: Mapping[str, Setting], strategy: Strategy, width: int, precis
     if strategy.zero_stage is None:
         bucket = found.get("reduce_bucket")
         return replace(usual, reduce_bucket=bucket.value) if bucket and bucket.place == FLAG else usual
-    chosen = {name: filled(name, found[name].value, width) for name in ZERO_FIELDS if name in found}
+    fields_of = [name for name in ZERO_FIELDS if name not in ZERO_PLUS or strategy is Strategy.ZERO3_PLUS]
+    chosen = {name: filled(name, found[name].value, width) for name in fields_of if name in found}
     if chosen.get("gradient_format") == precision:
         chosen["gradient_format"] = None
     return replace(usual, **chosen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from advisor.catalog.training_config.deepspeed import (
     OFFLOAD_UNMODELLED,
     SIZES,
     ZERO_HARMLESS,
+    ZERO_PLUS,
     ZERO_UNMODELLED,
     from_deepspeed,
 )
 from advisor.catalog.training_config.settings import Settings
 from advisor.cost.estimate import plan_of
-from advisor.errors import AdvisorError, ConfigError
+from advisor.errors import AdvisorError, ConfigError, SpecError
 from advisor.launch.deepspeed import deepspeed_json
 from advisor.specs.plan import Offload, OffloadSettings, Plan, Strategy, ZeroSettings
 from advisor.specs.question import Question
@@ -49,6 +51,50 @@ def test_auto_buckets_follow_the_model_s_width(tmp_path: Path) -> None:
         persistence_threshold=10 * WIDTH,
         overlap_communication=True,
     )
+
+
+def test_the_parts_of_zero_plus_plus_are_read(tmp_path: Path) -> None:
+    parts = {"stage": 3, "zero_hpz_partition_size": 4, "zero_quantized_weights": True}
+    config = {"train_batch_size": 8, "fp16": {"enabled": True}, "zero_optimization": parts}
+    _, two = planned(tmp_path, config, gpus=8, nodes=2)
+    _, three = planned(
+        tmp_path, changed(config, "zero_optimization.zero_quantized_gradients", True), gpus=8, nodes=2, global_batch=16
+    )
+
+    assert two.strategy is three.strategy is Strategy.ZERO3_PLUS
+    assert two.title == "ZeRO++ hpZ 4, qwZ"
+    assert three.zero == replace(two.zero, quantized_gradients=True)
+    assert three.zero.machine_gpus == 4
+
+
+def test_zero_plus_plus_that_is_switched_off_is_stage_3(tmp_path: Path) -> None:
+    parts = {"stage": 3, "zero_hpz_partition_size": 1, "zero_quantized_weights": False}
+    _, plan = planned(tmp_path, {"train_batch_size": 8, "zero_optimization": parts}, gpus=8)
+
+    assert plan.strategy is Strategy.ZERO3
+
+
+def test_a_flag_for_stage_3_leaves_zero_plus_plus_out(tmp_path: Path) -> None:
+    config = {"train_batch_size": 8, "zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}}
+    question, plan = planned(tmp_path, config, gpus=8, strategy="zero3")
+
+    assert plan.zero == ZeroSettings(overlap_communication=True)
+    assert any("--strategy zero3 wins over zero3++" in warning for warning in question.warnings)
+
+
+def test_stages_below_3_pass_over_zero_plus_plus() -> None:
+    (warning,) = read({"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 4}}).warnings
+
+    key = "ds.json: zero_optimization.zero_hpz_partition_size"
+    assert warning == f"{key} takes part in stage 3 alone; stage 2 passes over it"
+
+
+def test_bf16_gradients_that_deepspeed_would_read_as_fp16_are_refused(tmp_path: Path) -> None:
+    parts = {"stage": 3, "zero_quantized_gradients": True}
+    config = {"train_batch_size": 8, "bf16": {"enabled": True}, "zero_optimization": parts}
+
+    with pytest.raises(SpecError, match=r"quantises gradients in bf16 as if they were fp16.*zero_quantized_gradients"):
+        planned(tmp_path, config, gpus=8)
 
 
 def test_absent_keys_have_deepspeed_s_defaults(tmp_path: Path) -> None:
@@ -171,7 +217,7 @@ def test_each_setting_shows_where_it_comes_from(tmp_path: Path) -> None:
     ("path", "value"),
     [
         (f"zero_optimization.{key}", value)
-        for key, value in (("round_robin_gradients", True), ("zero_hpz_partition_size", 4))
+        for key, value in (("round_robin_gradients", True), ("zero_quantized_nontrainable_weights", True))
     ]
     + [
         ("zero_optimization.offload_optimizer", {"device": "cpu", "ratio": 0.5}),
@@ -245,6 +291,7 @@ def test_every_key_of_deepspeed_s_zero_block_is_known() -> None:
         return {field.alias or name for name, field in kind.model_fields.items()} | set(kind.model_fields)
 
     read_keys = {key for keys in SIZES.values() for key in keys}
+    read_keys |= set(ZERO_PLUS.values())
     read_keys |= {"stage", "overlap_comm", "offload_param", "offload_optimizer", "cpu_offload", "cpu_offload_param"}
     assert names(DeepSpeedZeroConfig) - read_keys == ZERO_UNMODELLED.keys() | set(ZERO_HARMLESS)
     offload = names(DeepSpeedZeroOffloadOptimizerConfig) | names(DeepSpeedZeroOffloadParamConfig)
