@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, cast, get_args
 
 from advisor.catalog.adapters import as_trained
 from advisor.catalog.calibrations import calibration_of, find_calibration
-from advisor.catalog.clusters import ClusterProfile, find_cluster
 from advisor.catalog.detect import Detected, detect
 from advisor.catalog.gpus import find_gpu
 from advisor.catalog.links import find_link
@@ -24,6 +23,8 @@ from advisor.specs.question import Input, Origin, Question
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from advisor.catalog.clusters import ClusterProfile
 
 DEFAULT_GPU = "A100-80GB"
 DEFAULT_NETWORK = "ib-hdr"
@@ -82,7 +83,7 @@ def resolve(model: str, *, describe: Describe = by_formulas, **words: Unpack[Wor
     if unknown := words.keys() - Words.__annotations__.keys():
         raise TypeError(f"unknown words {', '.join(sorted(unknown))}; known: {', '.join(Words.__annotations__)}")
     found = find_model(model)
-    profile = find_cluster(name) if (name := words.get("cluster")) else None
+    profile = _profile(words.get("cluster"))
     machine = None if profile or (words.get("gpu") and words.get("gpus")) else detect()
     gpu, gpu_origin = _gpu(words.get("gpu"), profile, machine)
     calibration, calibration_origin = _calibration(words.get("calibration"), gpu, gpu_origin)
@@ -182,6 +183,14 @@ def usual_cluster(gpu: Gpu, gpus: int) -> Cluster:
 
 def _origin(words: Words, name: str) -> Origin:
     return "given" if name in words else "assumed"
+
+
+def _profile(name: str | None) -> ClusterProfile | None:
+    if not name:
+        return None
+    from advisor.catalog.clusters import find_cluster
+
+    return find_cluster(name)
 
 
 def _gpu(name: str | None, profile: ClusterProfile | None, machine: Detected | None) -> tuple[Gpu, Origin]:

@@ -101,34 +101,40 @@ def _answer(words: dict[str, Any]) -> Recommendation | GpuRanking:
 
 
 def _headline(answer: Recommendation | GpuRanking) -> str:
-    from advisor.report.gpu_types import headline
-    from advisor.search.gpu_types import GpuRanking
+    from advisor.search.results import Recommendation
 
-    return headline(answer) if isinstance(answer, GpuRanking) else answer.headline
+    if isinstance(answer, Recommendation):
+        return answer.headline
+    from advisor.report.gpu_types import headline
+
+    return headline(answer)
 
 
 def _whole(answer: Recommendation | GpuRanking, launch: Launch | None) -> Mapping[str, object]:
     from advisor.report.machine import ranking_object, recommendation_object
-    from advisor.search.gpu_types import GpuRanking
+    from advisor.search.results import Recommendation
 
-    return ranking_object(answer, launch) if isinstance(answer, GpuRanking) else recommendation_object(answer, launch)
+    if isinstance(answer, Recommendation):
+        return recommendation_object(answer, launch)
+    return ranking_object(answer, launch)
 
 
 def _rows(answer: Recommendation | GpuRanking) -> Sequence[Mapping[str, object]]:
     from advisor.report.machine import ranking_rows
-    from advisor.search.gpu_types import GpuRanking
-    from advisor.search.results import row
+    from advisor.search.results import Recommendation, row
 
-    return ranking_rows(answer) if isinstance(answer, GpuRanking) else [row(plan) for plan in answer.plans]
+    return [row(plan) for plan in answer.plans] if isinstance(answer, Recommendation) else ranking_rows(answer)
 
 
 def _page(
     answer: Recommendation | GpuRanking, launch: Launch | None, width: int, written: Sequence[Path]
 ) -> Iterable[RenderableType]:
-    from advisor.report.gpu_types import ranking_report
-    from advisor.report.recommendation import recommendation_report
-    from advisor.search.gpu_types import GpuRanking
+    from advisor.search.results import Recommendation
 
-    if isinstance(answer, GpuRanking):
-        return ranking_report(answer, launch, width=width, written=written)
-    return recommendation_report(answer, launch, width=width, written=written)
+    if isinstance(answer, Recommendation):
+        from advisor.report.recommendation import recommendation_report
+
+        return recommendation_report(answer, launch, width=width, written=written)
+    from advisor.report.gpu_types import ranking_report
+
+    return ranking_report(answer, launch, width=width, written=written)
