@@ -245,7 +245,7 @@ def gated(tape: Tape, x: Tensor, row: Row) -> Tensor:
     width, inner = int(row["width"]), int(row["inner_width"])
     matrices = Parameter("gate", (inner, width)), Parameter("up", (inner, width)), Parameter("down", (width, inner))
     spec = FeedForward(width=inner, gated=True, activation="silu")
-    return feed_forward(tape, x, spec, weights_of(matrices, 2), width)
+    return feed_forward(tape, x, spec, weights_of(matrices, 2, 2), width)
 
 
 OPERATORS: dict[str, Callable[[Tape, Tensor, Row], Tensor]] = {

@@ -15,7 +15,7 @@ def test_cutting_frozen_weights_loses_to_keeping_them_whole_where_links_are_slow
     for cut in ("zero3", "fsdp"):
         assert speed[cut] < 0.4 * speed["ddp"]
         assert "slower" in why[cut]
-        assert "GB more traffic per step" in why[cut]
+        assert "s longer for weights over pcie4-no-p2p" in why[cut]
 
 
 def test_offload_is_ruled_out_with_its_reason() -> None:

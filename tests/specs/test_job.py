@@ -24,7 +24,7 @@ def test_nothing_to_train_on_is_refused(name: str, value: int) -> None:
         ("parameter_format", "fp16", "parameter format must be one of fp32, bf16, got 'fp16'"),
         ("optimizer", "adam", "optimizer must be one of adamw-fused, adamw-foreach, adamw-loop, got 'adam'"),
         ("attention", "paged", "attention must be one of sdpa, flash, eager, got 'paged'"),
-        ("loss", "none", "loss must be one of full, chunked, fused, got 'none'"),
+        ("loss", "none", "loss must be one of full, chunked, fused, tiled, got 'none'"),
     ],
 )
 def test_an_unknown_choice_is_refused_with_the_known_ones(name: str, value: str, said: str) -> None:
