@@ -112,7 +112,8 @@ def step_time(
     """Times of one optimizer step for every plan that *step* was built for, whose model FLOPs are *excess* times those
     of a GPU on average."""
     at, ways = rates(cluster.gpu, job.precision, calibration), Ways(cluster, plan)
-    host = partial(_host_update_seconds, plan.gpus, cluster, calibration)
+    on_host = np.any(_host_updated(step))
+    host = partial(_host_update_seconds, plan.gpus, cluster, calibration) if on_host else _no_time
     compute: Amount = 0.0
     optimizer: Amount = 0.0
     model_flop: Amount = 0.0
@@ -160,6 +161,11 @@ def _host_update_seconds(gpus: Count, cluster: Cluster, calibration: Calibration
     parameters = _host_updated(node)
     moved = parameters * calibration.cpu_adam_bytes_per_parameter * np.minimum(gpus, cluster.gpus_per_node)
     return moved / cluster.cpu_memory_bandwidth_bytes_per_s
+
+
+def _no_time(node: Node) -> Amount:
+    """Where nothing is updated on the CPU."""
+    return 0.0
 
 
 @read_once

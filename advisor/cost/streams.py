@@ -238,7 +238,9 @@ class _Score:
         return self.causes[cause]
 
     def _see(self, *amounts: Amount) -> None:
-        self.shape = np.broadcast_shapes(self.shape, *map(np.shape, amounts))
+        for amount in amounts:
+            if isinstance(amount, np.ndarray) and amount.shape != self.shape:
+                self.shape = np.broadcast_shapes(self.shape, amount.shape)
 
 
 def _run(busy_s: Amount, launch_s: Amount, launches: int) -> Event:
