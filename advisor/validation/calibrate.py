@@ -179,11 +179,12 @@ def _of_gpu(by_kind: Mapping[str, list[Rate]], gpu: Gpu, before: Calibration) ->
     ]
     if pinned:
         links[gpu.host_link] = min(pinned)
-    reduced = by_kind.get("all-reduce", [])
-    if reduced:
-        links[gpu.link] = max(reduced, key=lambda each: each.moved_bytes).bytes_per_s
+    # A switch that reduces lends an all-reduce more than the rate of a ring, which a link is known by.
+    gathered = by_kind.get("all-gather", [])
+    if gathered:
+        links[gpu.link] = max(gathered, key=lambda each: each.moved_bytes).bytes_per_s
     if links:
-        values["link_bandwidth_bytes_per_s"] = links, "copies of pinned memory; the largest all-reduce"
+        values["link_bandwidth_bytes_per_s"] = links, "copies of pinned memory; the largest all-gather"
     return values
 
 

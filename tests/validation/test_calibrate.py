@@ -122,8 +122,8 @@ def test_rates_of_a_gpu_become_the_constants_of_its_generation_and_links() -> No
         rate("host to device", 1.0, moved=5.5e10, memory="pinned"),
         rate("device to host", 1.0, moved=5.2e10, memory="pinned"),
         rate("host to device", 1.0, moved=1e10, memory="pageable"),
-        rate("all-reduce", 1.0, moved=4e11, size_bytes=2**28),
-        rate("all-reduce", 1.0, moved=1e9, size_bytes=2**12),
+        rate("all-gather", 1.0, moved=4e11, size_bytes=2**28),
+        rate("all-gather", 1.0, moved=1e9, size_bytes=2**12),
     ]
     constants = {each.name: each.value for each in _constants(found, H200, 8, find_calibration())}
 
