@@ -33,8 +33,9 @@ from advisor.specs.plan import (
     zero_settings,
 )
 from advisor.specs.question import Input, Question
-from advisor.step.build import StepProgram, gradients_modelled
+from advisor.step.build import StepProgram
 from advisor.step.nvme import swap_buffers
+from advisor.step.schemes import gradients_modelled
 from advisor.step.zero_plus import all_parts, refusal
 
 Choice = TypeVar("Choice", bound=Enum)

@@ -15,8 +15,9 @@ from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
 from advisor.specs.plan import Plan, Strategy
 from advisor.specs.question import Question
-from advisor.step.build import build, scheme_of
+from advisor.step.build import build
 from advisor.step.program import Category, Node, fold, peak_of, phase_peaks, then
+from advisor.step.schemes import scheme_of
 from advisor.tracing.real_model import described, needs_torch
 from advisor.tracing.source import undescribed
 from advisor.validation.accuracy import on_one_memory, without_dropout

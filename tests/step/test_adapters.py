@@ -14,10 +14,11 @@ from advisor.catalog.models import find_model
 from advisor.errors import SpecError
 from advisor.specs.job import Job
 from advisor.specs.plan import Checkpointing, FsdpSettings, Offload, Plan, Strategy, zero_settings
-from advisor.step.build import StepProgram, build, scheme_of
+from advisor.step.build import StepProgram, build
 from advisor.step.operators import linear
 from advisor.step.program import Collective, blocks, fold, peak_of, then
 from advisor.step.recording import Mode
+from advisor.step.schemes import scheme_of
 from advisor.step.weights import weights_of
 
 MODEL = find_model("Qwen2.5-0.5B").model

@@ -24,8 +24,9 @@ from advisor.specs.plan import (
     ZeroSettings,
     zero_settings,
 )
-from advisor.step.build import StepProgram, build, scheme_of
+from advisor.step.build import StepProgram, build
 from advisor.step.program import Line, fold, held_after, peak_of, phase_peaks, then
+from advisor.step.schemes import scheme_of
 from advisor.step.states import row_shards
 from step.catalog_models import PROFILES, model_of
 

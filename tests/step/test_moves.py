@@ -8,10 +8,11 @@ import pytest
 
 from advisor.specs.job import Job, LossKernel
 from advisor.specs.plan import OWN_STRATEGIES, Checkpointing, Offload, Plan, Strategy, zero_settings
-from advisor.step.build import StepProgram, build, scheme_of
+from advisor.step.build import StepProgram, build
 from advisor.step.ddp import bucket_sizes
 from advisor.step.moves import Move, Moves, Rounds, moves
 from advisor.step.program import NOTHING, Block, Node, blocks, fold, hold, phase, release, repeat, scratch, then
+from advisor.step.schemes import scheme_of
 from advisor.step.tape import Event
 from step.catalog_models import PROFILES, model_of, shallow
 

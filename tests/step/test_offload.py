@@ -14,10 +14,11 @@ from advisor.catalog.huggingface import model_from_config
 from advisor.errors import SpecError
 from advisor.specs.job import Job
 from advisor.specs.plan import Offload, OffloadSettings, Plan, Strategy, ZeroSettings
-from advisor.step.build import StepProgram, build, scheme_of
+from advisor.step.build import StepProgram, build
 from advisor.step.nvme import LEAST_BYTES, aligned, optimizer_files, swap_buffers, weight_files
 from advisor.step.offload import pinned
 from advisor.step.program import Copy, blocks, fold, held_after, phase_peaks, without
+from advisor.step.schemes import scheme_of
 from advisor.step.zero_three import shares, sub_groups
 
 MODEL = model_from_config(

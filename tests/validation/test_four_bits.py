@@ -13,8 +13,9 @@ from advisor.catalog.adapters import as_trained
 from advisor.catalog.huggingface import model_from_config
 from advisor.specs.job import Job
 from advisor.specs.plan import Plan, Strategy
-from advisor.step.build import build, scheme_of
+from advisor.step.build import build
 from advisor.step.program import fold, phase_peaks, then
+from advisor.step.schemes import scheme_of
 
 torch = pytest.importorskip("torch")
 for package in ("transformers", "peft", "bitsandbytes"):
