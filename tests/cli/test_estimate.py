@@ -105,7 +105,7 @@ def test_a_strategy_or_a_file_is_required_and_the_choices_are_named(run: Run) ->
 
     assert result.exit_code == 2
     assert "give --strategy (ddp, " in result.stderr
-    assert "zero3), or --config" in result.stderr
+    assert "zero3++), or --config" in result.stderr
 
 
 def test_a_configuration_takes_the_place_of_the_plan_s_flags(run: Run, tmp_path: Path) -> None:
