@@ -41,7 +41,6 @@ DROPS_OUT = {
 @pytest.mark.parametrize(
     ("target", "strategy", "engine"),
     [
-        ("accelerate", Strategy.DDP, "DistributedDataParallel"),
         ("accelerate", Strategy.FSDP_GRAD_OP, "FSDPGPT2LMHeadModel"),
         ("deepspeed", Strategy.ZERO3, "DeepSpeedEngine"),
     ],
