@@ -34,6 +34,7 @@ class Sheet:
     rank: NDArray[Any]
     """The one that holds most."""
     tokens_per_s: NDArray[Any]
+    """0 where none of the sheet can fit, whose times nobody asks for."""
     device_used_bytes: NDArray[Any]
     """At least."""
     short_by_bytes: NDArray[Any]
@@ -48,11 +49,14 @@ def price_sheet(question: Question, plan: Plan) -> Sheet:
     """Memory and time of every plan that *plan* stands for, in one pass over one program."""
     step = program_of_contenders(question, plan)
     found = footprint(step, plan, question.cluster, question.calibration)
-    timed = step_time(step.pace, question.job, plan, question.cluster, question.calibration, step.slowest_excess)
     short = shortfall(found, question.cluster, question.margin_share(plan))
+    tokens_per_s: Amount = 0.0
+    if np.any(short <= 0):
+        timed = step_time(step.pace, question.job, plan, question.cluster, question.calibration, step.slowest_excess)
+        tokens_per_s = timed.tokens_per_s
     counts = (plan.gpus, plan.micro_batch, plan.accumulation_steps)
     shape = np.broadcast_shapes(*(np.shape(each) for each in counts))
-    readings = (step.rank, timed.tokens_per_s, found.device_used_bytes, short)
+    readings = (step.rank, tokens_per_s, found.device_used_bytes, short)
     return Sheet(plan, *of_fullest(step, shape, *readings))
 
 
