@@ -135,10 +135,9 @@ def _islands(cluster: Cluster, inside: NDArray[np.int64], stride: NDArray[np.int
     topology = cluster.topology
     if topology is None:
         return np.ones(inside.shape)
-    pairs = zip(inside.reshape(-1).tolist(), stride.reshape(-1).tolist(), strict=True)
+    pairs = list(zip(inside.reshape(-1).tolist(), stride.reshape(-1).tolist(), strict=True))
     found = {pair: topology.touched(*pair, cluster.gpus_per_node) if pair[0] > 1 else 1 for pair in set(pairs)}
-    every = zip(inside.reshape(-1).tolist(), stride.reshape(-1).tolist(), strict=True)
-    return np.array([float(found[pair]) for pair in every]).reshape(inside.shape)
+    return np.array([float(found[pair]) for pair in pairs]).reshape(inside.shape)
 
 
 def _meshed(link: Link, gpus: Amount) -> Amount:

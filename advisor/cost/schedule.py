@@ -112,8 +112,7 @@ def step_time(
     """Times of one optimizer step for every plan that *step* was built for, whose model FLOPs are *excess* times those
     of a GPU on average."""
     at, ways = rates(cluster.gpu, job.precision, calibration), Ways(cluster, plan)
-    on_host = np.any(_host_updated(step))
-    host = partial(_host_update_seconds, plan.gpus, cluster, calibration) if on_host else _no_time
+    host = partial(_host_update_seconds, plan.gpus, cluster, calibration)
     compute: Amount = 0.0
     optimizer: Amount = 0.0
     model_flop: Amount = 0.0
@@ -159,13 +158,10 @@ def step_time(
 def _host_update_seconds(gpus: Count, cluster: Cluster, calibration: Calibration, node: Node) -> Amount:
     """An optimizer on the CPU streams its states through host memory, which the ranks of a machine share."""
     parameters = _host_updated(node)
+    if isinstance(parameters, int) and not parameters:
+        return 0.0
     moved = parameters * calibration.cpu_adam_bytes_per_parameter * np.minimum(gpus, cluster.gpus_per_node)
     return moved / cluster.cpu_memory_bandwidth_bytes_per_s
-
-
-def _no_time(node: Node) -> Amount:
-    """Where nothing is updated on the CPU."""
-    return 0.0
 
 
 @read_once

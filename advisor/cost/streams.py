@@ -27,9 +27,18 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from advisor.step.program import Amount, Block, Collective, Copy, Node, Repeat, Sequence, read_once, then
+from advisor.step.program import (
+    Amount,
+    Block,
+    Collective,
+    Node,
+    Repeat,
+    Sequence,
+    Transfer,
+    read_once,
+    then,
+)
 
-Transfer = Collective | Copy
 Cause = tuple[str, str]
 """What a transfer carries, and its kind."""
 

@@ -9,9 +9,17 @@ import numpy as np
 from advisor.cost.collectives import Path, collective_seconds, copy_seconds, nvme_seconds, path, sent_bytes
 from advisor.specs.hardware import Cluster
 from advisor.specs.plan import GroupName, Plan
-from advisor.step.program import Amount, Block, Collective, CollectiveKind, Copy, CopyKind, Node, Repeat, read_once
-
-Transfer = Collective | Copy
+from advisor.step.program import (
+    Amount,
+    Block,
+    Collective,
+    CollectiveKind,
+    CopyKind,
+    Node,
+    Repeat,
+    Transfer,
+    read_once,
+)
 
 NVME = "NVMe"
 """What transfers to and from it are said to go over."""

@@ -130,7 +130,7 @@ def saves(ranked: Sequence[Estimate]) -> str:
     second, fastest = ranked[1], max(ranked, key=lambda estimate: estimate.time.tokens_per_s)
     less = (second.memory.device_used_bytes - best.memory.device_used_bytes) / GIB
     slower = 1 - best.time.tokens_per_s / fastest.time.tokens_per_s
-    price = f", and {100 * slower:.0f} % slower than {fastest.plan.title}" if slower >= 0.005 else ""
+    price = f", and {100 * slower:.0f} % slower than {fastest.plan.title}" if slower >= LEAST_SLOWER_SHARE else ""
     return f"{less:.1f} GiB less than {second.plan.title}, the next{price}; {room}"
 
 
@@ -138,7 +138,8 @@ def leaner(best: Estimate, other: Estimate) -> str:
     """What a plan needs more where memory is what counts, and what that buys."""
     more = (other.memory.device_used_bytes - best.memory.device_used_bytes) / GIB
     faster = other.time.tokens_per_s / best.time.tokens_per_s - 1
-    pace = f"{100 * abs(faster):.0f} % {'faster' if faster > 0 else 'slower'}" if abs(faster) >= 0.005 else "as fast"
+    which = "faster" if faster > 0 else "slower"
+    pace = f"{100 * abs(faster):.0f} % {which}" if abs(faster) >= LEAST_SLOWER_SHARE else "as fast"
     return f"needs {more:.1f} GiB more, {pace}"
 
 

@@ -79,6 +79,9 @@ class Copy(NamedTuple):
     """As a collective's."""
 
 
+Transfer = Collective | Copy
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Matmul:
     """*count* matrix products (m x k)(k x n); its work is 2·m·n·k each."""
@@ -129,7 +132,7 @@ class Block:
     """Bytes that its kernels read and write in device memory, the operands of its products among them."""
     kernels: int = 0
     """How many kernels it launches."""
-    transfers: tuple[Collective | Copy, ...] = ()
+    transfers: tuple[Transfer, ...] = ()
     awaits: str = ""
     """What was sent before and has to be there when the block begins; nothing if empty."""
     host_updated_parameters: Amount = 0

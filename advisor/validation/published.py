@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
 from advisor.catalog.adapters import as_trained
-from advisor.catalog.calibrations import find_calibration
 from advisor.catalog.gpus import find_gpu
 from advisor.catalog.links import find_link
 from advisor.catalog.models import find_model
 from advisor.catalog.profiles import profiles_folder
+from advisor.catalog.request import DEFAULT_NETWORK, usual_cluster
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
 from advisor.specs.model import Attention, FeedForward, Layer, ModelSpec, Parameter, Run
@@ -26,8 +27,6 @@ from advisor.specs.plan import Checkpointing, FsdpSettings, MegatronSettings, Of
 Row = Mapping[str, str]
 
 MPT_VOCABULARY = 50368
-HOST_MEMORY_BYTES = 2**41
-"""Plays no part in what was published."""
 SCORES = "scores"
 """The attention kernel of rows that computed the scores matrix."""
 
@@ -99,17 +98,8 @@ def _adapters(row: Row) -> dict[str, Any]:
 
 
 def _cluster(row: Row, gpus: int, nodes: int) -> Cluster:
-    gpu, calibration = find_gpu(row["gpu"]), find_calibration()
-    return Cluster(
-        gpu=gpu,
-        gpus=gpus,
-        nodes=nodes,
-        link=find_link(gpu.link),
-        host_link=find_link(gpu.host_link),
-        network=find_link(row.get("network") or "ib-hdr"),
-        host_memory_bytes=HOST_MEMORY_BYTES,
-        cpu_memory_bandwidth_bytes_per_s=calibration.host_bandwidth_bytes_per_s_per_gpu * (gpus // nodes),
-    )
+    network = find_link(row.get("network") or DEFAULT_NETWORK)
+    return replace(usual_cluster(find_gpu(row["gpu"]), gpus // nodes), gpus=gpus, nodes=nodes, network=network)
 
 
 def _model(row: Row) -> ModelSpec:

@@ -7,9 +7,8 @@ from functools import partial
 from typing import Any
 
 from advisor.catalog.trainers import Versions
-from advisor.launch.deepspeed import ADAMW, GRADIENT_CLIPPING
 from advisor.launch.run_script import header
-from advisor.launch.trainers.hugging_face import ATTENTION, OPTIMIZERS, refuse_a_bare_configuration
+from advisor.launch.trainers.hugging_face import ATTENTION, OPTIMIZERS, UPDATES, refuse_a_bare_configuration
 from advisor.launch.trainers.words import attention_kernel, yaml_text
 from advisor.launch.training import Beside, LaunchFile, OwnCommand, Program, Task, Word
 from advisor.specs.plan import Checkpointing
@@ -63,12 +62,7 @@ def _settings(task: Task) -> dict[str, Any]:
         "fp16": job.precision == "fp16",
         "tf32": False,
         "optimizer": OPTIMIZERS[job.optimizer],
-        "learning_rate": ADAMW["lr"],
-        "weight_decay": ADAMW["weight_decay"],
-        "adam_beta1": ADAMW["betas"][0],
-        "adam_beta2": ADAMW["betas"][1],
-        "adam_epsilon": ADAMW["eps"],
-        "max_grad_norm": GRADIENT_CLIPPING,
+        **UPDATES,
         "attn_implementation": ATTENTION[attention_kernel(task.model, job)],
         "torch_compile": False,
         "auto_find_batch_size": False,

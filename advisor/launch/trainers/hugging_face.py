@@ -27,6 +27,16 @@ ATTENTION = {"sdpa": "sdpa", "flash": "flash_attention_2", "eager": "eager"}
 
 FORMATS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
+UPDATES: dict[str, float] = {
+    "learning_rate": ADAMW["lr"],
+    "weight_decay": ADAMW["weight_decay"],
+    "adam_beta1": ADAMW["betas"][0],
+    "adam_beta2": ADAMW["betas"][1],
+    "adam_epsilon": ADAMW["eps"],
+    "max_grad_norm": GRADIENT_CLIPPING,
+}
+"""What updates weights, as DeepSpeed's JSON says it too."""
+
 FUSED_LOSS_ALONE = {
     "rope": False,
     "rms_norm": False,
@@ -49,12 +59,7 @@ def training_arguments(task: Task, versions: Versions) -> dict[str, Any]:
         "bf16": computes_in == "bf16",
         "fp16": computes_in == "fp16",
         "optim": OPTIMIZERS[job.optimizer],
-        "learning_rate": ADAMW["lr"],
-        "weight_decay": ADAMW["weight_decay"],
-        "adam_beta1": ADAMW["betas"][0],
-        "adam_beta2": ADAMW["betas"][1],
-        "adam_epsilon": ADAMW["eps"],
-        "max_grad_norm": GRADIENT_CLIPPING,
+        **UPDATES,
         "torch_compile": False,
         "auto_find_batch_size": False,
         # Else the Trainer lets DDP look for unused parameters in every backward pass.
