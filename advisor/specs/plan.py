@@ -25,13 +25,17 @@ Count = int | NDArray[Any]
 
 PipelineSchedule = Literal["1f1b", "gpipe"]
 
-GroupName = Literal["data", "shard", "replica", "secondary", "machine", "machines", "tensor", "context", "pipeline"]
+RankGroup = Literal["data", "shard", "replica", "secondary", "machine", "machines", "tensor", "context", "pipeline"]
+ExpertGroup = Literal["expert", "expert-tensor", "expert-data"]
+GroupName = RankGroup | ExpertGroup
 """Which ranks a message goes round.
 
 Data: those that hold the same part of the model and see different tokens. Shard: those of them that FSDP's states are
 cut over. Replica: those that hold the same cut. Secondary: those that ZeRO++'s second copy of the weights is cut over.
 Machine: those of one machine. Machines: those that stand at one place in each of them. Tensor: those that cut each
-layer. Context: those that cut each sequence. Pipeline: those that have consecutive layers.
+layer. Context: those that cut each sequence. Pipeline: those that have consecutive layers. Expert: those that each have
+other experts of a layer. Expert-tensor: those that cut each expert. Expert-data: those that hold the same part of the
+same experts.
 """
 
 
@@ -266,10 +270,14 @@ class Plan:
     virtual_stages: int = 1
     """Runs of layers that each pipeline stage has, apart from each other (interleaving)."""
     context_parallel: int = 1
+    expert_parallel: int = 1
+    """Ranks that a layer's experts are spread over; nothing to do with a model that has none."""
+    expert_tensor_parallel: int = 1
+    """Ranks that each expert is cut over, in the place of ``tensor_parallel``."""
     megatron: MegatronSettings = MegatronSettings()
 
     def __post_init__(self) -> None:
-        for name in (*_COUNTS, "tensor_parallel", "pipeline_parallel", "virtual_stages", "context_parallel"):
+        for name in (*_COUNTS, *_CUTS):
             if np.any(np.asarray(getattr(self, name)) < 1):
                 raise SpecError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.strategy is Strategy.HSDP:
@@ -318,10 +326,13 @@ class Plan:
     def _check_parallelism(self) -> None:
         """Raises SpecError where the GPUs, stages and micro-batches do not divide as Megatron needs it."""
         cut, counts = self.model_ranks * self.context_parallel, self._counts_text
-        if self.strategy is not Strategy.MEGATRON and cut * self.virtual_stages > 1:
+        if self.strategy is not Strategy.MEGATRON and cut * self.virtual_stages * self.expert_ranks > 1:
             raise SpecError(f"{self.strategy.title} is data parallel alone, got {counts}; they need megatron")
         if np.any(np.asarray(self.gpus) % cut):
             raise SpecError(f"{counts} take {cut} GPUs or a multiple, got {self.gpus}")
+        experts = self.expert_ranks * self.pipeline_parallel
+        if np.any(np.asarray(self.gpus) % experts):
+            raise SpecError(f"{self._experts_text} take {experts} GPUs or a multiple, got {self.gpus}")
         if self.virtual_stages == 1:
             return
         if self.pipeline_parallel == 1:
@@ -336,10 +347,23 @@ class Plan:
 
     @property
     def _counts_text(self) -> str:
-        return (
+        text = (
             f"tensor_parallel {self.tensor_parallel} x pipeline_parallel {self.pipeline_parallel} x "
             f"context_parallel {self.context_parallel}"
         )
+        return text if self.expert_ranks == 1 else f"{text} and {self._experts_text}"
+
+    @property
+    def _experts_text(self) -> str:
+        return (
+            f"expert_parallel {self.expert_parallel} x expert_tensor_parallel {self.expert_tensor_parallel} x "
+            f"pipeline_parallel {self.pipeline_parallel}"
+        )
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that the experts of a layer are cut over."""
+        return self.expert_parallel * self.expert_tensor_parallel
 
     @property
     def model_ranks(self) -> int:
@@ -384,9 +408,11 @@ class Plan:
         """The ranks of each group called *name*.
 
         Megatron numbers tensor-parallel ranks first, then context, data and pipeline (megatron-core 0.16.1,
-        parallel_state.py ``initialize_model_parallel``). Gradients are summed over data and context ranks together.
+        parallel_state.py ``initialize_model_parallel``). Gradients are summed over data and context ranks together. Of
+        the ranks of a pipeline stage, each expert's are numbered first, then those of other experts, then others of the
+        same.
         """
-        tensor, context = self.tensor_parallel, self.context_parallel
+        tensor, context, sliced = self.tensor_parallel, self.context_parallel, self.expert_tensor_parallel
         groups = {
             "shard": Group(self.shard_ranks),
             "replica": Group(self.gpus // self.shard_ranks, self.shard_ranks),
@@ -397,6 +423,9 @@ class Plan:
             "context": Group(context, tensor),
             "pipeline": Group(self.pipeline_parallel, self.gpus // self.pipeline_parallel),
             "data": Group(self.data_parallel * context, tensor),
+            "expert": Group(self.expert_parallel, sliced),
+            "expert-tensor": Group(sliced),
+            "expert-data": Group(self.gpus // (self.expert_ranks * self.pipeline_parallel), self.expert_ranks),
         }
         return groups[name]
 
@@ -425,6 +454,8 @@ class Plan:
             interleaved = f" x {self.virtual_stages}" if self.virtual_stages > 1 else ""
             cuts.append(f"pp {self.pipeline_parallel}{interleaved}")
         cuts += [f"cp {self.context_parallel}"] if self.context_parallel > 1 else []
+        cuts += [f"ep {self.expert_parallel}"] if self.expert_parallel > 1 else []
+        cuts += [f"etp {self.expert_tensor_parallel}"] if self.expert_tensor_parallel > 1 else []
         return " " + ", ".join(cuts) if cuts else ""
 
     def at(self, index: int) -> Plan:
@@ -438,3 +469,5 @@ class Plan:
 
 
 _COUNTS = ("gpus", "micro_batch", "accumulation_steps")
+_EXPERT_CUTS = ("expert_parallel", "expert_tensor_parallel")
+_CUTS = ("tensor_parallel", "pipeline_parallel", "virtual_stages", "context_parallel", *_EXPERT_CUTS)

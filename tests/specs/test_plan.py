@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -222,6 +223,9 @@ def megatron(**counts: Any) -> Plan:
         ({"tensor_parallel": 2, "context_parallel": 4}, "context", (4, 2)),
         ({"tensor_parallel": 2, "context_parallel": 4}, "data", (8, 2)),
         ({}, "data", (16, 1)),
+        ({"expert_parallel": 8, "expert_tensor_parallel": 2}, "expert-tensor", (2, 1)),
+        ({"expert_parallel": 4, "expert_tensor_parallel": 2}, "expert", (4, 2)),
+        ({"pipeline_parallel": 2, "tensor_parallel": 8, "expert_parallel": 4}, "expert-data", (2, 4)),
     ],
 )
 def test_ranks_are_grouped_as_megatron_numbers_them(
@@ -240,6 +244,19 @@ def test_the_groups_of_a_rank_make_up_all_gpus(tensor: int, pipeline: int, conte
     assert plan.global_batch == copies * 8
 
 
+@given(*4 * [st.sampled_from([1, 2, 4])])
+def test_the_groups_of_an_expert_make_up_the_ranks_of_a_stage(
+    slices: int, experts: int, pipeline: int, copies: int
+) -> None:
+    gpus = slices * experts * pipeline * copies
+    plan = megatron(gpus=gpus, pipeline_parallel=pipeline, expert_parallel=experts, expert_tensor_parallel=slices)
+
+    groups = [plan.group(name) for name in ("expert-tensor", "expert", "expert-data")]
+    assert [int(group.size) for group in groups] == [slices, experts, copies]
+    assert prod(int(group.size) for group in groups) == gpus // pipeline
+    assert [int(group.stride) for group in groups] == [1, slices, slices * experts]
+
+
 @pytest.mark.parametrize(
     ("counts", "title"),
     [
@@ -247,6 +264,8 @@ def test_the_groups_of_a_rank_make_up_all_gpus(tensor: int, pipeline: int, conte
         ({"tensor_parallel": 8, "sequence_parallel": True}, "Megatron tp 8 + sp"),
         ({"tensor_parallel": 2, "pipeline_parallel": 4, "virtual_stages": 3}, "Megatron tp 2, pp 4 x 3"),
         ({"context_parallel": 2}, "Megatron cp 2"),
+        ({"tensor_parallel": 2, "expert_parallel": 4}, "Megatron tp 2, ep 4"),
+        ({"tensor_parallel": 2, "expert_parallel": 4, "expert_tensor_parallel": 2}, "Megatron tp 2, ep 4, etp 2"),
     ],
 )
 def test_a_title_says_what_is_cut(counts: dict[str, Any], title: str) -> None:
@@ -258,6 +277,8 @@ def test_a_title_says_what_is_cut(counts: dict[str, Any], title: str) -> None:
     [
         ({"gpus": 12, "tensor_parallel": 8}, "tensor_parallel 8 x .* take 8 GPUs or a multiple, got 12"),
         ({"strategy": Strategy.DDP, "tensor_parallel": 2}, "DDP is data parallel alone"),
+        ({"strategy": Strategy.FSDP, "expert_parallel": 2}, "and expert_parallel 2 x .*; they need megatron"),
+        ({"expert_parallel": 3}, "expert_parallel 3 x expert_tensor_parallel 1 x .* take 3 GPUs or a multiple, got 16"),
         ({"virtual_stages": 2}, "2 virtual stages need a pipeline"),
         (
             {"virtual_stages": 2, "pipeline_parallel": 4, "accumulation_steps": 6},
