@@ -1,7 +1,8 @@
 """advisor: whether a training run fits, what is fastest, and what to type.
 
-``recommend``, ``rank_gpus``, ``compare``, ``estimate``, ``launch_files`` and ``validate`` take the words of the
-command line and return frozen values; ``read_records`` returns what ``validate`` recorded.
+``recommend``, ``rank_gpus``, ``compare``, ``limits``, ``largest_models``, ``estimate``, ``launch_files`` and
+``validate`` take the words of the command line and return frozen values; ``read_records`` returns what ``validate``
+recorded.
 """
 
 from __future__ import annotations
@@ -16,16 +17,30 @@ if TYPE_CHECKING:
     from advisor.launch.files import launch_files
     from advisor.search.compare import compare
     from advisor.search.gpu_types import rank_gpus
+    from advisor.search.limits import largest_models, limits
     from advisor.search.recommend import recommend
     from advisor.validation.campaign import validate
     from advisor.validation.recorded import read_records
 
-__all__ = ["__version__", "compare", "estimate", "launch_files", "rank_gpus", "read_records", "recommend", "validate"]
+__all__ = [
+    "__version__",
+    "compare",
+    "estimate",
+    "largest_models",
+    "launch_files",
+    "limits",
+    "rank_gpus",
+    "read_records",
+    "recommend",
+    "validate",
+]
 
 _HOMES = {
     "compare": "advisor.search.compare",
     "estimate": "advisor.cost.estimate",
+    "largest_models": "advisor.search.limits",
     "launch_files": "advisor.launch.files",
+    "limits": "advisor.search.limits",
     "rank_gpus": "advisor.search.gpu_types",
     "read_records": "advisor.validation.recorded",
     "recommend": "advisor.search.recommend",

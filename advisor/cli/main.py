@@ -21,6 +21,7 @@ COMMANDS = {
     "recommend": "Find the fastest plan that fits, and say why not the others.",
     "estimate": "Price one plan: memory, traffic and time of a training step.",
     "compare": "Compare strategies and GPU counts: speed, efficiency, time and cost.",
+    "limits": "Find the largest micro-batch, the longest sequence or the largest model.",
     "launch": "Show, write or start the files that train by one plan.",
     "trace": "Run one plan's step without its data, and compare its bytes with the prediction.",
     "validate": "Run plans for a few steps on this machine, and compare with the prediction.",

@@ -48,7 +48,7 @@ def estimate_object(estimate: Estimate) -> Json:
     return {
         "schema": SCHEMA,
         "inputs": inputs_object(estimate.inputs),
-        "model": _model(estimate.model),
+        "model": model_object(estimate.model),
         "plan": plan_object(estimate.plan),
         "memory": _memory(estimate.memory),
         "traffic": [_traffic(line) for line in estimate.traffic],
@@ -67,7 +67,7 @@ def recommendation_object(recommendation: Recommendation, launch: Launch | None)
         "schema": SCHEMA,
         "headline": recommendation.headline,
         "inputs": inputs_object(recommendation.inputs),
-        "model": _model(recommendation.model),
+        "model": model_object(recommendation.model),
         "best": plans[0] if plans else None,
         "plans": plans,
         "rejected": [
@@ -94,7 +94,7 @@ def comparison_object(comparison: Comparison) -> Json:
         "schema": SCHEMA,
         "scaling": comparison.scaling,
         "inputs": inputs_object(comparison.inputs),
-        "model": _model(comparison.model),
+        "model": model_object(comparison.model),
         "fewest_gpus": comparison.fewest_gpus,
         "counts": [
             {
@@ -132,7 +132,7 @@ def ranking_object(ranking: GpuRanking, launch: Launch | None) -> Json:
         "schema": SCHEMA,
         "objective": ranking.objective,
         "inputs": inputs_object(ranking.inputs),
-        "model": _model(ranking.model),
+        "model": model_object(ranking.model),
         "best": estimate_object(ranking.best) if ranking.best else None,
         "gpus": [
             {
@@ -164,7 +164,7 @@ def launch_object(estimate: Estimate, launch: Launch) -> Json:
     return {
         "schema": SCHEMA,
         "inputs": inputs_object(estimate.inputs),
-        "model": _model(estimate.model),
+        "model": model_object(estimate.model),
         "plan": plan_object(estimate.plan),
         "verdict": estimate.verdict,
         "why": estimate.why,
@@ -225,7 +225,8 @@ def inputs_object(inputs: Iterable[Input]) -> Json:
     }
 
 
-def _model(model: ModelSpec) -> Json:
+def model_object(model: ModelSpec) -> Json:
+    """A model by name and size."""
     return {
         "name": model.name,
         "family": model.family,
