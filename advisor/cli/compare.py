@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from advisor.cli.answer import NOTHING_FITS, form_of, note, notes, print_answer
-from advisor.cli.options import SectionCommand, form_options, given, job_options, option, training_options
+from advisor.cli.options import (
+    SectionCommand,
+    form_options,
+    given,
+    job_options,
+    option,
+    search_options,
+    training_options,
+)
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -52,6 +60,7 @@ def counts(text: str) -> tuple[int, ...]:
     show_default=True,
     help="One global batch for all counts, or that of the fewest GPUs growing with the count.",
 )
+@search_options
 @training_options
 @form_options
 @click.pass_context

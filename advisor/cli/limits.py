@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from advisor.cli.answer import NOTHING_FITS, form_of, note, notes, print_answer
-from advisor.cli.options import SectionCommand, form_options, given, question_options, trace_options
+from advisor.cli.options import SectionCommand, form_options, given, question_options, search_options, trace_options
 
 if TYPE_CHECKING:
     from advisor.cli.answer import Form
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 @click.command(cls=SectionCommand)
 @question_options
 @trace_options
+@search_options
 @form_options
 @click.pass_context
 def limits(context: click.Context, /, *, as_json: bool, as_csv: bool, **question: Any) -> None:

@@ -140,6 +140,7 @@ def _starting(names: Iterable[str], incomplete: str) -> list[CompletionItem]:
 
 _TRAIN, _WHERE, _HOW, _ANSWER = "What to train", "Where", "How", "The answer"
 _WHOLE = "The whole training"
+_SEARCH = "The plans"
 
 
 def job_options(*counts: Callable[[Decorated], Decorated]) -> Callable[[Decorated], Decorated]:
@@ -271,6 +272,22 @@ question_options = job_options(
 )
 """The job and the machine, as `recommend` and `estimate` both ask for them."""
 
+
+search_options = options(
+    option(
+        _SEARCH,
+        "--strategy",
+        metavar="PATTERNS",
+        help="Search these alone: names and patterns such as zero*, joined by commas.",
+    ),
+    option(
+        _SEARCH,
+        "--offload",
+        type=click.Choice(["none", "optimizer", "optimizer+params"]),
+        help="Search plans alone that offload this.",
+    ),
+)
+"""What a search is kept to."""
 
 training_options = options(
     option(_WHOLE, "--tokens", type=amount, metavar="NUMBER", help="Tokens to train on, such as 1e9 or 300B."),

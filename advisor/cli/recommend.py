@@ -15,6 +15,7 @@ from advisor.cli.options import (
     given,
     option,
     question_options,
+    search_options,
     trace_options,
     training_options,
 )
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 @click.command(cls=SectionCommand)
 @question_options
 @trace_options
+@search_options
 @training_options
 @option(
     "The answer",

@@ -13,7 +13,7 @@ from advisor.errors import SpecError
 from advisor.search.contenders import contenders, why_none
 from advisor.search.explain import fewest_that_would_do
 from advisor.search.rank import ranked
-from advisor.search.space import micro_batches
+from advisor.search.space import kept_to, micro_batches, variants
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
@@ -116,13 +116,16 @@ def compare(
     gpus: Sequence[int] = USUAL_COUNTS,
     gpus_per_node: int = USUAL_GPUS_PER_NODE,
     scaling: Scaling = "strong",
+    strategy: str | None = None,
+    offload: str | None = None,
     **words: Unpack[JobWords],
 ) -> Comparison:
     """The best plan of each strategy for *model* on each of the counts *gpus*.
 
     Counts beyond *gpus_per_node* are whole machines. Words: those of :func:`advisor.recommend` but for ``nodes``; with
     *scaling* weak, ``global_batch`` is that of the fewest GPUs. A count over which the batch does not divide is an
-    answer. Raises SpecError or UnknownNameError for words that make no sense.
+    answer, and so is one on which no plan of *strategy* and *offload* differs from simpler ones. Raises SpecError or
+    UnknownNameError for words that make no sense.
     """
     started = clock.perf_counter()
     counts = sorted(set(gpus))
@@ -140,7 +143,7 @@ def compare(
     for count in counts:
         if scaling == "weak":
             words = {**words, "global_batch": batch * count // counts[0]}
-        question = _question(model, count, gpus_per_node, words)
+        question = kept_to(_question(model, count, gpus_per_node, words), strategy, offload)
         scales.append(scale_of(question))
     fewest, way_out = None, ""
     if scales[-1].too_large and not any(scale.plans for scale in scales):
@@ -181,6 +184,7 @@ def scale_of(question: Question) -> Scale:
     """The best plan of each strategy for *question*, or why there is none."""
     try:
         micro_batches(question.job, question.cluster.gpus)
+        variants(question)
     except SpecError as error:
         return Scale(
             job=question.job,

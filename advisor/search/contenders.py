@@ -10,12 +10,9 @@ from advisor.errors import ConfigError
 from advisor.search.explain import nearest_beyond
 from advisor.search.rank import outdone, promise
 from advisor.search.sheet import Sheet, fastest, held_by, leanest, nearest_miss, price_sheet
-from advisor.search.space import Barred, sheets
-from advisor.specs.plan import Offload, Strategy
+from advisor.search.space import Barred, Variant, sheets
 from advisor.specs.question import Question
 from advisor.specs.training import Objective
-
-Variant = tuple[Strategy, Offload]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

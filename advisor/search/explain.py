@@ -16,13 +16,12 @@ from advisor.cost.results import Estimate, Memory
 from advisor.errors import ConfigError
 from advisor.search.results import Rejected
 from advisor.search.sheet import held_by, of_fullest, shortfall
-from advisor.search.space import Barred, bar, fsdp_settings, nearest_batch, searched_zero_settings, variants
+from advisor.search.space import Barred, Variant, bar, fsdp_settings, nearest_batch, searched_zero_settings, variants
 from advisor.specs.hardware import Cluster
 from advisor.specs.model import ModelSpec
 from advisor.specs.plan import Checkpointing, Count, Offload, Plan, Strategy
 from advisor.specs.question import Question
 
-Variant = tuple[Strategy, Offload]
 ANY_BYTES = 2**60
 """More host memory than any machine has."""
 Leasts = dict[Variant, int | None]
@@ -36,6 +35,8 @@ LEAST_SLOWER_SHARE = 0.005
 """Below which plans count as equally fast."""
 SHORTEST_SEQUENCE = 256
 MOST_DOUBLINGS = 10
+NEAREST_MISSES = 3
+"""Named where nothing fits."""
 MOST_COUNTS = 256
 """Machine counts priced in one pass between a doubling that does not fit and the one that does."""
 
@@ -219,7 +220,7 @@ def _with_batch(question: Question, gpus: int) -> str:
 def fewest_that_would_do(question: Question, known: Leasts) -> tuple[int | None, str]:
     """Where nothing fits: the fewest GPUs on which something would, and the same in words; None and none if more never
     help."""
-    fewest = fewest_gpus(question, variants(question.cluster), known)
+    fewest = fewest_gpus(question, variants(question), known)
     return fewest, f"the fewest that would do: {fewest} GPUs{_with_batch(question, fewest)}" if fewest else ""
 
 
@@ -356,9 +357,9 @@ def headline(
         nearest_in_time = nearest_beyond(beyond)
         return f"Beyond a limit: {name} on {where} with {nearest_in_time.plan.title}: {nearest_in_time.why}", None
     missing = [each for each in rejected if each.short_by_bytes > 0]
-    nearest = min(missing, key=lambda each: each.short_by_bytes)
+    if not missing:
+        return f"Does not run: {name} on {where} with {rejected[0].plan.title}: {rejected[0].why}", None
+    nearest = sorted(missing, key=lambda each: each.short_by_bytes)[:NEAREST_MISSES]
+    misses = ", ".join(f"{each.plan.title} {each.short_by_bytes / GIB:.1f} GiB short" for each in nearest)
     fewest, way_out = fewest_that_would_do(question, known)
-    return (
-        f"Does not fit: {name} on {where}. Nearest is {nearest.plan.title}, "
-        f"{nearest.short_by_bytes / GIB:.1f} GiB short{f'; {way_out}' if way_out else ''}"
-    ), fewest
+    return (f"Does not fit: {name} on {where}. Nearest: {misses}{f'; {way_out}' if way_out else ''}"), fewest

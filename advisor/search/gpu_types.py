@@ -15,6 +15,7 @@ from advisor.errors import SpecError
 from advisor.search.contenders import contenders, why_none
 from advisor.search.pareto import front, undominated
 from advisor.search.rank import ordered
+from advisor.search.space import kept_to
 from advisor.specs.hardware import Cluster
 from advisor.specs.model import ModelSpec
 from advisor.specs.question import Input, Question
@@ -77,6 +78,8 @@ def rank_gpus(
     *,
     objective: Objective = "time",
     pareto: bool = False,
+    strategy: str | None = None,
+    offload: str | None = None,
     trace: bool = False,
     trust_remote_code: bool = False,
     **words: Unpack[Words],
@@ -96,6 +99,7 @@ def rank_gpus(
         ask(model, trace=trace, trust_remote_code=trust_remote_code, **cast("Words", {**words, "gpu": name}))
         for name in priced_gpus(provider)
     ]
+    questions = [kept_to(question, strategy, offload) for question in questions]
     choices: list[GpuChoice] = []
     beaten_by_none: list[Estimate] = []
     considered = 0

@@ -20,19 +20,25 @@ from advisor.search.contenders import contenders
 from advisor.search.explain import fewest_that_would_do
 from advisor.search.rank import ordered
 from advisor.search.sheet import Sheet, held_by, of_fullest, possible, price_sheet, shortfall
-from advisor.search.space import SEARCHED_CHECKPOINTING, bar, fsdp_settings, searched_zero_settings, variants
+from advisor.search.space import (
+    SEARCHED_CHECKPOINTING,
+    Variant,
+    bar,
+    fsdp_settings,
+    kept_to,
+    searched_zero_settings,
+    variants,
+)
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import FORMAT_BYTES, Job
 from advisor.specs.model import ModelSpec
-from advisor.specs.plan import Checkpointing, Count, Offload, Plan, Strategy
+from advisor.specs.plan import Checkpointing, Count, Plan
 from advisor.specs.question import Input, Question
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from advisor.catalog.request import Words
-
-Variant = tuple[Strategy, Offload]
 
 MOST_SEQUENCES = 512
 """Micro-batches above are not looked at: no GPU gains by them."""
@@ -88,15 +94,25 @@ class LargestModels:
     seconds: float
 
 
-def limits(model: str, *, trace: bool = False, trust_remote_code: bool = False, **words: Unpack[Words]) -> Limits:
+def limits(
+    model: str,
+    *,
+    strategy: str | None = None,
+    offload: str | None = None,
+    trace: bool = False,
+    trust_remote_code: bool = False,
+    **words: Unpack[Words],
+) -> Limits:
     """How large a micro-batch and how long a sequence of *model* trains on the given GPUs.
 
-    Words: those of :func:`advisor.recommend`. The global batch is kept to as nearly as a micro-batch allows. Raises
+    Words and what the search is kept to: those of :func:`advisor.recommend`. The global batch is kept to as nearly as a
+    micro-batch allows. Raises
     SpecError or UnknownNameError for words that make no sense, ConfigError for a model that cannot be read.
     """
     started = time.perf_counter()
-    question = ask(model, trace=trace, trust_remote_code=trust_remote_code, **words)
-    able = [variant for variant in variants(question.cluster) if not bar(question, *variant)]
+    asked = ask(model, trace=trace, trust_remote_code=trust_remote_code, **words)
+    question = kept_to(asked, strategy, offload)
+    able = [variant for variant in variants(question) if not bar(question, *variant)]
     reaches = [reach(question, able, offloads=offloads) for offloads in (False, True)]
     return Limits(
         model=question.model,
@@ -272,13 +288,16 @@ def last_below(rising: Callable[[int], float], low: int, high: int) -> int:
     return low
 
 
-def largest_models(*, most: int = 5, **words: Unpack[Words]) -> LargestModels:
+def largest_models(
+    *, most: int = 5, strategy: str | None = None, offload: str | None = None, **words: Unpack[Words]
+) -> LargestModels:
     """The largest of the known models that train on the given GPUs by any strategy, each with its best plan.
 
-    Words: those of :func:`advisor.recommend`. The search goes down from the largest until *most* models fit.
+    Words and what the search is kept to: those of :func:`advisor.recommend`. It goes down from the largest
+    until *most* models fit.
     """
     started = time.perf_counter()
-    questions = [ask(name, **words) for name in model_names()]
+    questions = [kept_to(ask(name, **words), strategy, offload) for name in model_names()]
     questions.sort(key=lambda question: question.model.parameter_count, reverse=True)
     fitting: list[Estimate] = []
     too_large: list[ModelSpec] = []
@@ -305,7 +324,7 @@ def _may_fit(question: Question) -> bool:
     """Whether the bound of some strategy fits that takes one sequence at a time and recomputes everything."""
     if not _weights_have_room(question):
         return False
-    able = (variant for variant in variants(question.cluster)[::-1] if not bar(question, *variant))
+    able = (variant for variant in variants(question)[::-1] if not bar(question, *variant))
     plans = (plan_of(question, variant, Checkpointing.FULL, 1) for variant in able)
     return any(_short_by_bound(question, plan) <= 0 for plan in plans)
 

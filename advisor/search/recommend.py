@@ -13,6 +13,7 @@ from advisor.search.pareto import front
 from advisor.search.rank import ranked
 from advisor.search.results import Recommendation, Rejected
 from advisor.search.sheet import nearest_miss
+from advisor.search.space import kept_to
 from advisor.specs.question import Question
 from advisor.specs.training import Objective
 
@@ -27,6 +28,8 @@ def recommend(
     *,
     objective: Objective = "time",
     pareto: bool = False,
+    strategy: str | None = None,
+    offload: str | None = None,
     trace: bool = False,
     trust_remote_code: bool = False,
     **words: Unpack[Words],
@@ -36,6 +39,7 @@ def recommend(
     Words: ``cluster``, ``gpus``, ``nodes``, ``gpu``, ``link``, ``network``, ``host_memory`` (GiB per machine),
     ``seq_len``, ``global_batch``, ``precision``, ``param_dtype``, ``optimizer``, ``attention``, ``loss``, ``trainer``,
     ``margin``; of a whole training ``tokens`` or ``samples``, ``epochs``, ``price``, ``max_hours``, ``max_cost``.
+    *strategy* keeps the search to names or patterns such as ``zero*``, joined by commas, and *offload* to one choice.
     *objective* says what the best plan has least of; *pareto* asks for all plans that none beats in time and memory.
     With *trace*, transformers' own code on tensors without memory stands in for formulas, which takes any causal
     language model and the extra ``run``; *trust_remote_code* lets that code come from the model's repository. Raises
@@ -43,7 +47,8 @@ def recommend(
     """
     if words.get("trainer") == "megatron":
         raise SpecError("Megatron's plans are not searched; price one by estimate --trainer megatron --tp N --pp N")
-    question = ask(model, trace=trace, trust_remote_code=trust_remote_code, **words)
+    asked = ask(model, trace=trace, trust_remote_code=trust_remote_code, **words)
+    question = kept_to(asked, strategy, offload)
     return search(question, objective=objective, pareto=pareto)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +12,6 @@ import numpy as np
 from advisor.catalog.trainers import usual_fsdp_version
 from advisor.cost.estimate import unsupported
 from advisor.errors import SpecError
-from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
 from advisor.specs.plan import (
     Checkpointing,
@@ -21,10 +22,12 @@ from advisor.specs.plan import (
     ZeroSettings,
     zero_settings,
 )
-from advisor.specs.question import Question
+from advisor.specs.question import Input, Question, Wanted
 from advisor.step.zero_plus import all_parts, refusal
 
-VARIANTS: tuple[tuple[Strategy, Offload], ...] = (
+Variant = tuple[Strategy, Offload]
+
+VARIANTS: tuple[Variant, ...] = (
     (Strategy.DDP, Offload.NONE),
     (Strategy.ZERO1, Offload.NONE),
     (Strategy.ZERO2, Offload.NONE),
@@ -39,17 +42,59 @@ VARIANTS: tuple[tuple[Strategy, Offload], ...] = (
 )
 """From the simplest to the most involved: the order in which ties are broken."""
 
+OF_SEVERAL_MACHINES = (Strategy.HSDP, Strategy.ZERO3_PLUS)
+"""Those that cut states over the GPUs of each machine, and do something else between machines."""
+
 SEARCHED_CHECKPOINTING = (Checkpointing.NONE, Checkpointing.FULL)
 """Selective checkpointing is priced where it is asked for: no run has yet shown what it costs a GPU in time."""
 
 
-def variants(cluster: Cluster) -> tuple[tuple[Strategy, Offload], ...]:
-    """Those that differ from each other on *cluster*: within one machine, or one GPU in each, HSDP is FSDP or DDP.
+def kept_to(question: Question, strategy: str | None = None, offload: str | None = None) -> Question:
+    """The same question, its search kept to *strategy*, patterns between commas, and to what *offload* names.
 
-    There, ZeRO++ gains nothing on ZeRO-3.
+    Raises SpecError for an offload that there is not.
     """
-    differs = 1 < cluster.gpus_per_node < cluster.gpus
-    return tuple(each for each in VARIANTS if differs or each[0] not in (Strategy.HSDP, Strategy.ZERO3_PLUS))
+    if strategy is None and offload is None:
+        return question
+    if offload is not None and offload not in {each.value for each in Offload}:
+        raise SpecError(f"--offload must be one of {', '.join(each.value for each in Offload)}, got {offload!r}")
+    patterns = tuple(each.strip() for each in (strategy or "").split(",") if each.strip())
+    wanted = Wanted(strategies=patterns, offload=None if offload is None else Offload(offload))
+    said = [Input("strategy", strategy, "given")] if strategy else []
+    said += [Input("offload", offload, "given")] if offload else []
+    return replace(question, wanted=wanted, inputs=(*question.inputs, *said))
+
+
+def variants(question: Question) -> tuple[Variant, ...]:
+    """Those that are wanted, and differ from each other on the cluster.
+
+    Within one machine, or one GPU in each, HSDP is FSDP or DDP, and ZeRO++ gains nothing on ZeRO-3. Raises SpecError
+    where nothing is left, saying which two words contradict each other.
+    """
+    wanted, cluster = question.wanted, question.cluster
+    named = [each for each in VARIANTS if _matches(each[0], wanted.strategies)]
+    if not named:
+        names = ", ".join(dict.fromkeys(strategy.value for strategy, _ in VARIANTS))
+        raise SpecError(f"--strategy {','.join(wanted.strategies)} is none of those that are searched: {names}")
+    found = [each for each in named if wanted.offload in (None, each[1])]
+    if not found:
+        able = ", ".join(strategy.value for strategy, offload in VARIANTS if offload is wanted.offload)
+        raise SpecError(
+            f"--strategy {','.join(wanted.strategies)} and --offload {wanted.offload.value if wanted.offload else ''} "
+            f"contradict each other: of the plans that are searched those of {able} offload so"
+        )
+    several = 1 < cluster.gpus_per_node < cluster.gpus
+    different = [each for each in found if several or each[0] not in OF_SEVERAL_MACHINES]
+    if not different:
+        raise SpecError(
+            f"--strategy {','.join(wanted.strategies)} and --nodes {cluster.nodes} with {cluster.gpus_per_node} GPUs "
+            "each contradict each other: it cuts over the GPUs of each of several machines; fsdp and zero3 cut over all"
+        )
+    return tuple(different)
+
+
+def _matches(strategy: Strategy, patterns: Sequence[str]) -> bool:
+    return not patterns or any(fnmatchcase(strategy.value, pattern) for pattern in patterns)
 
 
 def fsdp_settings(strategy: Strategy, question: Question) -> FsdpSettings:
@@ -80,7 +125,7 @@ class Barred(NamedTuple):
 def sheets(question: Question) -> Iterator[Plan | Barred]:
     """For each strategy and checkpointing one plan whose counts are arrays over the micro-batches."""
     batches, accumulations = micro_batches(question.job, question.cluster.gpus)
-    for strategy, offload in variants(question.cluster):
+    for strategy, offload in variants(question):
         reason = bar(question, strategy, offload)
         if reason:
             yield Barred(strategy, offload, reason)

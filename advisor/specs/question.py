@@ -10,7 +10,7 @@ from advisor.specs.calibration import Calibration, likeness
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
-from advisor.specs.plan import Plan
+from advisor.specs.plan import Offload, Plan
 from advisor.specs.training import Training
 
 Origin = Literal["given", "found", "assumed", "file", "default"]
@@ -31,6 +31,15 @@ class Input:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """What a search is kept to; nothing said is no limit."""
+
+    strategies: tuple[str, ...] = ()
+    """Names of strategies, or patterns of names such as ``zero*``."""
+    offload: Offload | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
     """What is asked, in full."""
 
@@ -45,6 +54,7 @@ class Question:
     given_margin_share: float | None = None
     """Share of device memory that is to stay free; None leaves it to the calibration."""
     training: Training | None = None
+    wanted: Wanted = Wanted()
     inputs: tuple[Input, ...]
     warnings: tuple[str, ...] = ()
 

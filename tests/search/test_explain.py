@@ -15,7 +15,7 @@ from advisor.search.explain import fewest_gpus, lost, won
 from advisor.search.recommend import search
 from advisor.search.results import Recommendation, Rejected
 from advisor.search.sheet import fastest, price_sheet
-from advisor.search.space import SEARCHED_CHECKPOINTING, sheets
+from advisor.search.space import SEARCHED_CHECKPOINTING, kept_to, sheets
 from advisor.specs.plan import Checkpointing, Offload, Plan, Strategy
 from advisor.specs.question import Question
 from search.questions import ASKED, GIB, answer, bounded, priced, question, variant_of, with_gpus, with_memory
@@ -66,12 +66,13 @@ def test_no_plan_of_a_rejected_strategy_fits_or_has_a_bound_that_misses_by_less(
 
 
 @every_question
-def test_the_headline_of_what_does_not_fit_names_the_nearest(name: str) -> None:
+def test_the_headline_of_what_does_not_fit_names_the_nearest_three(name: str) -> None:
     found = answer(name)
     if not found.plans:
-        nearest = min(short_of_memory(found), key=lambda each: each.short_by_bytes)
+        nearest = sorted(short_of_memory(found), key=lambda each: each.short_by_bytes)[:3]
+        misses = [f"{each.plan.title} {each.short_by_bytes / GIB:.1f} GiB short" for each in nearest]
 
-        assert f"Nearest is {nearest.plan.title}, {nearest.short_by_bytes / GIB:.1f} GiB short" in found.headline
+        assert f"Nearest: {', '.join(misses)}" in found.headline
         assert (found.fewest_gpus is None) == ("the fewest that would do" not in found.headline)
         assert found.fewest_gpus is None or f"{found.fewest_gpus} GPUs" in found.headline
 
@@ -291,3 +292,12 @@ def test_the_fewest_of_many_machines_are_found() -> None:
     assert 512 < fewest <= 1024
     assert offers(with_a_sequence_each(asked, fewest), variant)
     assert not offers(with_a_sequence_each(asked, fewest - 1), variant)
+
+
+def test_where_no_wanted_strategy_can_run_the_job_the_headline_says_why() -> None:
+    found = search(kept_to(ASKED["an encoder"], "fsdp*"))
+
+    assert found.plans == ()
+    assert found.headline.startswith(
+        "Does not run: bert-base-uncased on 2 × A100-SXM4-80GB with FSDP grad-op: accelerate"
+    )

@@ -33,7 +33,7 @@ def asked() -> Question:
 
 @pytest.fixture(scope="module")
 def found(asked: Question) -> Reach:
-    able = [variant for variant in variants(asked.cluster) if not bar(asked, *variant)]
+    able = [variant for variant in variants(asked) if not bar(asked, *variant)]
     answer = reach(asked, able, offloads=True)
     assert answer
     return answer
@@ -48,7 +48,7 @@ def test_what_is_offered_fits_and_offloads(asked: Question, found: Reach) -> Non
 
 def test_no_strategy_takes_a_larger_micro_batch(asked: Question, found: Reach) -> None:
     size = int(found.largest.plan.micro_batch) + 1
-    able = [each for each in variants(asked.cluster) if each[1].optimizer and not bar(asked, *each)]
+    able = [each for each in variants(asked) if each[1].optimizer and not bar(asked, *each)]
     larger = [search.plan_of(asked, each, kept, size) for each in able for kept in SEARCHED_CHECKPOINTING]
 
     assert all(search.excess(asked, plan) > 0 for plan in larger)
@@ -57,7 +57,7 @@ def test_no_strategy_takes_a_larger_micro_batch(asked: Question, found: Reach) -
 def test_no_strategy_takes_a_longer_sequence(asked: Question, found: Reach) -> None:
     length = found.longest.job.sequence_length + search.SEQUENCE_STEP
     longer = replace(asked, job=replace(asked.job, sequence_length=length))
-    able = [each for each in variants(asked.cluster) if each[1].optimizer and not bar(asked, *each)]
+    able = [each for each in variants(asked) if each[1].optimizer and not bar(asked, *each)]
 
     assert found.longest.plan.checkpointing is Checkpointing.FULL
     assert all(search.excess(longer, search.plan_of(longer, each, Checkpointing.FULL, 1)) > 0 for each in able)

@@ -37,7 +37,7 @@ def every_legal_plan(asked: Question) -> Iterator[Plan]:
     share = asked.job.global_batch // asked.cluster.gpus
     counts = [(size, share // size) for size in range(1, share + 1) if share % size == 0]
     for strategy, offload, checkpointing, (size, steps) in product(Strategy, Offload, SEARCHED_CHECKPOINTING, counts):
-        if (strategy, offload) in variants(asked.cluster) and bar(asked, strategy, offload) is None:
+        if (strategy, offload) in variants(asked) and bar(asked, strategy, offload) is None:
             yield Plan(
                 strategy=strategy,
                 gpus=asked.cluster.gpus,
@@ -91,7 +91,7 @@ def test_each_strategy_is_offered_or_rejected_with_a_reason(name: str) -> None:
     found = answer(name)
     listed = [variant_of(each.plan) for each in (*found.plans, *found.rejected)]
 
-    assert sorted(listed, key=str) == sorted(variants(ASKED[name].cluster), key=str)
+    assert sorted(listed, key=str) == sorted(variants(ASKED[name]), key=str)
     assert all(each.why for each in (*found.plans, *found.rejected))
 
 

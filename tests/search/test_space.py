@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from advisor.errors import SpecError
-from advisor.search.space import SEARCHED_CHECKPOINTING, VARIANTS, Barred, bar, micro_batches, sheets, variants
+from advisor.search.space import SEARCHED_CHECKPOINTING, VARIANTS, Barred, bar, kept_to, micro_batches, sheets, variants
 from advisor.specs.job import Job
 from advisor.specs.plan import OWN_STRATEGIES, Offload, Plan, Strategy
 from search.questions import ASKED, question, variant_of
@@ -48,7 +48,7 @@ def test_each_strategy_comes_with_each_checkpointing_or_with_a_reason(asked: obj
     plans = [each for each in found if isinstance(each, Plan)]
     ruled_out = [each for each in found if isinstance(each, Barred)]
 
-    known = variants(asked.cluster)  # type: ignore[attr-defined]
+    known = variants(asked)  # type: ignore[attr-defined]
 
     listed = {(variant_of(plan), plan.checkpointing) for plan in plans}
     assert len(listed) == len(plans)
@@ -130,3 +130,39 @@ def test_nothing_bars_a_decoder_on_several_gpus(variant: tuple[Strategy, Offload
 
     assert bar(asked, *variant) is None
     assert bar(replace(asked, job=replace(asked.job, parameter_format="bf16")), *variant) is None
+
+
+@pytest.mark.parametrize(
+    ("strategy", "offload", "left"),
+    [
+        ("zero*", None, {"zero1", "zero2", "zero3"}),
+        ("zero?", "none", {"zero1", "zero2", "zero3"}),
+        ("fsdp, ddp", None, {"fsdp", "ddp"}),
+        (None, "optimizer+params", {"zero3"}),
+        (None, "none", {"ddp", "zero1", "zero2", "fsdp-grad-op", "fsdp", "zero3"}),
+    ],
+)
+def test_a_search_is_kept_to_what_is_wanted(strategy: str | None, offload: str | None, left: set[str]) -> None:
+    asked = kept_to(ASKED["all fit"], strategy, offload)
+    found = variants(asked)
+
+    assert {each.value for each, _ in found} == left
+    assert offload is None or {each.value for _, each in found} == {offload}
+    assert set(found) <= set(variants(ASKED["all fit"]))
+    assert {each.name: each.value for each in asked.inputs}.items() >= {
+        (name, value) for name, value in (("strategy", strategy), ("offload", offload)) if value
+    }
+
+
+@pytest.mark.parametrize(
+    ("strategy", "offload", "said"),
+    [
+        ("ddp", "optimizer", "--strategy ddp and --offload optimizer contradict each other"),
+        ("hsdp", None, "--strategy hsdp and --nodes 1 with 4 GPUs each contradict each other"),
+        ("deepspeed", None, "--strategy deepspeed is none of those that are searched: ddp, zero1"),
+        (None, "params", "--offload must be one of none, optimizer, optimizer\\+params, got 'params'"),
+    ],
+)
+def test_words_that_leave_no_plan_are_named(strategy: str | None, offload: str | None, said: str) -> None:
+    with pytest.raises(SpecError, match=said):
+        variants(kept_to(ASKED["all fit"], strategy, offload))
