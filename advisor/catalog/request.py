@@ -10,6 +10,7 @@ from advisor.catalog.adapters import as_trained
 from advisor.catalog.calibrations import calibration_of, find_calibration
 from advisor.catalog.detect import Detected, detect
 from advisor.catalog.gpus import find_gpu
+from advisor.catalog.legality import refusal
 from advisor.catalog.links import find_link
 from advisor.catalog.models import FoundConfiguration, find_model
 from advisor.catalog.trainers import differences, profile_of, refuse_job, versions_of
@@ -316,8 +317,6 @@ def _job(words: Words, gpu: Gpu) -> Job:
     """The job; precision is bf16 where the GPU has it, else fp16."""
     usual = "bf16" if gpu.has_bf16 else "fp16"
     precision = words.get("precision") or usual
-    if precision == "bf16" and not gpu.has_bf16:
-        raise SpecError(f"{gpu.name} has no bf16; use --precision fp16")
     trainer = words.get("trainer", "advisor")
     if trainer not in get_args(Trainer):
         raise SpecError(f"--trainer must be one of {', '.join(get_args(Trainer))}, got {trainer!r}")
@@ -338,6 +337,8 @@ def _job(words: Words, gpu: Gpu) -> Job:
         lora_dropout=words.get("lora_dropout", 0.0),
     )
     refuse_job(job)
+    if reason := refusal(job, gpu):
+        raise SpecError(reason)
     return job
 
 

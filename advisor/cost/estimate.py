@@ -8,6 +8,7 @@ from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
+from advisor.catalog import legality
 from advisor.catalog.request import Describe, Words, by_formulas, with_nvme
 from advisor.catalog.trainers import refusal_of_plan, refusal_of_strategy, usual_fsdp_version
 from advisor.cost.memory import memory, short_by
@@ -115,9 +116,9 @@ def plan_of(
     question = ask_about(model, **_asked(words))
     micro_batch, steps = words.get("micro_batch", 1), words.get("grad_accum")
     kind = _own_strategy("--strategy", strategy)
-    if reason := unsupported(question.model, question.job, kind):
-        raise SpecError(f"{kind.title} cannot train {question.model.name}: {reason}")
     offload = _member(Offload, "--offload", words.get("offload", "none"))
+    if reason := unsupported(question, kind, offload):
+        raise SpecError(f"{kind.title} cannot train {question.model.name}: {reason}")
     to, nvme = _offload_to(words.get("offload_to", "cpu")), words.get("nvme")
     if to == "nvme" and not offload.optimizer:
         raise SpecError("--offload-to nvme says where, not what; give --offload optimizer or optimizer+params too")
@@ -223,12 +224,13 @@ def _plan_from_config(
     if "strategy" not in found:
         raise SpecError(f"{config} does not say the strategy; give --strategy")
     kind = _own_strategy("the strategy", str(found["strategy"].value))
-    if reason := unsupported(question.model, question.job, kind):
-        raise SpecError(f"{kind.title} cannot train {question.model.name}: {reason}")
 
     def chosen(name: str, usual: Any) -> Any:
         return found[name].value if name in found else usual
 
+    offload = _member(Offload, "--offload", chosen("offload", "none"))
+    if reason := unsupported(question, kind, offload):
+        raise SpecError(f"{kind.title} cannot train {question.model.name}: {reason}")
     width, job = question.model.hidden_size, question.job
     micro_batch = int(chosen("micro_batch", 1))
     plan = Plan(
@@ -239,7 +241,7 @@ def _plan_from_config(
         if "grad_accum" in found
         else _accumulation(question, micro_batch),
         checkpointing=_member(Checkpointing, "--checkpointing", chosen("checkpointing", "none")),
-        offload=_member(Offload, "--offload", chosen("offload", "none")),
+        offload=offload,
         offload_to=_offload_to(chosen("offload_to", "cpu")),
         offload_settings=offload_settings_of(found),
         zero=_on_machines(zero_of(found, kind, width, job.precision), kind, question),
@@ -300,11 +302,10 @@ def _offload_settings(model: ModelSpec, gpus: int, nvme: float | str | None) -> 
     return replace(usual, parameter_buffer=size, parameter_buffers=count)
 
 
-def unsupported(model: ModelSpec, job: Job, strategy: Strategy) -> str | None:
-    """Why the frameworks' code, or the job's trainer, cannot run *model* by *strategy*, or None."""
-    if strategy.is_fsdp and model.objective != "causal":
-        return "accelerate 1.15 cannot shard the parameters that encoder models tie across groups"
-    return refusal_of_strategy(job, strategy)
+def unsupported(question: Question, strategy: Strategy, offload: Offload) -> str | None:
+    """Why the frameworks' code, or the job's trainer, cannot run what is asked by *strategy*, or None."""
+    reason = legality.refusal(question.job, question.cluster.gpu, question.model, strategy, offload)
+    return reason or refusal_of_strategy(question.job, strategy)
 
 
 def _accumulation(question: Question, micro_batch: int, cut: int = 1) -> int:

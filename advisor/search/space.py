@@ -176,4 +176,4 @@ def bar(question: Question, strategy: Strategy, offload: Offload) -> str | None:
         plan = Plan(strategy=strategy, gpus=gpus, micro_batch=1, zero=searched_zero_settings(strategy, question))
         if reason := refusal(question.model, question.job, plan):
             return reason
-    return unsupported(question.model, question.job, strategy)
+    return unsupported(question, strategy, offload)

@@ -1,0 +1,158 @@
+"""What cannot run together, and why: the rules of ``profiles/legality.csv``, each with versions and a source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import lru_cache
+
+from advisor.catalog.profiles import profiles_folder
+from advisor.catalog.table import Row, read_rows
+from advisor.catalog.trainers import installed, older_than
+from advisor.specs.hardware import Gpu
+from advisor.specs.job import Job
+from advisor.specs.model import Experts, ModelSpec
+from advisor.specs.plan import Offload, Strategy
+
+CONDITIONS = (
+    "strategy",
+    "offload",
+    "method",
+    "optimizer",
+    "precision",
+    "attention",
+    "compile",
+    "trainer",
+    "model",
+    "gpu_lacks",
+)
+"""Columns of conditions; an empty cell sets none."""
+FORMATS = ("fp32", "tf32", "fp16", "bf16", "fp8")
+
+Facts = Mapping[str, frozenset[str]]
+"""What is so of a question, by the columns of conditions."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rule:
+    """One combination that does not run. It holds where each of its conditions meets a fact."""
+
+    name: str
+    conditions: Mapping[str, tuple[str, ...]]
+    """By column the patterns of names, of which one has to match."""
+    below_capability: float | None
+    """Of NVIDIA's GPUs: it holds for compute capabilities below."""
+    package: str
+    since: str
+    """First version of *package* that it holds for; empty: from the first on."""
+    until: str
+    """First version of *package* that it holds for no more; empty: it still does."""
+    reason: str
+    instead: str
+    """What to do about it; empty where the reason says it."""
+    source: str = field(repr=False)
+
+    @property
+    def text(self) -> str:
+        return f"{self.reason}; {self.instead}" if self.instead else self.reason
+
+    def speaks_of(self, facts: Facts, gpu: Gpu) -> bool:
+        """Whether *facts* on *gpu* meet its conditions."""
+        if self.below_capability is not None:
+            capability = _capability(gpu)
+            if capability is None or capability >= self.below_capability:
+                return False
+        return all(
+            any(fnmatchcase(fact, pattern) for fact in facts[column] for pattern in patterns)
+            for column, patterns in self.conditions.items()
+        )
+
+    def holds_in(self, version: str | None) -> bool:
+        """Whether it is so in that *version* of its package; where none is known, it is."""
+        if version is None:
+            return True
+        begun = not self.since or not older_than(version, self.since)
+        return begun and (not self.until or older_than(version, self.until))
+
+
+@lru_cache(maxsize=1)
+def rules() -> tuple[Rule, ...]:
+    """``profiles/legality.csv``, in its order."""
+    return tuple(_rule(row) for row in read_rows(profiles_folder() / "legality.csv"))
+
+
+def _rule(row: Row) -> Rule:
+    texts = {name: row.cells[name] for name in ("package", "since", "until", "instead")}
+    return Rule(
+        name=row.text("name"),
+        conditions={column: patterns for column in CONDITIONS if (patterns := row.several(column))},
+        below_capability=row.optional_number("below_capability"),
+        reason=row.text("reason"),
+        source=row.text("source"),
+        **texts,
+    )
+
+
+def refusal(
+    job: Job, gpu: Gpu, model: ModelSpec | None = None, strategy: Strategy | None = None, offload: Offload | None = None
+) -> str | None:
+    """Why *job* does not run on *gpu*, in words, or None.
+
+    Rules about models, strategies or offloads speak only where those are given.
+    """
+    facts = facts_of(job, gpu, model, strategy, offload)
+    spoken = (rule for rule in rules() if rule.speaks_of(facts, gpu))
+    broken = next((rule for rule in spoken if rule.holds_in(_version(rule.package))), None)
+    if broken is None:
+        return None
+    return broken.text.format(
+        gpu=gpu.name,
+        capability=gpu.compute_capability,
+        model=model.name if model else "",
+        strategy=strategy.title if strategy else "",
+        optimizer=job.optimizer,
+        precision=job.precision,
+        method=job.method,
+    )
+
+
+@lru_cache(maxsize=64)
+def _version(package: str) -> str | None:
+    return installed(package) if package else None
+
+
+def facts_of(job: Job, gpu: Gpu, model: ModelSpec | None, strategy: Strategy | None, offload: Offload | None) -> Facts:
+    """What rules may ask about."""
+    found: dict[str, set[str]] = {
+        "method": {job.method},
+        "optimizer": {job.optimizer},
+        "precision": {job.precision},
+        "attention": {job.attention},
+        "compile": {"yes" if job.compile else "no"},
+        "trainer": {job.trainer},
+        "gpu_lacks": set(FORMATS) - gpu.peak_flop_per_s.keys(),
+        "model": set(_traits(model)) if model else set(),
+        "strategy": {strategy.value} if strategy else set(),
+        "offload": {offload.value} if offload else set(),
+    }
+    return {column: frozenset(values) for column, values in found.items()}
+
+
+def _traits(model: ModelSpec) -> Iterator[str]:
+    """The model's family and objective, and what its layers have that rules may be about."""
+    yield model.family
+    yield model.objective
+    for layer in dict.fromkeys(model.described_layers):
+        if isinstance(layer.feed_forward, Experts):
+            yield "experts"
+        if layer.attention.latent:
+            yield "latent attention"
+
+
+def _capability(gpu: Gpu) -> float | None:
+    """The compute capability as a number, 8.6 of ``8.6``; None for GPUs that have none."""
+    try:
+        return float(gpu.compute_capability)
+    except ValueError:
+        return None
