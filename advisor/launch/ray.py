@@ -53,7 +53,8 @@ def _driver(training: Training) -> str:
     return _DRIVER.format(
         header=header((*training.comments, needed, *_USAGE, *missing_files(training))),
         environment=settings,
-        imports="import torch\n" if plan.offload.optimizer else "",
+        os="import os\n" if beside or plan.offload.optimizer else "",
+        torch="import torch\n" if plan.offload.optimizer else "",
         lines="\n".join(lines),
         processes=cluster.gpus,
     )
@@ -74,13 +75,12 @@ _CPU_THREADS = """\
 _DRIVER = """\
 {header}
 import importlib.util
-import os
-import runpy
+{os}import runpy
 import sys
 from pathlib import Path
 
 import ray
-{imports}from ray.train import ScalingConfig
+{torch}from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 
 # What accelerate's launcher would set, and the allocator's segments that grow in place: fixed ones leave gaps, which

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from advisor.specs.hardware import Cluster, Gpu, Link
 from advisor.specs.job import Job
 from advisor.specs.model import Attention, FeedForward, Layer, ModelSpec, Parameter, Run
-from advisor.specs.plan import Checkpointing, Offload, Plan, Strategy, ZeroSettings
+from advisor.specs.plan import Checkpointing, FsdpSettings, Offload, Plan, Strategy, ZeroSettings
 
 LINK = Link(
     name="test-link",
@@ -106,6 +106,8 @@ PLANS_OF_EVERY_KIND = {
     "ddp": plan(),
     "fsdp": plan(Strategy.FSDP),
     "fsdp-grad-op": plan(Strategy.FSDP_GRAD_OP),
+    "fsdp1": plan(Strategy.FSDP, fsdp=FsdpSettings(version=1)),
+    "hsdp": plan(Strategy.HSDP, gpus=4, fsdp=FsdpSettings(shard_ranks=2)),
     "zero0": plan(Strategy.ZERO0),
     "zero1": plan(Strategy.ZERO1),
     "zero2": plan(Strategy.ZERO2),
@@ -114,6 +116,7 @@ PLANS_OF_EVERY_KIND = {
     "zero2-offload": plan(Strategy.ZERO2, offload=Offload.OPTIMIZER),
     "zero3-offload": plan(Strategy.ZERO3, offload=Offload.OPTIMIZER),
     "zero3-offload-all": plan(Strategy.ZERO3, offload=Offload.OPTIMIZER_AND_PARAMETERS),
+    "zero3-nvme": plan(Strategy.ZERO3, offload=Offload.OPTIMIZER_AND_PARAMETERS, offload_to="nvme"),
 }
 
 elements = st.integers(1, 10**12)

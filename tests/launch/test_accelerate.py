@@ -20,6 +20,8 @@ DISTRIBUTED_TYPES = {
     "ddp": "MULTI_GPU",
     "fsdp": "FSDP",
     "fsdp-grad-op": "FSDP",
+    "fsdp1": "FSDP",
+    "hsdp": "FSDP",
 } | {name: "DEEPSPEED" for name in PLANS_OF_EVERY_KIND if name.startswith("zero")}
 each_plan = pytest.mark.parametrize("kind", PLANS_OF_EVERY_KIND)
 

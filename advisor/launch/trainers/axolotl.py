@@ -31,7 +31,7 @@ def program(task: Task, versions: Versions, more_arguments: Sequence[str]) -> Pr
         arguments=(*arguments, *more_arguments),
         files=(LaunchFile(CONFIGURATION, partial(_text, task, settings)),),
         usage="more options of axolotl train, such as --max-steps=1000",
-        install=f"axolotl[deepspeed]=={versions['axolotl']}",
+        install=f"'axolotl[deepspeed]=={versions['axolotl']}'",
         notes=(f"It trains on {EXAMPLE_DATASET['path']}: name your own under datasets in {CONFIGURATION}.",),
         own_command=OwnCommand("accelerate", ("axolotl", "train"), before_options=("--launcher=accelerate", "--")),
     )

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Qwen2.5-1.5B, FSDP full shard on 4 x A100-SXM4-80GB. Written by advisor (version).
+# Batch: 4 GPUs x micro-batch 2 x 2 accumulation steps = 16 sequences of 2048 tokens per optimizer step.
+# Precision bf16 over fp32 weights, adamw-fused, sdpa attention, full loss, checkpointing none, offload none.
+# Names and keys as in torch 2.13, transformers 5.23, accelerate 1.15 and deepspeed 0.19.8.
+# Found on the machine that wrote this: gpu A100-SXM4-80GB.
+# Assumed: seq-len 2048.
+# Usage: bash run.sh [more arguments of train.py, such as --dataset=FILE --steps=1000 --output=FOLDER --resume=auto]
+
+set -euo pipefail
+here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+command -v torchrun > /dev/null || {
+  echo "run.sh: torchrun is not installed; pip install torch transformers accelerate deepspeed" >&2
+  exit 1
+}
+
+# Let torch's allocator grow its segments in place. Fixed ones leave gaps between tensors of different sizes, and memory
+# that is reserved but unusable counts against the GPU all the same. By its older name, which every torch obeys.
+export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-${PYTORCH_ALLOC_CONF:-expandable_segments:True}}"
+
+export ACCELERATE_MIXED_PRECISION=bf16
+export ACCELERATE_USE_FSDP=true
+export FSDP_VERSION=2
+export FSDP_RESHARD_AFTER_FORWARD=true
+export FSDP_AUTO_WRAP_POLICY=TRANSFORMER_BASED_WRAP
+export FSDP_OFFLOAD_PARAMS=false
+export FSDP_CPU_RAM_EFFICIENT_LOADING=true
+export FSDP_STATE_DICT_TYPE=SHARDED_STATE_DICT
+export FSDP_ACTIVATION_CHECKPOINTING=false
+export FSDP_TRANSFORMER_CLS_TO_WRAP=Qwen2DecoderLayer
+
+exec torchrun \
+  --standalone \
+  --nproc-per-node=4 \
+  -- \
+  "$here/train.py" \
+  --model=org/Qwen2.5-1.5B \
+  --objective=causal \
+  --weights=fp32 \
+  --attention=sdpa \
+  --checkpointing=none \
+  --sequence-length=2048 \
+  --micro-batch=2 \
+  --accumulation-steps=2 \
+  --optimizer=adamw-fused \
+  "$@"

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Qwen2.5-1.5B, ZeRO-2 on 4 x A100-SXM4-80GB. Written by advisor (version).
+# Batch: 4 GPUs x micro-batch 2 x 2 accumulation steps = 16 sequences of 2048 tokens per optimizer step.
+# Precision bf16 over fp32 weights, adamw-fused, sdpa attention, tiled loss, checkpointing full, offload none.
+# Names and keys as in torch 2.13, transformers 5.23, accelerate 1.15 and deepspeed 0.19.8.
+# Found on the machine that wrote this: gpu A100-SXM4-80GB.
+# Assumed: seq-len 2048.
+# Usage: bash run.sh [more arguments of trl sft, such as --dataset_name=NAME --max_steps=1000]
+
+set -euo pipefail
+here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+command -v accelerate > /dev/null || {
+  echo "run.sh: accelerate is not installed; pip install trl==1.16.0 deepspeed" >&2
+  exit 1
+}
+
+# Let torch's allocator grow its segments in place. Fixed ones leave gaps between tensors of different sizes, and memory
+# that is reserved but unusable counts against the GPU all the same. By its older name, which every torch obeys.
+export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-${PYTORCH_ALLOC_CONF:-expandable_segments:True}}"
+
+exec accelerate launch \
+  --config_file "$here/accelerate.yaml" \
+  --deepspeed_config_file "$here/ds_config.json" \
+  --module \
+  trl.scripts.sft \
+  --config \
+  "$here/sft.yaml" \
+  "$@"
