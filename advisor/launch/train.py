@@ -129,7 +129,7 @@ def main() -> None:
     set_seed(arguments.seed, device_specific=True)  # dropout differs between processes, first weights do not
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
-    done = resume(accelerator, arguments)
+    done = resume(accelerator, arguments, optimizer)
     batches = make_batches(accelerator, arguments, tokenizer, vocabulary_size, done * arguments.accumulation_steps)
     train(accelerator, arguments, model, optimizer, batches, done)
     if arguments.output:

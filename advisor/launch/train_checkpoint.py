@@ -6,8 +6,11 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 PREFIX = "checkpoint-"
 PROGRESS = "progress.json"
@@ -36,7 +39,7 @@ def save_checkpoint(accelerator: Accelerator, arguments: argparse.Namespace, ste
         print(f"saved {whole}", flush=True)
 
 
-def resume(accelerator: Accelerator, arguments: argparse.Namespace) -> int:
+def resume(accelerator: Accelerator, arguments: argparse.Namespace, optimizer: Any) -> int:
     """Load what --resume names, if anything, and return how many optimizer steps it has done."""
     if arguments.resume is None:
         return 0
@@ -53,10 +56,26 @@ def resume(accelerator: Accelerator, arguments: argparse.Namespace) -> int:
     for name, value in continued(accelerator, arguments).items():
         if progress[name] != value:
             raise SystemExit(f"{folder} was saved with {name} {progress[name]}, this run has {value}: make them equal")
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        make_state(optimizer.optimizer)
     accelerator.load_state(str(folder))
     if accelerator.is_main_process:
         print(f"resumed from {folder}", flush=True)
     return int(progress["step"])
+
+
+def make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Let *optimizer* make its state by a step that changes no weight.
+
+    accelerate 1.15 loads FSDP1's into what is there (utils/fsdp_utils.py ``load_fsdp_optimizer``): into a new
+    optimizer, nothing, and without a word.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # each step of the training sets it
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def continued(accelerator: Accelerator, arguments: argparse.Namespace) -> dict[str, object]:

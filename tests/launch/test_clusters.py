@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -83,16 +84,36 @@ def test_there_is_one_pod_a_machine_with_all_its_gpus(target: Target, nodes: int
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_kubeflow_reads_every_field(nodes: int) -> None:
+def test_kubeflows_trainer_reads_every_field(nodes: int) -> None:
     """A model of the API leaves out what it does not know."""
     models = pytest.importorskip("kubeflow_trainer_api.models")
     runtime, job = documents(launch_by("kubernetes-trainjob", plan(gpus=4), nodes=nodes), "trainjob.yaml")
-    (pytorchjob,) = documents(launch_by("kubernetes-pytorchjob", plan(gpus=4), nodes=nodes), "pytorchjob.yaml")
 
     assert models.TrainerV1alpha1TrainingRuntime.from_dict(runtime).to_dict() == runtime
     assert models.TrainerV1alpha1TrainJob.from_dict(job).to_dict() == job
-    for replica in pytorchjob["spec"]["pytorchReplicaSpecs"].values():
-        assert models.IoK8sApiCoreV1PodTemplateSpec.from_dict(replica["template"]).to_dict() == replica["template"]
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_kubeflows_training_operator_reads_every_field(nodes: int) -> None:
+    training, utils = (pytest.importorskip(f"kubeflow.training{part}") for part in ("", ".utils.utils"))
+    (job,) = documents(launch_by("kubernetes-pytorchjob", plan(gpus=4), nodes=nodes), "pytorchjob.yaml")
+    client = training.ApiClient()
+
+    read = client.deserialize(utils.FakeResponse(job), "KubeflowOrgV1PyTorchJob")
+
+    assert client.sanitize_for_serialization(read) == job
+
+
+@pytest.mark.parametrize(("nodes", "image"), [(1, None), (2, "my/own")])
+def test_skypilots_schema_takes_the_task(nodes: int, image: str | None) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    schemas = json.loads(Path(__file__).with_name("skypilot.json").read_text(encoding="utf-8"))
+    (task,) = documents(launch_by("skypilot", plan(gpus=4), nodes=nodes, image=image), "task.yaml")
+
+    jsonschema.validate(task, schemas["task"])
+    jsonschema.validate(task["resources"], schemas["resources"])
+    with pytest.raises(jsonschema.ValidationError, match="'nodes' was unexpected"):
+        jsonschema.validate(task | {"nodes": nodes}, schemas["task"])
 
 
 @pytest.mark.parametrize("target", [*KUBERNETES, "skypilot"])

@@ -53,7 +53,7 @@ def test_the_newest_whole_checkpoint_is_the_one_to_go_on_from(checkpoint: Module
         checkpoint.save_checkpoint(Accelerator(dies=True), asked(tmp_path), 11)
     resumed = Accelerator()
 
-    assert checkpoint.resume(resumed, asked(tmp_path)) == 10
+    assert checkpoint.resume(resumed, asked(tmp_path), None) == 10
     assert resumed.loaded == ["checkpoint-10"]
     assert not (tmp_path / "checkpoint-9").exists()
 
@@ -78,8 +78,8 @@ def test_a_later_checkpoint_survives_a_run_that_went_on_from_an_earlier_one(
 
 
 def test_without_a_checkpoint_training_starts_at_the_beginning(checkpoint: ModuleType, tmp_path: Path) -> None:
-    assert checkpoint.resume(Accelerator(), asked(tmp_path / "none")) == 0
-    assert checkpoint.resume(Accelerator(), asked(tmp_path, resume=None)) == 0
+    assert checkpoint.resume(Accelerator(), asked(tmp_path / "none"), None) == 0
+    assert checkpoint.resume(Accelerator(), asked(tmp_path, resume=None), None) == 0
 
 
 @pytest.mark.parametrize(
@@ -97,14 +97,26 @@ def test_a_checkpoint_of_another_training_is_refused(
     other = Accelerator(processes)
 
     with pytest.raises(SystemExit, match=complaint):
-        checkpoint.resume(other, asked(tmp_path, **changed))
+        checkpoint.resume(other, asked(tmp_path, **changed), None)
 
     assert not other.loaded
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(checkpoint: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"is no whole checkpoint of train.py: it has no progress.json"):
-        checkpoint.resume(Accelerator(), asked(tmp_path, resume=str(tmp_path)))
+        checkpoint.resume(Accelerator(), asked(tmp_path, resume=str(tmp_path)), None)
+
+
+def test_an_optimizers_state_is_made_without_moving_a_weight(checkpoint: ModuleType) -> None:
+    weight = torch.nn.Parameter(torch.randn(3, 5))
+    before = weight.detach().clone()
+    optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.5)
+
+    checkpoint.make_state(optimizer)
+
+    assert torch.equal(weight, before)
+    assert weight.grad is None
+    assert optimizer.state[weight].keys() == {"step", "exp_avg", "exp_avg_sq"}
 
 
 @pytest.mark.parametrize("source", ["random", "text"])
