@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from dataclasses import replace
@@ -66,10 +67,8 @@ def test_the_same_plan_is_the_same_training_in_every_target(kind: str, nodes: in
     targets = [target for target in TARGETS if legal(target, chosen)]
     launches = {target: launch_by(target, chosen, nodes=nodes) for target in targets}
 
-    given_to_train = {
-        tuple(train_arguments(started_by(tmp_path / target, target, launch).command(machine_of(target))))
-        for target, launch in launches.items()
-    }
+    started = {target: started_by(tmp_path / target, target, launch) for target, launch in launches.items()}
+    given_to_train = {tuple(train_arguments(run.command(machine_of(target)))) for target, run in started.items()}
     shared = {
         (file.name, file.text)
         for launch in launches.values()
@@ -80,6 +79,55 @@ def test_the_same_plan_is_the_same_training_in_every_target(kind: str, nodes: in
     assert len(given_to_train) == 1
     assert {"--micro-batch=2", "--accumulation-steps=2"} <= set(*given_to_train)
     assert len(shared) == len(FILES) + (chosen.strategy.zero_stage is not None)
+    assert [told_of(target, run, tmp_path) for target, run in started.items()] == len(targets) * [meant_by(chosen)]
+
+
+def meant_by(chosen: Plan) -> dict[str, Any]:
+    """What each process has to be told of *chosen*, in whatever way."""
+    meaning: dict[str, Any] = {"precision": "bf16", "stage": chosen.strategy.zero_stage}
+    if chosen.strategy.zero_stage is not None:
+        offloaded = (chosen.offload.optimizer, chosen.offload.parameters)
+        meaning["batch"] = {chosen.micro_batch, chosen.accumulation_steps, chosen.global_batch}
+        meaning["offload"] = [chosen.offload_to if part else None for part in offloaded]
+    elif chosen.strategy.is_fsdp:
+        grad_op = chosen.strategy is Strategy.FSDP_GRAD_OP
+        meaning["fsdp"] = (str(chosen.fsdp.version), grad_op)
+        meaning["copies"] = int(chosen.gpus) // int(chosen.shard_ranks) if chosen.strategy is Strategy.HSDP else 1
+    return meaning
+
+
+def told_of(target: Target, started: Started, folder: Path) -> dict[str, Any]:
+    """What the processes that *started* is to start read of their plan, in accelerate's words or DeepSpeed's."""
+    command, environment = started.command(machine_of(target)), started.environment(machine_of(target))
+    if "--config_file" in command:
+        written = Path(command[command.index("--config_file") + 1]).read_text()
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            environment = launcher_environment(folder, written, monkeypatch)
+    if environment.get("ACCELERATE_USE_DEEPSPEED") != "true":
+        told: dict[str, Any] = {"precision": environment["ACCELERATE_MIXED_PRECISION"], "stage": None}
+        if environment.get("ACCELERATE_USE_FSDP") == "true":
+            version = environment["FSDP_VERSION"]
+            # accelerate's launcher sets both; each version reads its own.
+            name, grad_op = (
+                ("SHARDING_STRATEGY", "shard_grad_op") if version == "1" else ("RESHARD_AFTER_FORWARD", "false")
+            )
+            told["fsdp"] = (version, environment[f"FSDP_{name}"].lower() == grad_op)
+            told["copies"] = int(environment.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", 1))
+        return told
+    if "--deepspeed_config_file" in command:
+        config = command[command.index("--deepspeed_config_file") + 1]
+    else:
+        config = environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"]
+    held = json.loads(Path(config).read_text())
+    zero = held["zero_optimization"]
+    sizes = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+    (precision,) = [name for name in ("bf16", "fp16") if held[name]["enabled"]]
+    return {
+        "precision": precision,
+        "stage": zero["stage"],
+        "batch": {held[name] for name in sizes},
+        "offload": [zero.get(f"offload_{part}", {}).get("device") for part in ("optimizer", "param")],
+    }
 
 
 @given(job=jobs(), strategy=st.sampled_from(OWN_STRATEGIES), version=st.sampled_from([1, 2]))
