@@ -168,7 +168,10 @@ def _is_for_megatron(words: PlanWords) -> bool:
     cuts = [name for name in ("tp", "pp", "vpp", "cp") if words.get(name, 1) != 1]
     if trainer != "megatron" and (cuts or words.get("sequence_parallel")):
         flags = ", ".join(f"--{name}" for name in cuts or ("sequence-parallel",))
-        raise SpecError(f"{flags}: what trainer {trainer} runs is data parallel alone; give --trainer megatron")
+        raise SpecError(
+            f"{flags}: trainer {trainer} runs models that no pipeline or tensor-parallel group can cut; a plan with "
+            f"{flags} is launched through Megatron-LM: give --trainer megatron, and leave --strategy out"
+        )
     return trainer == "megatron"
 
 

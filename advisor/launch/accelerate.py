@@ -74,8 +74,10 @@ def _written_for(training: Training) -> tuple[Plan, ...]:
 
 def _configuration(training: Training, plan: Plan) -> Iterator[LaunchFile]:
     yaml, json = _names(training, plan)
-    model, job, cluster = training.model, training.job, training.cluster
-    yield LaunchFile(yaml, partial(accelerate_yaml, model, job, plan, cluster, training.comments, json))
+    model, job, cluster, comments = training.model, training.job, training.cluster, training.comments
+    if plan is not training.plan:
+        comments = (f"The same training by {plan.title}, instead of:", *comments)
+    yield LaunchFile(yaml, partial(accelerate_yaml, model, job, plan, cluster, comments, json))
     if plan.strategy.zero_stage is not None:
         yield LaunchFile(json, partial(deepspeed_json, job, plan, training.task.keep_auto))
 

@@ -186,7 +186,7 @@ def _comments(
     """The header of the files: what this is, when and for what it was written, and where each input came from."""
     machines = f" in {cluster.nodes} machines" if cluster.nodes > 1 else ""
     lines = [
-        f"{model.name}, {plan.strategy.title} on {cluster.gpus} x {cluster.gpu.name}{machines}. "
+        f"{model.name}, {plan.title} on {cluster.gpus} x {cluster.gpu.name}{machines}. "
         f"Written by advisor {__version__}.",
         f"Batch: {plan.gpus} GPUs x micro-batch {plan.micro_batch} x {plan.accumulation_steps} accumulation steps = "
         f"{plan.global_batch} sequences of {job.sequence_length} tokens per optimizer step.",

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Qwen2.5-1.5B, Megatron on 4 x A100-SXM4-80GB. Written by advisor (version).
+# Qwen2.5-1.5B, Megatron tp 2 + sp, pp 2 on 4 x A100-SXM4-80GB. Written by advisor (version).
 # Batch: 4 GPUs x micro-batch 2 x 2 accumulation steps = 4 sequences of 2048 tokens per optimizer step.
 # Precision bf16 over fp32 weights, adamw-fused, sdpa attention, full loss, checkpointing none, offload none.
 # Names and keys as in torch 2.13, transformers 5.23, accelerate 1.15 and deepspeed 0.19.8.
