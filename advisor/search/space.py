@@ -168,10 +168,6 @@ def bar(question: Question, strategy: Strategy, offload: Offload) -> str | None:
         return "one GPU has nobody to share with"
     if question.job.method == "qlora" and strategy is not Strategy.DDP:
         return "cutting or joining weights in four bits is not modelled"
-    if question.job.method != "full" and strategy is Strategy.HSDP:
-        return "frozen weights under HSDP are not modelled"
-    if question.job.method != "full" and offload.optimizer:
-        return "states of adapters are small, and their offload is not modelled"
     if strategy is Strategy.ZERO3_PLUS:
         plan = Plan(strategy=strategy, gpus=gpus, micro_batch=1, zero=searched_zero_settings(strategy, question))
         if reason := refusal(question.model, question.job, plan):

@@ -66,6 +66,15 @@ class Parameter:
     def __post_init__(self) -> None:
         object.__setattr__(self, "numel", prod(self.shape))
 
+    @property
+    def module(self) -> str:
+        """The module that owns it, within the part."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def is_bias(self) -> bool:
+        return self.name.rpartition(".")[2] == "bias"
+
     def held_bytes(self, model_bytes: int, compute_bytes: int) -> int:
         """Its bytes, where the model and what products read have so many per element."""
         if self.held == "four bits":

@@ -7,7 +7,15 @@ from advisor.specs.job import Job
 from advisor.specs.plan import Plan, Strategy
 
 MODELLED = frozenset(
-    {Strategy.DDP, Strategy.FSDP, Strategy.FSDP_GRAD_OP, Strategy.ZERO1, Strategy.ZERO2, Strategy.ZERO3}
+    {
+        Strategy.DDP,
+        Strategy.FSDP,
+        Strategy.FSDP_GRAD_OP,
+        Strategy.HSDP,
+        Strategy.ZERO1,
+        Strategy.ZERO2,
+        Strategy.ZERO3,
+    }
 )
 
 
@@ -24,8 +32,8 @@ def _unmodelled(job: Job, plan: Plan) -> str | None:
         return f"{plan.strategy.title}, whose code cuts or joins weights in four bits,"
     if plan.strategy not in MODELLED:
         return plan.strategy.title
-    if plan.offload.optimizer:
-        return "offload"
+    if plan.swaps:
+        return "offload to NVMe"
     if plan.fsdp.version == 1 and plan.strategy.is_fsdp:
         return "FSDP1"
     return "gradients summed in another format" if plan.zero.gradient_format is not None else None

@@ -235,7 +235,7 @@ class FullyShardedDataParallel(Sharded):
         ended = release("reduce-scatter input", "buffers", self._whole(last))
         if self.plan.strategy is not Strategy.HSDP:
             return (ended,)
-        return ended, release(REPLICA_SUMS, "buffers", self.shard * self.job.compute_bytes * self.casts)
+        return ended, release(REPLICA_SUMS, "buffers", self.updated * self.job.compute_bytes * self.casts)
 
     def sizes(self) -> Iterator[Amount]:
         return (self._share((parameter,)) for parameter in self.model.trained)

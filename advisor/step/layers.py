@@ -26,7 +26,7 @@ def normalise(tape: Tape, hidden: Tensor, kind: NormKind, weights: Weights, widt
     outer, tape.scope = tape.scope, "norms"
     if kind == "layer":
         weight = weights.take(width)
-        output = layer_norm(tape, hidden, weight, weights.take(width), width)
+        output = layer_norm(tape, hidden, weight, weights.bias(width), width)
     else:
         wide, narrow = kind == "rms-fp32-weight", kind == "rms-narrow"
         output = rms_norm(tape, hidden, weights.take(width), width, fp32_weight=wide, narrow=narrow)
@@ -104,6 +104,8 @@ def embed(tape: Tape, model: ModelSpec, weights: Weights, *, needs_gradient: boo
     tape.scope = "embedding"
     tables = [weight for weight in weights.unclaimed if len(weight.parameter.shape) == 2]
     hidden = _lookup(tape, weights.take(*tables[0].parameter.shape))
+    if model.embedding_scale:
+        hidden = multiply_constant(tape, hidden)
     if needs_gradient and not hidden.needs_gradient:
         tape.require_gradient(hidden)
     for table in tables[1:]:
@@ -111,8 +113,6 @@ def embed(tape: Tape, model: ModelSpec, weights: Weights, *, needs_gradient: boo
     if model.embedding_norm:
         hidden = normalise(tape, hidden, model.embedding_norm, weights, hidden.numel // tape.sequence_length)
         tape.scope = "embedding"
-    if model.embedding_scale:
-        hidden = multiply_constant(tape, hidden)
     return dropout(tape, hidden, model.embedding_dropout)
 
 
@@ -142,7 +142,7 @@ def head(tape: Tape, hidden: Tensor, model: ModelSpec, weights: Weights) -> Tens
     tape.scope = "head"
     if model.head_activation:
         dense = weights.take(width, width)
-        hidden = activation(tape, linear(tape, hidden, dense, weights.take(width)), model.head_activation)
+        hidden = activation(tape, linear(tape, hidden, dense, weights.bias(width)), model.head_activation)
         hidden = normalise(tape, hidden, "layer", weights, width)
     tape.scope = "logits"
     matrix = weights.take(model.vocabulary_size, width)

@@ -74,8 +74,9 @@ class OffloadedFlat(ZeroFlat):
     def states(self) -> Nodes:
         half = self.job.compute_bytes
         return (
+            hold("frozen weights", "parameters", self.frozen_bytes),
             hold("weights", "parameters", self.shard * self.plan.gpus * half),
-            hold("buffer of the largest tensor", "buffers", self.model.largest_parameter.numel * half),
+            hold("buffer of the largest tensor", "buffers", max(self.sizes) * half),
         )
 
     def _norms(self, reduction: Reduction, ranks: int) -> tuple[np.ndarray, np.ndarray]:
@@ -94,7 +95,7 @@ class OffloadedFlat(ZeroFlat):
         The cast to the optimizer's format that follows takes no more.
         """
         peaks, kept = np.zeros(ranks, dtype=np.int64), np.zeros(ranks, dtype=np.int64)
-        shard = int(flat_shard(self.model.parameter_count, ranks))
+        shard = int(flat_shard(self.model.trained_count, ranks))
         for tensor in reduction.tensors:
             for owner, elements in owned(self.starts[tensor], self.sizes[tensor], shard):
                 peaks[owner] = max(peaks[owner], kept[owner] + NORM_BYTES * (elements + 1))
@@ -139,7 +140,7 @@ class OffloadedFlat(ZeroFlat):
 
     def host(self) -> Nodes:
         shard, state, half, pins = self.shard, self.state_bytes, self.job.compute_bytes, self.pins
-        largest = self.model.largest_parameter.numel * half
+        largest = max(self.sizes) * half
         return (
             hold("master weights", "optimizer", shard * state),
             rounded(shard * state, pins),

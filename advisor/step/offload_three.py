@@ -14,9 +14,9 @@ from advisor.step.flat_partition import Reduction
 from advisor.step.offload import ROUNDED, cpu_adam, pinned, rounded
 from advisor.step.program import Amount, Block, Collective, Copy, hold, release, released
 from advisor.step.scheme import MicroStep, Nodes, Part
-from advisor.step.states import FP32_BYTES, MOMENTS
+from advisor.step.states import FP32_BYTES, MOMENTS, tensor_shards
 from advisor.step.zero import NORM_BYTES
-from advisor.step.zero_three import ZeroThree
+from advisor.step.zero_three import ZeroThree, shares
 
 NORM_ELEMENTS = 250_000_000
 """Elements that are cast to fp64 at once (``_constant_buffered_norm2``)."""
@@ -36,9 +36,10 @@ class OffloadedZeroThree(ZeroThree):
 
     def states(self) -> Nodes:
         half = self.job.compute_bytes
-        on_device = 0 if self.plan.offload.parameters else 1
+        # What every rank keeps whole, and no flat buffer takes, is cut on the GPU (``_partition_param``).
+        stays = self.frozen_small_shard if self.plan.offload.parameters else self.shard
         return (
-            hold("weights, rank's share", "parameters", self.shard * half * on_device),
+            hold("weights, rank's share", "parameters", stays * half),
             hold("small weights kept whole", "parameters", self.persistent * half),
             hold("gradient bucket", "buffers", self.bucket_bytes),
             hold("overflow flag", "buffers", 1),
@@ -117,7 +118,7 @@ class OffloadedZeroThree(ZeroThree):
         back = 0 if self.plan.offload.parameters else self.job.compute_bytes
         return (
             released(small),
-            *cpu_adam(self.shard, back),
+            *cpu_adam(self.trained_shard, back),
             Block("all-gather of small weights", "temporaries", transfers=(gather,)),
             small,
             release("gradient norms in fp64", "gradients", NORM_BYTES * len(self.sizes)),
@@ -134,11 +135,22 @@ class OffloadedZeroThree(ZeroThree):
         half = self.job.compute_bytes
         return int(sum(pinned(part * half) for part in self.parts(ranks))) if self.pins else 0
 
+    @cached_property
+    def frozen_small_shard(self) -> Amount:
+        """Elements of a rank's shares of the small weights that stay as they are."""
+        return tensor_shards([each for each in self.small if not each.trained], self.plan.gpus)
+
+    def frozen_rounding(self, ranks: int) -> int:
+        """What pinning the share of each large frozen weight takes beyond it."""
+        sizes = shares([each.numel for each in self.model.frozen if each not in self.small], ranks)
+        half = self.job.compute_bytes
+        return int(sum(pinned(size * half) - size * half for size in sizes)) if self.pins else 0
+
     def host(self) -> Nodes:
         return (*self.host_optimizer(), *self.host_gradients(), *self.host_weights())
 
     def host_optimizer(self) -> Nodes:
-        state = self.shard * self.state_bytes
+        state = self.trained_shard * self.state_bytes
         return (
             # A clone, which is not pinned.
             hold("master weights", "optimizer", state),
@@ -148,7 +160,7 @@ class OffloadedZeroThree(ZeroThree):
         )
 
     def host_gradients(self) -> Nodes:
-        half = self.shard * self.job.compute_bytes
+        half = self.trained_shard * self.job.compute_bytes
         return (
             hold("gradients, rank's share", "gradients", half),
             rounded(half, self.pins),
@@ -158,8 +170,11 @@ class OffloadedZeroThree(ZeroThree):
     def host_weights(self) -> Nodes:
         if not self.plan.offload.parameters:
             return ()
-        half = self.shard * self.job.compute_bytes
+        half = self.trained_shard * self.job.compute_bytes
+        frozen = (self.shard - self.trained_shard - self.frozen_small_shard) * self.job.compute_bytes
         return (
+            hold("frozen weights, rank's share", "parameters", frozen),
+            hold(ROUNDED, "rounding", self.over_ranks("frozen_rounding")),
             hold("weights, rank's share", "parameters", half),
             # Whatever ``pin_memory`` says (``_create_param_groups_fp16_flat_cpu_memory``).
             rounded(half, pins=True),

@@ -82,12 +82,18 @@ def scale_rows(tape: Tape, x: Tensor, scale: Tensor, element_bytes: int | None =
     """*x* times one number per row. Backward forms the full product for the row's gradient before it sums."""
     output = tape.like(x, element_bytes or max(x.element_bytes, scale.element_bytes))
     tape.work(x, scale, output)
+    passes, rows, kept = x.needs_gradient, scale.numel, x if scale.needs_gradient else None
+    factor = scale if passes else None
 
     def backward(tape: Tape, gradient: Tensor) -> Gradients:
-        for_x = tape.like(gradient)
+        for_x = tape.like(gradient) if factor else None
+        if for_x:
+            tape.work(gradient, for_x)
+        if kept is None:
+            return for_x, None
         full = tape.like(gradient)
-        tape.work(gradient, for_x, gradient, x, full, kernels=2)
-        for_scale = tape.like(scale, gradient.element_bytes)
+        tape.work(gradient, kept, full)
+        for_scale = tape.new(rows, gradient.element_bytes)
         tape.work(full, for_scale)
         del full
         return for_x, for_scale
@@ -303,7 +309,7 @@ def _quantized_product(tape: Tape, x: Tensor, weight: Weight) -> Tensor:
 
 
 def _product(tape: Tape, x: Tensor, weight: Weight, bias: Weight | None = None) -> Tensor:
-    """Saves its input where the weight needs a gradient, and the weight where the input does."""
+    """Saves its input where the weight needs a gradient, or *tape* says so, and the weight where the input does."""
     if weight.parameter.held == "four bits":
         return _quantized_product(tape, x, weight)
     outside, inside = weight.shape
@@ -316,7 +322,7 @@ def _product(tape: Tape, x: Tensor, weight: Weight, bias: Weight | None = None) 
         products = (Product(Matmul(tokens, outside, inside, element_bytes=compute_bytes), "m"),)
         tape.work(x, output, matmuls=products, fixed_moved_bytes=matrix.size_bytes)
 
-    kept = x if weight.needs_gradient else None
+    kept = x if weight.needs_gradient or tape.keeps_inputs else None
     passing = matrix if x.needs_gradient else None
 
     def backward(tape: Tape, gradient: Tensor) -> Gradients:
@@ -327,7 +333,7 @@ def _product(tape: Tape, x: Tensor, weight: Weight, bias: Weight | None = None) 
         if passing and for_x:
             backwards = (Product(Matmul(tokens, inside, outside, element_bytes=compute_bytes), "m"),)
             tape.work(gradient, for_x, matmuls=backwards, fixed_moved_bytes=passing.size_bytes)
-        for_matrix = weight_gradient(tape, weight.parameter, compute_bytes) if kept else None
+        for_matrix = weight_gradient(tape, weight.parameter, compute_bytes) if weight.needs_gradient else None
         if kept and for_matrix:
             weights = (Product(Matmul(outside, inside, tokens, element_bytes=compute_bytes), "k"),)
             tape.work(gradient, kept, for_matrix, matmuls=weights)

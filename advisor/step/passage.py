@@ -269,15 +269,30 @@ def _backward_calls(model: ModelSpec, mode: Mode, checkpointed: bool, recordings
     layers = _layers(model, mode, checkpointed, recordings)
     for number in range(len(layers) - 1, -1, -1):
         layer, used = layers[number]
-        again = _enclosing_first(used)
+        again = _enclosing_first(_passed(model, number, used, mode, checkpointed, recordings))
         calls.append((number, layer))
         if checkpointed:
             # The first module whose backward needs what was not kept has the layer computed again.
             calls += [(number, call) for call in (*again[:2], *used, *again[2:])]
         else:
             calls += [(number, call) for call in again]
-    embeddings = reversed(_modules(model.embedding, range(len(model.embedding))))
-    return [*calls, *(("embedding", call) for call in embeddings)]
+    embeddings = _modules(model.embedding, range(len(model.embedding)))
+    if model.frozen_count:
+        # Of what frozen tables give a gradient is asked for with checkpointing alone, and of the first table's.
+        embeddings = embeddings[:1] if checkpointed else []
+    return [*calls, *(("embedding", call) for call in reversed(embeddings))]
+
+
+def _passed(
+    model: ModelSpec, number: int, calls: list[Call], mode: Mode, checkpointed: bool, recordings: Recordings
+) -> list[Call]:
+    """Those of a layer's *calls* that backward comes by: in the first that is trained, not what stands before it."""
+    layer = model.layers[number]
+    if not (unpassed := recordings.layer(layer, model.hidden_size, mode, checkpointed).unpassed):
+        return calls
+    first = len(model.embedding) + sum(len(each.parameters) for each in model.layers[:number])
+    left_out = {at for at, parameter in enumerate(layer.parameters, first) if parameter in unpassed}
+    return [call for call in calls if not call.tensors or not left_out.issuperset(call.tensors)]
 
 
 def _around(model: ModelSpec) -> tuple[Call, Call]:

@@ -49,6 +49,8 @@ class Mode:
     loss: LossKernel = "full"
     adapter_bytes: int | None = None
     """Bytes per element of adapters, where these alone are trained."""
+    keeps_inputs: bool = False
+    """Whether products keep their input for backward though their weight be frozen (ZeRO-3)."""
     embedding_norm: bool = False
     """Whether the stream leaves a LayerNorm before the first layer, which autocast runs in fp32 (BLOOM)."""
 
@@ -75,6 +77,7 @@ class Mode:
             padded=self.padded,
             half_stream=self.autocasts_half or self.stream_bytes == self.compute_bytes,
             alone=self.alone,
+            keeps_inputs=self.keeps_inputs,
         )
 
 
@@ -97,6 +100,8 @@ class Recording(NamedTuple):
     forward: tuple[Event, ...]
     backward: tuple[Event, ...]
     kept_copy_bytes: int = 0
+    unpassed: tuple[Parameter, ...] = ()
+    """Frozen weights of whose products no gradient is asked for, so that backward does not come by their modules."""
 
 
 Run = Callable[[Tape, Tensor, Weights], Tensor]
@@ -319,7 +324,8 @@ def _record(
         returned.storage.rename(GRADIENT_STREAM, "temporaries")
     forward = passed(_own(tape.events[first:last]), STREAM_NUMBER, given=given, taken=number)
     backward = after_forward(tape, last, number, returned.storage.event.storage if returned else None)
-    return Recording(forward, passed(backward, STREAM_NUMBER, given=given))
+    unpassed = tuple(each.parameter for each in uncopied if not each.is_passed and not each.needs_gradient)
+    return Recording(forward, passed(backward, STREAM_NUMBER, given=given), unpassed=unpassed)
 
 
 def _record_checkpointed(run: Run, layer: Layer, hidden_size: int, mode: Mode, selective: bool) -> Recording:

@@ -105,6 +105,8 @@ class Weight:
     """Its autocast copy while a forward pass keeps one."""
     adapter: Adapter | None = None
     """The low-rank matrices beside it."""
+    is_passed: bool = False
+    """Whether a gradient of what it was used for is asked for."""
 
     @property
     def needs_gradient(self) -> bool:
@@ -179,6 +181,8 @@ class Tape:
     """Whether weights and the residual stream have the compute format under autocast too."""
     alone: bool = False
     """Whether the micro-batch is one sequence."""
+    keeps_inputs: bool = False
+    """Whether products keep their input for backward though their weight be frozen."""
     grad_enabled: bool = True
     backward_running: bool = False
     scope: str = ""
@@ -261,6 +265,9 @@ class Tape:
         Where none of the *inputs* needs a gradient, neither does *output*, and nothing is kept.
         """
         present = [each for each in inputs if each is not None]
+        for each in present:
+            if isinstance(each, Weight):
+                each.is_passed = self.grad_enabled and any(other.needs_gradient for other in present)
         if self.grad_enabled and (not present or any(each.needs_gradient for each in present)):
             if saves == "inputs":
                 number = output.storage.event.storage

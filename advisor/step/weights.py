@@ -17,6 +17,8 @@ class Weights:
     """The parameters of one module, claimed one by one as its code uses them."""
 
     unclaimed: list[Weight]
+    latest: str = ""
+    """The module whose parameter was claimed last."""
 
     def every(self) -> list[Weight]:
         """Those that are unclaimed, and the adapters beside them."""
@@ -24,16 +26,24 @@ class Weights:
         return [*self.unclaimed, *adapters]
 
     def take(self, *shape: int) -> Weight:
-        """The first unclaimed parameter of *shape*, or of its transpose (GPT-2's Conv1D)."""
-        for index, weight in enumerate(self.unclaimed):
-            if weight.parameter.shape in (shape, shape[:-2] + shape[:-3:-1]):
-                weight.shape = shape
-                return self.unclaimed.pop(index)
+        """The first unclaimed parameter of *shape*, or of its transpose (GPT-2's Conv1D), biases last."""
+        fitting = [each for each in self.unclaimed if each.parameter.shape in (shape, shape[:-2] + shape[:-3:-1])]
+        return self._claim(min(fitting, key=lambda each: each.parameter.is_bias, default=None), shape)
+
+    def bias(self, width: int, present: bool = True) -> Weight | None:
+        """Where it is *present*, the bias of the module whose weight was claimed last; the first of *width* if none."""
+        if not present:
+            return None
+        fitting = [each for each in self.unclaimed if each.parameter.shape == (width,)]
+        return self._claim(min(fitting, key=lambda each: each.parameter.module != self.latest, default=None), (width,))
+
+    def _claim(self, weight: Weight | None, shape: tuple[int, ...]) -> Weight:
+        if weight is not None:
+            self.unclaimed.remove(weight)
+            self.latest, weight.shape = weight.parameter.module, shape
+            return weight
         left = ", ".join(f"{weight.parameter.name} {weight.parameter.shape}" for weight in self.unclaimed)
         raise SpecError(f"no parameter of shape {shape} is left among: {left or 'none'}")
-
-    def bias(self, width: int, present: bool) -> Weight | None:
-        return self.take(width) if present else None
 
 
 def weights_of(

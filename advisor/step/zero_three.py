@@ -15,6 +15,7 @@ from advisor.step.flat_partition import Reduction, by_count, reductions
 from advisor.step.gathering import PLAIN, Buffers
 from advisor.step.passage import Move, Passage, block_of_experts, passage, reduced
 from advisor.step.program import Amount, Block, Collective, hold, release, released, scratch
+from advisor.step.recording import Mode
 from advisor.step.scheme import MicroStep, Nodes, Part
 from advisor.step.states import MOMENTS, adam_step_counters, adam_temporaries, tensor_shards
 from advisor.step.zero import NORM_BYTES, Zero
@@ -48,6 +49,11 @@ def sub_groups(parts: Sequence[int], size: int) -> tuple[tuple[int, ...], ...]:
 
 class ZeroThree(Zero):
     """Stage 3: weights too are cut, tensor by tensor, and gathered for use."""
+
+    @cached_property
+    def mode(self) -> Mode:
+        """DeepSpeed's own product saves all that it is given (zero/linear.py ``LinearFunctionForZeroStage3``)."""
+        return replace(super().mode, keeps_inputs=self.model.frozen_count > 0)
 
     @cached_property
     def shard(self) -> Amount:

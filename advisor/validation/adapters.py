@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 from unittest import mock
 
@@ -26,6 +27,12 @@ def with_adapters(model: Any, job: Job, *, dropout: bool = False) -> Any:
         return add_adapters(
             model, job.lora_rank, job.lora_targets, dropout=probability, in_fp32=job.parameter_format == "fp32"
         )
+
+
+def import_before_counting(job: Job) -> None:
+    """Import what adapts a model for *job*: some of it makes tensors as it is imported."""
+    if job.method != "full":
+        import_module("peft")
 
 
 @contextmanager

@@ -87,12 +87,14 @@ def emulate(
     """
     import torch
 
+    from advisor.validation.adapters import import_before_counting
     from advisor.validation.engines import built_model, by_deepspeed, by_torch, leave_out_cpu_adam
     from advisor.validation.loop import random_tokens, record_of, train
     from advisor.validation.meter import meter_of
 
     place = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
     _join(plan, rank, place)
+    import_before_counting(job)
     if plan.offload.optimizer and (device == "cpu" or int(plan.gpus) > 1):
         leave_out_cpu_adam()
     with _nvme(plan) as plan, meter_of(place) as meter:

@@ -37,7 +37,7 @@ from advisor.tracing.real_model import (
     settings_of,
 )
 from advisor.tracing.tiled_loss import tile_loss
-from advisor.validation.adapters import fake_conversions, trained, with_adapters
+from advisor.validation.adapters import fake_conversions, import_before_counting, trained, with_adapters
 from advisor.validation.sharding import FORMATS, Wrapped, counted, ranks_of, wrap
 
 MOST_MICRO_STEPS = 3
@@ -82,6 +82,7 @@ def trace_described(description: Description, job: Job, plan: Plan, *, dropout: 
     """
     if job.padded and job.attention == "flash":
         raise SpecError("flash attention leaves padding out, and how much there is only a batch tells: drop --padded")
+    import_before_counting(job)
     with (
         quiet(),
         failures_explained(description.family),

@@ -13,16 +13,19 @@ from advisor.catalog.adapters import as_trained
 from advisor.catalog.models import find_model
 from advisor.errors import SpecError
 from advisor.specs.job import Job
+from advisor.specs.model import Parameter
 from advisor.specs.plan import Checkpointing, FsdpSettings, Offload, Plan, Strategy, zero_settings
 from advisor.step.build import StepProgram, build
 from advisor.step.operators import linear
-from advisor.step.program import Collective, blocks, fold, peak_of, then
-from advisor.step.recording import Mode
+from advisor.step.program import Collective, blocks, fold, held_after, peak_of, then
+from advisor.step.recording import FORMULAS, Mode
 from advisor.step.schemes import scheme_of
+from advisor.step.tape import Weight
 from advisor.step.weights import weights_of
 
 MODEL = find_model("Qwen2.5-0.5B").model
 STRATEGIES = (Strategy.DDP, Strategy.ZERO1, Strategy.ZERO2, Strategy.ZERO3, Strategy.FSDP, Strategy.FSDP_GRAD_OP)
+OFFLOADED = ((Strategy.ZERO2, Offload.OPTIMIZER), (Strategy.ZERO3, Offload.OPTIMIZER_AND_PARAMETERS))
 LENGTH = 128
 
 
@@ -48,10 +51,10 @@ def payloads(found: StepProgram, kind: str) -> int:
     )
 
 
-def saved_bytes(trained: bool, input_needs_gradient: bool) -> int:
+def saved_bytes(trained: bool, input_needs_gradient: bool, keeps_inputs: bool = False) -> int:
     """What a product of 10 tokens by a matrix of 8 x 16 keeps for backward."""
     parameter = replace(MODEL.head[0], name="proj.weight", shape=(8, 16), trained=trained)
-    tape = Mode(2, 2, 10, "sdpa").tape()
+    tape = Mode(2, 2, 10, "sdpa", keeps_inputs=keeps_inputs).tape()
     x = tape.input(10 * 16, 2, "x")
     if not input_needs_gradient:
         x.node = None
@@ -71,6 +74,43 @@ def test_a_product_with_a_frozen_weight_does_not_keep_its_input() -> None:
     assert saved_bytes(trained=True, input_needs_gradient=True) == 10 * 16 * 2
     assert saved_bytes(trained=False, input_needs_gradient=True) == 0
     assert saved_bytes(trained=False, input_needs_gradient=False) == 0
+
+
+def test_deepspeed_s_own_product_keeps_its_input_whatever_is_trained() -> None:
+    assert saved_bytes(trained=False, input_needs_gradient=True, keeps_inputs=True) == 10 * 16 * 2
+    assert saved_bytes(trained=False, input_needs_gradient=False, keeps_inputs=True) == 0
+
+
+def test_vectors_are_claimed_by_the_modules_that_own_them() -> None:
+    names = ("self_attn.q_proj.weight", "self_attn.q_proj.bias", "input_layernorm.weight", "input_layernorm.bias")
+    shapes = ((8, 8), (8,), (8,), (8,))
+    weights = weights_of(tuple(map(Parameter, names, shapes)), 2, 2)
+
+    assert weights.take(8).parameter.name == "input_layernorm.weight"
+    assert claimed(weights.bias(8)) == "input_layernorm.bias"
+    assert weights.take(8, 8).parameter.name == "self_attn.q_proj.weight"
+    assert claimed(weights.bias(8)) == "self_attn.q_proj.bias"
+    assert not weights.unclaimed
+
+
+def claimed(weight: Weight | None) -> str:
+    assert weight is not None
+    return weight.parameter.name
+
+
+@pytest.mark.parametrize("checkpointing", [Checkpointing.NONE, Checkpointing.FULL], ids=lambda each: each.value)
+def test_backward_comes_by_no_frozen_weight_that_stands_before_what_is_trained(checkpointing: Checkpointing) -> None:
+    model, mode = as_trained(MODEL, job(lora_targets=("o_proj",))), Mode(2, 2, LENGTH, "sdpa", adapter_bytes=2)
+    checkpointed = checkpointing is Checkpointing.FULL
+    first, second = (
+        {each.name for each in FORMULAS.layer(layer, model.hidden_size, mode, checkpointed).unpassed}
+        for layer in model.described_layers[:2]
+    )
+
+    before = {f"self_attn.{name}_proj.{kind}" for name in "qkv" for kind in ("weight", "bias")}
+    before |= {"input_layernorm.weight", "self_attn.o_proj.base_layer.weight"}
+    assert first == (set() if checkpointed else before)
+    assert second == set()
 
 
 @pytest.mark.parametrize(
@@ -155,15 +195,38 @@ def test_four_bits_are_for_one_gpu_and_ddp() -> None:
         program(job(method="qlora"), plan(Strategy.ZERO3))
 
 
+@pytest.mark.parametrize(("strategy", "offload"), OFFLOADED, ids=str)
+def test_the_host_holds_the_optimizer_states_of_what_is_trained_alone(strategy: Strategy, offload: Offload) -> None:
+    asked = job()
+    model, found = as_trained(MODEL, asked), program(asked, plan(strategy, offload=offload))
+    held = {line.label: line.size_bytes for line in held_after(found.host)}
+
+    # fp32 weights and two moments over four ranks, each tensor or all of them padded.
+    optimizer = held["master weights"] + held["Adam moments"]
+    assert optimizer == pytest.approx(12 * model.trained_count / 4, rel=0.001)
+    frozen_bytes = 2 * MODEL.parameter_count / 4 * offload.parameters
+    assert held.get("frozen weights, rank's share", 0) == pytest.approx(frozen_bytes, rel=0.001)
+    assert int(fold(found.step).net_bytes) == 0
+
+
+def test_hsdp_sums_the_gradients_of_adapters_alone_over_its_replicas() -> None:
+    asked = job()
+    found = program(asked, plan(Strategy.HSDP, gpus=4, fsdp=FsdpSettings(shard_ranks=2)))
+
+    share = payloads(found, "reduce-scatter") / 2
+    assert payloads(found, "all-reduce") == pytest.approx(share, rel=0.001)
+    assert payloads(found, "all-reduce") == pytest.approx(as_trained(MODEL, asked).trained_count, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("chosen", "said"),
     [
-        (plan(Strategy.ZERO2, offload=Offload.OPTIMIZER), "offload"),
+        (plan(Strategy.ZERO3, offload=Offload.OPTIMIZER, offload_to="nvme"), "offload to NVMe"),
         (plan(Strategy.FSDP, fsdp=FsdpSettings(version=1)), "FSDP1"),
         (plan(Strategy.ZERO0), "DeepSpeed stage 0"),
         (plan(Strategy.MEGATRON), "Megatron"),
     ],
-    ids=["offload", "fsdp1", "zero0", "megatron"],
+    ids=["nvme", "fsdp1", "zero0", "megatron"],
 )
 def test_what_has_no_terms_for_frozen_weights_is_refused(chosen: Plan, said: str) -> None:
     with pytest.raises(SpecError, match=f"--method lora with {said} is not modelled"):
