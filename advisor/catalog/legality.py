@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -63,10 +63,11 @@ class Rule:
             capability = _capability(gpu)
             if capability is None or capability >= self.below_capability:
                 return False
-        return all(
-            any(fnmatchcase(fact, pattern) for fact in facts[column] for pattern in patterns)
-            for column, patterns in self.conditions.items()
-        )
+        return all(self.matches(column, facts[column]) for column in self.conditions)
+
+    def matches(self, column: str, facts: Iterable[str]) -> bool:
+        """Whether one of *facts* meets its condition in *column*."""
+        return any(fnmatchcase(fact, pattern) for fact in facts for pattern in self.conditions[column])
 
     def holds_in(self, version: str | None) -> bool:
         """Whether it is so in that *version* of its package; where none is known, it is."""
