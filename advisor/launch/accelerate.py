@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
+from advisor.catalog.trainers import older_than, versions_of
 from advisor.launch.deepspeed import deepspeed_json
 from advisor.launch.run_script import ALLOCATOR_SETTING, run_script
 from advisor.launch.training import Launch, LaunchFile, Training
@@ -53,6 +54,19 @@ parameter that another group shares (BERT's output bias, T5's embedding of both 
 WHOLE_IN_EVERY_PROCESS = frozenset({"deepseek_v3"})
 """Families whose weights accelerate 1.15 cannot send out from the first process, because their state holds a buffer
 that FSDP does not shard (the routers' score correction)."""
+
+SEPARATE_EXPERTS = {
+    "deepseek_v2": "DeepseekV2MoE",
+    "deepseek_v3": "DeepseekV3MoE",
+    "mixtral": "MixtralSparseMoeBlock",
+    "qwen2_moe": "Qwen2MoeSparseMoeBlock",
+    "qwen3_moe": "Qwen3MoeSparseMoeBlock",
+}
+"""What holds the experts, each a module of its own, in transformers before 5.0 (read in 4.52.3 and 4.57.1).
+
+A rank skips an expert that none of its tokens go to, and under ZeRO-3 the others wait for it for ever, unless DeepSpeed
+gathers all of them at once. Since 5.0 the experts of a layer are one module's weights.
+"""
 
 
 def launch(training: Training) -> Launch:
@@ -119,10 +133,12 @@ def accelerate_environment(model: ModelSpec, job: Job, plan: Plan) -> dict[str, 
     relative to the folder of the files.
     """
     if plan.strategy.zero_stage is not None:
+        experts = _gathered_at_once(model, job, plan)
         return {
             "ACCELERATE_USE_DEEPSPEED": "true",
             "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds_config.json",
             "ACCELERATE_DEEPSPEED_ZERO3_INIT": _word(plan.strategy.zero_stage == 3),
+            **({"ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": experts} if experts else {}),
         }
     environment = {"ACCELERATE_MIXED_PRECISION": mixed_precision(job)}
     if plan.strategy.is_fsdp:
@@ -163,6 +179,8 @@ def accelerate_yaml(
     if plan.strategy.zero_stage is not None:
         # mixed_precision must not stand beside a DeepSpeed JSON: accelerate refuses the pair.
         settings["deepspeed_config"] = _deepspeed(plan, cluster, json)
+        if experts := _gathered_at_once(model, job, plan):
+            settings["deepspeed_config"]["deepspeed_moe_layer_cls_names"] = experts
     else:
         settings["mixed_precision"] = mixed_precision(job)
     if plan.strategy.is_fsdp:
@@ -211,6 +229,13 @@ def _deepspeed(plan: Plan, cluster: Cluster, json: str) -> dict[str, Any]:
         # run.sh starts the processes of its own machine; the default launcher would reach the others by pdsh and ssh.
         settings["deepspeed_multinode_launcher"] = "standard"
     return settings
+
+
+def _gathered_at_once(model: ModelSpec, job: Job, plan: Plan) -> str | None:
+    """The class whose weights ZeRO-3 must not gather module by module, or None."""
+    versions, _ = versions_of(job.trainer)
+    separate = older_than(versions.get("transformers", "5.0.0"), "5.0.0")
+    return SEPARATE_EXPERTS.get(model.family) if plan.strategy.zero_stage == 3 and separate else None
 
 
 def _fsdp(model: ModelSpec, plan: Plan) -> dict[str, Any]:

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import yaml
 
-from advisor.launch.accelerate import FSDP_REFUSES, LAYER_CLASSES, WHOLE_IN_EVERY_PROCESS, accelerate_yaml
+from advisor.catalog import trainers
+from advisor.launch.accelerate import (
+    FSDP_REFUSES,
+    LAYER_CLASSES,
+    WHOLE_IN_EVERY_PROCESS,
+    accelerate_environment,
+    accelerate_yaml,
+)
 from advisor.specs.job import Job
 from advisor.specs.model import Parameter, Run
 from advisor.specs.plan import FsdpSettings, Plan, Strategy
@@ -127,6 +134,32 @@ def test_the_launcher_leaves_all_but_the_file_to_deepspeed(
 
 
 @pytest.mark.parametrize(
+    ("transformers", "strategy", "family", "gathered"),
+    [
+        ("4.57.1", Strategy.ZERO3, "qwen3_moe", "Qwen3MoeSparseMoeBlock"),
+        ("4.57.1", Strategy.ZERO3, "qwen3", None),
+        ("4.57.1", Strategy.ZERO2, "qwen3_moe", None),
+        ("5.0.0", Strategy.ZERO3, "qwen3_moe", None),
+    ],
+)
+def test_experts_that_a_rank_could_skip_are_gathered_at_once(
+    transformers: str,
+    strategy: Strategy,
+    family: str,
+    gathered: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(trainers, "installed", {"transformers": transformers}.get)
+    job, name = Job(trainer="hf"), "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES"
+
+    by_accelerate = launcher_environment(tmp_path, text(plan(strategy), job, family=family), monkeypatch)
+
+    assert by_accelerate.get(name) == gathered
+    assert accelerate_environment(model(family=family), job, plan(strategy)).get(name) == gathered
+
+
+@pytest.mark.parametrize(
     ("job", "mixed"),
     [
         (Job(precision="bf16"), "bf16"),
@@ -181,6 +214,8 @@ def test_the_named_class_is_that_of_each_transformer_layer(family: str) -> None:
     named = [module for module in built.modules() if type(module).__name__ == LAYER_CLASSES[family]]
     assert len(named) == layers
     assert LAYER_CLASSES[family] in built._no_split_modules
+    # Else ZeRO-3 would wait for ranks that skip an expert (SEPARATE_EXPERTS).
+    assert not [name for name, _ in built.named_modules() if name.endswith("experts.0")]
     persistent_buffers = built.state_dict().keys() - dict(built.named_parameters(remove_duplicate=False)).keys()
     assert (family in WHOLE_IN_EVERY_PROCESS) == bool(persistent_buffers)
 
