@@ -280,7 +280,13 @@ def _with_sources(resolved: tuple[Input, ...], settled: list[Input]) -> tuple[In
 def _shard_ranks(strategy: Strategy, given: int | None, cluster: Cluster) -> int | None:
     """GPUs that HSDP cuts states over: those of a machine, where nobody says; None for another strategy."""
     if strategy is Strategy.HSDP:
-        return given if given is not None else cluster.gpus_per_node
+        ranks = given if given is not None else cluster.gpus_per_node
+        if ranks == cluster.gpus:
+            raise SpecError(
+                f"hsdp that cuts states over all {ranks} GPUs holds no second copy of them, and so is fsdp: take "
+                f"--strategy fsdp, or give --shard-ranks less than {ranks}"
+            )
+        return ranks
     if given is not None:
         raise SpecError(f"--shard-ranks is for hsdp; {strategy.title} cuts states over all GPUs or none")
     return None

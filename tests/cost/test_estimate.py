@@ -233,6 +233,12 @@ def test_megatron_s_plan_is_what_the_words_say() -> None:
     assert (plan.micro_batch, plan.accumulation_steps, plan.global_batch) == (2, 8, 32)
 
 
+@pytest.mark.parametrize("words", [{}, {"shard_ranks": 4}])
+def test_hsdp_without_a_second_copy_is_refused_as_fsdp(words: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match=r"hsdp that cuts states over all 4 GPUs .* is fsdp: take --strategy fsdp, or"):
+        estimate("Qwen2.5-0.5B", strategy="hsdp", **FOUR_A100, **words)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
