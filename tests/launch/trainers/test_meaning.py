@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from advisor.launch.files import Launch
 from advisor.specs.job import Trainer
-from advisor.specs.plan import Checkpointing, Plan, Strategy
+from advisor.specs.plan import Checkpointing, Offload, Plan, Strategy
 from launch.examples import plan
-from launch.trainers.told import TRAINERS, launch_for, told
+from launch.trainers.told import TRAINERS, launch_for, text_of, told
 
 Told = Mapping[str, Any]
 
@@ -65,6 +67,16 @@ def by_megatron(given_: Told) -> dict[str, Any]:
     }
 
 
+def by_deepspeed(launch: Launch, strategy: Strategy) -> tuple[int | None, bool]:
+    """The stage, and whether the optimizer is on the CPU, as the JSON says that its run.sh names."""
+    script = text_of(launch, "run.sh")
+    names = [name for name in ("ds_config.json", f"{strategy.value}.json") if f'"$here/{name}"' in script]
+    if not names:
+        return None, False
+    zero = json.loads(text_of(launch, names[0]))["zero_optimization"]
+    return zero["stage"], zero.get("offload_optimizer", {}).get("device") == "cpu"
+
+
 MEANINGS: dict[Trainer, Callable[[Told], dict[str, Any]]] = {
     "hf": lambda given_: by_transformers(given_, "block_size"),
     "trl": lambda given_: by_transformers(given_, "max_length"),
@@ -79,8 +91,11 @@ MEANINGS: dict[Trainer, Callable[[Told], dict[str, Any]]] = {
 @st.composite
 def plans(draw: st.DrawFn, trainer: Trainer) -> Plan:
     own = {"torchtitan": [Strategy.FSDP, Strategy.FSDP_GRAD_OP], "megatron": [Strategy.MEGATRON]}
+    strategy = draw(st.sampled_from(own.get(trainer, [Strategy.ZERO1, Strategy.ZERO2, Strategy.ZERO3])))
+    offloads = [Offload.NONE, Offload.OPTIMIZER] if strategy.zero_stage else [Offload.NONE]
     return plan(
-        draw(st.sampled_from(own.get(trainer, [Strategy.ZERO1, Strategy.ZERO2, Strategy.ZERO3]))),
+        strategy,
+        offload=draw(st.sampled_from(offloads)),
         micro_batch=draw(st.integers(1, 64)),
         accumulation_steps=draw(st.integers(1, 64)),
         checkpointing=draw(st.sampled_from([Checkpointing.NONE, Checkpointing.FULL])),
@@ -93,8 +108,11 @@ def plans(draw: st.DrawFn, trainer: Trainer) -> Plan:
 def test_a_plan_means_the_same_to_every_trainer(trainer: Trainer, data: st.DataObject, length: int) -> None:
     chosen = data.draw(plans(trainer))
 
-    said = MEANINGS[trainer](told(trainer, launch_for(trainer, chosen, sequence_length=length)))
+    launch = launch_for(trainer, chosen, sequence_length=length)
 
+    said = MEANINGS[trainer](told(trainer, launch))
+
+    assert by_deepspeed(launch, chosen.strategy) == (chosen.strategy.zero_stage, chosen.offload.optimizer)
     assert said == {
         "micro-batch": chosen.micro_batch,
         "accumulation": chosen.accumulation_steps,
