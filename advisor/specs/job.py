@@ -9,7 +9,22 @@ from advisor.errors import SpecError
 
 Precision = Literal["bf16", "fp16", "fp32"]
 ParameterFormat = Literal["fp32", "bf16"]
-Optimizer = Literal["adamw-fused", "adamw-foreach", "adamw-loop"]
+Optimizer = Literal[
+    "adamw-fused",
+    "adamw-foreach",
+    "adamw-loop",
+    "adamw-8bit",
+    "adamw-paged",
+    "adamw-8bit-paged",
+    "adafactor",
+    "sgd",
+    "sgd-momentum",
+    "lion",
+    "lion-8bit",
+    "muon",
+    "galore",
+]
+"""What each stands for is in ``profiles/optimizers.csv``."""
 AttentionKernel = Literal["sdpa", "flash", "eager"]
 LossKernel = Literal["full", "chunked", "fused", "tiled"]
 Trainer = Literal["advisor", "hf", "trl", "open-r1", "llama-factory", "axolotl", "torchtitan", "megatron"]
@@ -32,6 +47,8 @@ class Job:
     parameter_format: ParameterFormat = "fp32"
     """What the trained weights are held in before sharding: fp32 weights or masters, or pure bf16."""
     optimizer: Optimizer = "adamw-fused"
+    galore_rank: int = 128
+    """Rank that gradients are projected to; the default is transformers'."""
     attention: AttentionKernel = "sdpa"
     loss: LossKernel = "full"
     compile: bool = False
@@ -60,6 +77,8 @@ class Job:
         _one_of("loss", self.loss, get_args(LossKernel))
         _one_of("trainer", self.trainer, get_args(Trainer))
         _one_of("method", self.method, get_args(Method))
+        if self.galore_rank < 1:
+            raise SpecError(f"the rank of GaLore's projections must be at least 1, got {self.galore_rank}")
         if self.lora_rank < 1:
             raise SpecError(f"the rank of adapters must be at least 1, got {self.lora_rank}")
         if not 0 <= self.lora_dropout < 1:

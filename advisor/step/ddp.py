@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 
 import numpy as np
 
 from advisor.specs.model import Parameter
-from advisor.step.program import Block, Collective, hold, release, scratch
+from advisor.step.optimizers.rule import Given, whole
+from advisor.step.program import Block, Collective, hold, release
 from advisor.step.scheme import MicroStep, Nodes, Part, Scheme
-from advisor.step.states import ADAM_MOVES, FP32_BYTES, MOMENTS, adam_step_counters, adam_temporaries
 
 FIRST_BUCKET_BYTES, BUCKET_BYTES = 2**20, 25 * 2**20
 """``_DEFAULT_FIRST_BUCKET_BYTES`` and ``bucket_cap_mb``: gradients are reduced in pieces of these sizes."""
@@ -21,7 +22,7 @@ class DataParallel(Scheme):
     @property
     def tensor_sizes(self) -> Mapping[str, Callable[[], Iterable[int]]]:
         def trained() -> list[int]:
-            return [size * self.job.parameter_bytes for size in self._sizes()]
+            return [each.numel * self.job.parameter_bytes for each in self.model.trained]
 
         def weights() -> list[int]:
             job = self.job
@@ -31,9 +32,13 @@ class DataParallel(Scheme):
         return {
             "weights": weights,
             "DDP buckets": lambda: bucket_sizes(reversed(trained())),
-            "Adam moments": lambda: [size for size in trained() for _ in range(MOMENTS)],
-            "Adam step counters": lambda: len(self.model.trained) * [FP32_BYTES],
+            **self.optimizer.tensor_sizes(self.given),
         }
+
+    @cached_property
+    def given(self) -> Given:
+        """What the optimizer updates."""
+        return whole(self.model, self.model.trained, self.job.parameter_bytes)
 
     def states(self) -> Nodes:
         count, element_bytes = self.model.trained_count, self.job.parameter_bytes
@@ -42,8 +47,7 @@ class DataParallel(Scheme):
             hold("weights", "parameters", count * element_bytes + self.frozen_bytes),
             # Flat buckets cover every gradient from construction on and are never freed; p.grad is beside them.
             hold("DDP buckets", "buffers", count * element_bytes * several),
-            hold("Adam moments", "optimizer", MOMENTS * count * element_bytes),
-            hold("Adam step counters", "optimizer", adam_step_counters(self.job, len(self.model.trained))),
+            *self.optimizer.kept(self.given),
         )
 
     @property
@@ -62,16 +66,12 @@ class DataParallel(Scheme):
         reduce = Collective("gradients", "all-reduce", payload, messages, waits=False)
         return (Block("gradient all-reduce", "temporaries", moved_bytes=2 * payload, transfers=(reduce,)),)
 
-    def _sizes(self) -> Iterator[int]:
-        return (parameter.numel for parameter in self.model.trained)
-
     def update(self) -> Nodes:
-        count, element_bytes = self.model.trained_count, self.job.parameter_bytes
-        return (
-            scratch("Adam temporaries", adam_temporaries(self.job, self._sizes, element_bytes)),
-            Block("Adam update", "optimizer", moved_bytes=ADAM_MOVES * count * element_bytes, kernels=1),
-            release("gradients", "gradients", count * element_bytes),
-        )
+        released = release("gradients", "gradients", self.model.trained_count * self.job.parameter_bytes)
+        return (*self.optimizer.update(self.given), released)
+
+    def host(self) -> Nodes:
+        return tuple(self.optimizer.host(self.given))
 
 
 def bucket_sizes(gradients: Iterable[int]) -> list[int]:

@@ -13,9 +13,10 @@ import numpy as np
 
 from advisor.specs.model import Parameter
 from advisor.step.flat_partition import Reduction, flat_shard, gathered_from
+from advisor.step.optimizers.rule import Given, flat
 from advisor.step.program import Amount, Block, Collective, hold, release, scratch
 from advisor.step.scheme import MicroStep, Nodes, Part
-from advisor.step.states import FP32_BYTES, MOMENTS, adam_temporaries
+from advisor.step.states import FP32_BYTES
 from advisor.step.zero import NORM_BYTES, Zero
 from advisor.step.zero_flat import ZeroTwo
 
@@ -26,6 +27,10 @@ class Bf16Optimizer(Zero):
     @cached_property
     def shard(self) -> Amount:
         return flat_shard(self.model.parameter_count, self.plan.gpus)
+
+    @cached_property
+    def given(self) -> Given:
+        return flat(self.shard, FP32_BYTES, ", rank's share")
 
     @property
     def state_bytes(self) -> int:
@@ -38,8 +43,7 @@ class Bf16Optimizer(Zero):
             Block("weights", "parameters", whole * half, 2 * whole * half),
             hold("master weights, rank's share", "optimizer", shard * FP32_BYTES),
             hold("fp32 gradients", "gradients", whole * FP32_BYTES),
-            hold("Adam moments, rank's share", "optimizer", MOMENTS * shard * FP32_BYTES),
-            *self.counters(),
+            *self.kept(),
         )
 
     def gradient(self, part: Part, parameter: Parameter, size_bytes: int, micro: MicroStep) -> Nodes:
@@ -63,8 +67,7 @@ class Bf16Optimizer(Zero):
 
     def update(self) -> Nodes:
         return (
-            scratch("Adam temporaries", adam_temporaries(self.job, lambda: (self.shard,), FP32_BYTES)),
-            self.adam(self.shard),
+            *self.optimizer.update(self.given),
             self.gather_updated(),
             release("gradients", "gradients", self.model.parameter_count * self.job.compute_bytes),
         )
@@ -148,8 +151,7 @@ class ZeroTwoFp32Gradients(ZeroTwo):
         shard = self.shard
         return (
             scratch("gradient norm in fp64", self._of_rank("largest_slice") * NORM_BYTES),
-            scratch("Adam temporaries", adam_temporaries(self.job, lambda: (shard,), FP32_BYTES)),
-            self.adam(shard),
+            *self.optimizer.update(self.given),
             release("fp32 gradients, rank's share", "gradients", shard * FP32_BYTES),
             self.gather_updated(),
         )

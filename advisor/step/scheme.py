@@ -17,6 +17,8 @@ from advisor.errors import SpecError
 from advisor.specs.job import Job
 from advisor.specs.model import AnyLayer, ModelSpec, Parameter
 from advisor.specs.plan import Count, Plan
+from advisor.step.optimizers.rule import Rule
+from advisor.step.optimizers.rules import rule_of
 from advisor.step.program import Amount, Node
 from advisor.step.recording import FORMULAS, Mode, Source, mode_of
 
@@ -100,6 +102,11 @@ class Scheme:
     def built_bytes(self) -> int:
         """Bytes per element of the model as it is built."""
         return self.job.model_bytes
+
+    @cached_property
+    def optimizer(self) -> Rule:
+        """What updates the weights."""
+        return rule_of(self.job)
 
     @cached_property
     def mode(self) -> Mode:

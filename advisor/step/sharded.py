@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
 
 from advisor.specs.plan import Strategy
+from advisor.step.optimizers.rule import Given, Piece
 from advisor.step.program import Amount, Block, Collective, hold, release, scratch
 from advisor.step.scheme import MicroStep, Nodes, Scheme
-from advisor.step.states import ADAM_MOVES, FP32_BYTES, MOMENTS, adam_step_counters, adam_temporaries
 
 
 class Sharded(Scheme, ABC):
@@ -65,14 +66,17 @@ class Sharded(Scheme, ABC):
 
     @property
     def tensor_sizes(self) -> Mapping[str, Callable[[], Iterable[int]]]:
-        element_bytes = self.job.parameter_bytes
         return {
             "weights, rank's share": lambda: [int(size) for size in self.held_sizes() if size],
-            "Adam moments, rank's share": lambda: [
-                int(size) * element_bytes for size in self.sizes() if size for _ in range(MOMENTS)
-            ],
-            "Adam step counters": lambda: int(self.tensors) * [FP32_BYTES],
+            **self.optimizer.tensor_sizes(self.given),
         }
+
+    @cached_property
+    def given(self) -> Given:
+        """What the optimizer updates on this rank."""
+        return Given(
+            self.updated, self.tensors, lambda: map(Piece, self.sizes()), self.job.parameter_bytes, ", rank's share"
+        )
 
     def reduces(self, micro: MicroStep) -> bool:
         """Whether gradients are reduced in *micro*."""
@@ -85,11 +89,9 @@ class Sharded(Scheme, ABC):
         return trained + self.frozen_shard * self.job.model_bytes
 
     def states(self) -> Nodes:
-        element_bytes = self.job.parameter_bytes
         return (
             hold("weights, rank's share", "parameters", self.held_bytes),
-            hold("Adam moments, rank's share", "optimizer", MOMENTS * self.updated * element_bytes),
-            hold("Adam step counters", "optimizer", adam_step_counters(self.job, self.tensors)),
+            *self.optimizer.kept(self.given),
         )
 
     def reduced(self, share: Amount, whole_bytes: Amount, micro: MicroStep) -> Block:
@@ -113,10 +115,12 @@ class Sharded(Scheme, ABC):
     def update(self) -> Nodes:
         share, element_bytes = self.shard - self.frozen_shard, self.job.parameter_bytes
         return (
-            scratch("Adam temporaries", adam_temporaries(self.job, self.sizes, element_bytes)),
-            Block("Adam update", "optimizer", moved_bytes=ADAM_MOVES * share * element_bytes, kernels=1),
+            *self.optimizer.update(self.given),
             release("gradients, rank's share", "gradients", share * element_bytes),
         )
+
+    def host(self) -> Nodes:
+        return tuple(self.optimizer.host(self.given))
 
     def host_once(self) -> Nodes:
         """``cpu_ram_efficient_loading``: rank 0 alone reads the weights and sends them to the others."""

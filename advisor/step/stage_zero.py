@@ -7,11 +7,13 @@ every weight; FP16_Optimizer stands in only for DeepSpeed's or apex's own FusedA
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 
 from advisor.specs.model import Parameter
-from advisor.step.program import Block, Collective, hold, release, scratch
+from advisor.step.optimizers.rule import Given, whole
+from advisor.step.program import Block, Collective, hold, release, released, scratch
 from advisor.step.scheme import MicroStep, Nodes, Part
-from advisor.step.states import FP32_BYTES, MOMENTS, adam_step_counters, adam_temporaries
+from advisor.step.states import FP32_BYTES
 from advisor.step.zero import Zero
 
 REDUCED_ELEMENTS = 500_000_000
@@ -35,24 +37,25 @@ class StageZero(Zero):
         return {
             "weights": lambda: [size * self.job.compute_bytes for size in self.sizes],
             "master weights": lambda: [size * self.master_bytes for size in self.sizes],
-            "Adam moments": lambda: [size * FP32_BYTES for size in self.sizes for _ in range(MOMENTS)],
-            "Adam step counters": lambda: len(self.sizes) * [FP32_BYTES],
+            **self.optimizer.tensor_sizes(self.given),
         }
+
+    @cached_property
+    def given(self) -> Given:
+        return whole(self.model, tuple(self.model.parameters()), FP32_BYTES)
 
     def states(self) -> Nodes:
         count, half = self.model.parameter_count, self.job.compute_bytes
         # Moments are made by a step on zero gradients, which every copy of the weights has for it.
-        zero_gradients = count * (self.master_bytes + half) if self.master_bytes else 0
+        zero_gradients = hold(
+            "first zero gradients", "gradients", count * (self.master_bytes + half) if self.master_bytes else 0
+        )
         return (
             hold("weights", "parameters", count * half),
             hold("master weights", "optimizer", count * self.master_bytes),
-            Block(
-                "Adam moments",
-                "optimizer",
-                net_bytes=MOMENTS * count * FP32_BYTES,
-                peak_bytes=MOMENTS * count * FP32_BYTES + zero_gradients,
-            ),
-            hold("Adam step counters", "optimizer", adam_step_counters(self.job, self.model.tensor_count)),
+            zero_gradients,
+            *self.optimizer.kept(self.given),
+            released(zero_gradients),
         )
 
     def gradient(self, part: Part, parameter: Parameter, size_bytes: int, micro: MicroStep) -> Nodes:
@@ -96,8 +99,7 @@ class StageZero(Zero):
         return (
             scratch("gradient cast for its norm", largest * FP32_BYTES if self.master_bytes else 0),
             hold("optimizer's gradients", "gradients", cast),
-            scratch("Adam temporaries", adam_temporaries(self.job, lambda: self.sizes, FP32_BYTES)),
-            self.adam(count),
+            *self.optimizer.update(self.given),
             release("optimizer's gradients", "gradients", cast),
             release("gradients", "gradients", count * self.job.compute_bytes),
         )

@@ -6,15 +6,18 @@ the ranks.
 
 from __future__ import annotations
 
-from advisor.step.program import Amount, Block, Collective, hold
+from abc import ABC, abstractmethod
+
+from advisor.step.optimizers.rule import Given
+from advisor.step.program import Block, Collective, hold
 from advisor.step.scheme import Nodes, Scheme
-from advisor.step.states import ADAM_MOVES, FP32_BYTES, adam_step_counters
+from advisor.step.states import FP32_BYTES
 
 NORM_BYTES = 8
 """The gradient norm is taken in fp64, a tensor at a time (zero/utils.py ``get_norm_dtype``)."""
 
 
-class Zero(Scheme):
+class Zero(Scheme, ABC):
     """What the stages share."""
 
     @property
@@ -52,17 +55,19 @@ class Zero(Scheme):
     def bucket_bytes(self) -> int:
         return self.plan.zero.reduce_bucket * self.job.compute_bytes
 
-    def counters(self) -> Nodes:
-        """Scalars that stay between steps: Adam's step count, and the last gradient norm."""
-        return (
-            hold("Adam step counter", "optimizer", adam_step_counters(self.job, 1)),
-            hold("gradient norm", "buffers", FP32_BYTES),
-        )
+    @property
+    @abstractmethod
+    def given(self) -> Given:
+        """What the optimizer updates on this rank."""
+
+    def kept(self) -> Nodes:
+        """What stays between steps of the update: the optimizer's, and the last gradient norm."""
+        return (*self.optimizer.kept(self.given), hold("gradient norm", "buffers", FP32_BYTES))
+
+    def host(self) -> Nodes:
+        return tuple(self.optimizer.host(self.given))
 
     def gather_updated(self) -> Block:
         payload = self.model.trained_count * self.job.compute_bytes
         gather = Collective("updated weights", "all-gather", payload, 1, waits=True)
         return Block("all-gather of weights", "temporaries", transfers=(gather,))
-
-    def adam(self, elements: Amount, label: str = "Adam update") -> Block:
-        return Block(label, "optimizer", moved_bytes=ADAM_MOVES * self.state_bytes * elements, kernels=1)

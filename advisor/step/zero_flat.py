@@ -26,9 +26,9 @@ from advisor.step.flat_partition import (
     starts,
     undominated,
 )
+from advisor.step.optimizers.rule import Given, flat
 from advisor.step.program import Amount, Block, Collective, Node, hold, release, released, scratch
 from advisor.step.scheme import MicroStep, Nodes, Part
-from advisor.step.states import MOMENTS, adam_temporaries
 from advisor.step.zero import NORM_BYTES, Zero
 
 
@@ -38,6 +38,10 @@ class ZeroFlat(Zero):
     @cached_property
     def shard(self) -> Amount:
         return flat_shard(self.model.trained_count, self.plan.gpus)
+
+    @cached_property
+    def given(self) -> Given:
+        return flat(self.shard, self.state_bytes, ", rank's share")
 
     @property
     def buckets(self) -> int:
@@ -135,8 +139,7 @@ class ZeroFlat(Zero):
             Block("weights", "parameters", whole * self.job.compute_bytes, 2 * whole * self.job.compute_bytes),
             hold("master weights, rank's share", "optimizer", shard * self.master_bytes),
             scratch("first zero gradient", shard * self.state_bytes),
-            hold("Adam moments, rank's share", "optimizer", MOMENTS * shard * self.state_bytes),
-            *self.counters(),
+            *self.kept(),
         )
 
     @cached_property
@@ -190,8 +193,7 @@ class ZeroFlat(Zero):
             flat,
             *((cast, released(flat)) if casts else ()),
             *self._pieces_released(1 if casts else copies),
-            scratch("Adam temporaries", adam_temporaries(self.job, lambda: (shard,), size)),
-            self.adam(shard),
+            *self.optimizer.update(self.given),
             *self._pieces_released(0 if casts else 1 - copies),
             released(cast if casts else flat),
             self.gather_updated(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -13,11 +13,12 @@ from advisor.specs.plan import Checkpointing
 from advisor.step.arrival import Arrival, Source, Where, arrival, where
 from advisor.step.flat_partition import Reduction, by_count, reductions
 from advisor.step.gathering import PLAIN, Buffers
+from advisor.step.optimizers.rule import Given, flat
 from advisor.step.passage import Move, Passage, block_of_experts, passage, reduced
 from advisor.step.program import Amount, Block, Collective, hold, release, released, scratch
 from advisor.step.recording import Mode
 from advisor.step.scheme import MicroStep, Nodes, Part
-from advisor.step.states import MOMENTS, adam_step_counters, adam_temporaries, tensor_shards
+from advisor.step.states import tensor_shards
 from advisor.step.zero import NORM_BYTES, Zero
 
 FLAT_COPY = "flat copy of a bucket"
@@ -128,8 +129,17 @@ class ZeroThree(Zero):
         parts = self.parts(ranks)
         return max(sum(parts[number] for number in group) for group in self.groups(ranks))
 
-    def group_count(self, ranks: int) -> int:
-        return len(self.groups(ranks))
+    @cached_property
+    def given(self) -> Given:
+        """A tensor of each sub-group."""
+        counts = range(max(len(self.groups(int(ranks))) for ranks in np.unique(np.asarray(self.plan.gpus))))
+        parts = [by_count(partial(self._group_size, number), self.plan.gpus) for number in counts]
+        return flat(self.trained_shard, self.state_bytes, ", rank's share", parts)
+
+    def _group_size(self, number: int, ranks: int) -> int:
+        """Elements of a sub-group of a rank; 0 where there are not so many."""
+        parts, groups = self.parts(ranks), self.groups(ranks)
+        return sum(parts[each] for each in groups[number]) if number < len(groups) else 0
 
     @property
     def micro_steps_differ(self) -> bool:
@@ -166,8 +176,7 @@ class ZeroThree(Zero):
             hold("gradient bucket", "buffers", self.bucket_bytes),
             hold("master weights, rank's share", "optimizer", shard * self.master_bytes),
             scratch("first zero gradient", self.over_ranks("largest_group") * self.state_bytes),
-            hold("Adam moments, rank's share", "optimizer", MOMENTS * shard * self.state_bytes),
-            hold("Adam step counters", "optimizer", adam_step_counters(self.job, self.over_ranks("group_count"))),
+            *self.optimizer.kept(self.given),
             # A norm in fp64, and one byte that tells of overflow.
             hold("gradient norm and overflow flag", "buffers", NORM_BYTES + 1),
         )
@@ -337,24 +346,25 @@ class ZeroThree(Zero):
         return (*self._reduce(self.reductions[-1], micro), self._gathered(self.passage.last), *kept)
 
     def update(self) -> Nodes:
-        shard, half = self.trained_shard, self.job.compute_bytes
+        half = self.job.compute_bytes
         piece = self.over_ranks("largest_group")
         largest = -(-max(self.sizes) // self.plan.gpus)
         payload = self.persistent * half
         gather = Collective("small weights", "all-gather", payload, 1, waits=True)
         small = hold("small weights kept whole", "parameters", payload)
-        flat = hold("flat gradient of a sub-group", "gradients", half * piece)
+        joined = hold("flat gradient of a sub-group", "gradients", half * piece)
         cast = hold("optimizer's gradient of a sub-group", "gradients", self.state_bytes * piece)
         casts = self.state_bytes != half
         return (
             # All weights are cut, the small ones too, until the optimizer has made new ones.
             released(small),
             scratch("gradient norm in fp64", NORM_BYTES * largest),
-            flat,
-            *((cast, released(flat)) if casts else ()),
-            scratch("Adam temporaries", adam_temporaries(self.job, lambda: (piece,), self.state_bytes)),
-            self.adam(shard),
-            released(cast if casts else flat),
+            joined,
+            *((cast, released(joined)) if casts else ()),
+            # Sub-groups are updated one by one.
+            scratch(f"{self.optimizer.name} temporaries", self.optimizer.temporaries(flat(piece, self.state_bytes))),
+            *self.optimizer.moving(self.given),
+            released(cast if casts else joined),
             Block("all-gather of small weights", "temporaries", transfers=(gather,)),
             small,
         )

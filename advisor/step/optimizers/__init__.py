@@ -1,0 +1,1 @@
+"""What each optimizer keeps, takes and moves: one module a family."""
