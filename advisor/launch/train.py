@@ -42,11 +42,6 @@ MODEL_CLASSES: dict[str, Any] = {
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # None leaves the choice to transformers: sdpa, or eager for the few models without it.
 ATTENTION = {"sdpa": None, "flash": "flash_attention_2", "eager": "eager"}
-ADAMW: dict[str, dict[str, Any]] = {
-    "adamw-fused": {"fused": True},
-    "adamw-foreach": {"foreach": True},
-    "adamw-loop": {"foreach": False, "fused": False},
-}
 
 # Where a model with vision or audio stores its text part, and where a model that is all text has the same weights.
 TEXT_PART = {
@@ -85,7 +80,8 @@ def parse_arguments() -> argparse.Namespace:
     data.add_argument("--accumulation-steps", type=int, default=1, help="micro-batches per optimizer step")
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=int, default=100, help="optimizer steps")
-    training.add_argument("--optimizer", choices=ADAMW, default="adamw-fused")
+    training.add_argument("--optimizer", default="adamw-fused", help="one of train_optimizers.py beside this program")
+    training.add_argument("--galore-rank", type=int, default=128, help="of the gradients under --optimizer galore")
     training.add_argument("--learning-rate", type=float, default=2e-5)
     training.add_argument("--warmup-steps", type=int, default=10)
     training.add_argument("--weight-decay", type=float, default=0.0)
@@ -293,19 +289,22 @@ def has_other_parts(arguments: argparse.Namespace) -> bool:
 
 
 def build_optimizer(accelerator: Accelerator, arguments: argparse.Namespace, model: Any) -> Any:
-    """AdamW over all parameters that are trained, in one group."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """The optimizer over all parameters that are trained."""
+    from train_optimizers import make_optimizer  # type: ignore[import-not-found]  # beside this program
+
     if (
         accelerator.distributed_type == DistributedType.DEEPSPEED
         and "optimizer" in accelerator.deepspeed_plugin.deepspeed_config
     ):
         # An optimizer on the CPU is DeepSpeed's own: it builds DeepSpeedCPUAdam from the entry in its JSON.
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return DummyOptim(trained, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
-    return torch.optim.AdamW(
-        trained,
-        lr=arguments.learning_rate,
+    return make_optimizer(
+        arguments.optimizer,
+        model,
+        learning_rate=arguments.learning_rate,
         weight_decay=arguments.weight_decay,
-        **ADAMW[arguments.optimizer],
+        galore_rank=arguments.galore_rank,
     )
 
 

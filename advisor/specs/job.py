@@ -30,6 +30,9 @@ LossKernel = Literal["full", "chunked", "fused", "tiled"]
 Trainer = Literal["advisor", "hf", "trl", "open-r1", "llama-factory", "axolotl", "torchtitan", "megatron"]
 Method = Literal["full", "lora", "qlora"]
 
+PAGED = frozenset({"adamw-paged", "adamw-8bit-paged"})
+"""Optimizers whose moments the driver moves to the host where the GPU has no room for them."""
+
 ALL_LINEAR = "all-linear"
 """Among the targets of adapters: every linear layer but the output matrix."""
 
@@ -95,6 +98,11 @@ class Job:
                 f"weights held in bf16 need precision bf16, got {self.precision}; "
                 "keep fp32 weights (--param-dtype fp32) or train in bf16"
             )
+
+    @property
+    def pages_moments(self) -> bool:
+        """Whether moments may lie on the host."""
+        return self.optimizer in PAGED
 
     @property
     def compute_bytes(self) -> int:

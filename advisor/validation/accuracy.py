@@ -185,7 +185,7 @@ def predicted(
 ) -> Mapping[Counter, int]:
     """Bytes of every counter for *rank*, or the one that holds most, without what only a GPU allocates."""
     program = build(model if dropout else without_dropout(model), job, plan, rank)
-    phases = phase_peaks(on_one_memory(program) if plan.offload.optimizer else program.device_without_scratch)
+    phases = phase_peaks(counted_node(program, job, plan))
     peaks = {name: int(most) for name, (most, _) in phases.items()}
     return _counters(
         states=int(phases["init"][1]),
@@ -220,6 +220,12 @@ def predicted_step_s(gpu: str, model: ModelSpec, job: Job, plan: Plan) -> float:
     cluster = usual_cluster(find_gpu(gpu), int(plan.gpus))
     program = build(without_dropout(model), job, plan)
     return step_time(program.step, job, plan, cluster, find_calibration()).at(0).step_s
+
+
+def counted_node(program: StepProgram, job: Job, plan: Plan) -> Node:
+    """What a machine without a GPU counts of *program*."""
+    on_host = plan.offload.optimizer or job.pages_moments
+    return on_one_memory(program) if on_host else program.device_without_scratch
 
 
 def on_one_memory(program: StepProgram) -> Node:

@@ -23,10 +23,11 @@ from advisor.launch.train import fuse_loss as fuse_loss_on_gpu
 from advisor.specs.job import Job
 from advisor.specs.plan import Checkpointing, Plan
 from advisor.tracing.real_model import described, real_model, recompute_layers, settings_of
-from advisor.validation.adapters import trained, with_adapters
+from advisor.validation.adapters import with_adapters
 from advisor.validation.measured import Messages
+from advisor.validation.optimizers import optimizer_of
 from advisor.validation.sharding import FORMATS, data_parallel_emulated, fully_sharded, mesh_of
-from advisor.validation.trace import adamw, take_loss
+from advisor.validation.trace import take_loss
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 """What carries collectives, by type of device."""
@@ -77,10 +78,6 @@ def built_model(config: Mapping[str, Any], job: Job, plan: Plan, device: torch.d
     else:
         take_loss(model, job)
     return with_adapters(model, job)
-
-
-def optimizer_of(model: Any, job: Job) -> Any:
-    return torch.optim.AdamW(trained(model), **adamw(job))
 
 
 def by_deepspeed(model: Any, job: Job, settings: Mapping[str, Any], device: torch.device) -> Engine:

@@ -67,7 +67,7 @@ def _optimizer_step(meter: Meter, engine: Engine, ids: torch.Tensor, micro_steps
                 continue
             with meter.phase("step"):
                 engine.update(last)
-            meter.leave_out_step_counters(getattr(engine.optimizer, "optimizer", engine.optimizer))
+            meter.leave_out_host_tensors(getattr(engine.optimizer, "optimizer", engine.optimizer))
     meter.end_step()
 
 

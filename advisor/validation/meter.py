@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from advisor.tracing.counter import StorageCounter, resizes_counted
 from advisor.validation.measured import Measured, PhaseMeasured
-from advisor.validation.trace import leave_out_step_counters
+from advisor.validation.optimizers import leave_out_host_tensors
 
 PhaseName = Literal["forward", "backward", "step"]
 
@@ -143,8 +143,8 @@ class Meter(ABC):
         """*loss* as something that ``float`` reads after the step, and that takes nothing on the device."""
 
     @abstractmethod
-    def leave_out_step_counters(self, optimizer: Any) -> None:
-        """Take Adam's step counters out of the count where a GPU run keeps them in host memory."""
+    def leave_out_host_tensors(self, optimizer: Any) -> None:
+        """Take out of the count what a GPU run keeps in host memory, such as Adam's step counters."""
 
     @abstractmethod
     def built(self) -> None:
@@ -216,8 +216,8 @@ class CpuMeter(Meter):
     def value_of(self, loss: torch.Tensor) -> float:
         return float(loss.item())
 
-    def leave_out_step_counters(self, optimizer: Any) -> None:
-        leave_out_step_counters(self.counter, optimizer)
+    def leave_out_host_tensors(self, optimizer: Any) -> None:
+        leave_out_host_tensors(self.counter, optimizer)
 
     def _size_of(self, tensor: torch.Tensor) -> int:
         return tensor.untyped_storage().nbytes()
@@ -264,7 +264,7 @@ class CudaMeter(Meter):
     def value_of(self, loss: torch.Tensor) -> torch.Tensor:
         return loss.detach().to("cpu", non_blocking=True)
 
-    def leave_out_step_counters(self, optimizer: Any) -> None:
+    def leave_out_host_tensors(self, optimizer: Any) -> None:
         """They are where they are."""
 
     def _size_of(self, tensor: torch.Tensor) -> int:

@@ -211,14 +211,13 @@ def adamw(device: torch.device, parameters: int, optimizer: Optimizer, number_fo
     gradient written."""
     import torch
 
-    from advisor.specs.job import Job
-    from advisor.validation.trace import adamw as arguments
+    from advisor.launch.train_optimizers import ADAMW
 
     each = max(1, parameters // TENSORS)
     weights = [_random(device, number_format, each).requires_grad_() for _ in range(TENSORS)]
     for weight in weights:
         weight.grad = torch.ones_like(weight)
-    stepping = torch.optim.AdamW(weights, **arguments(Job(optimizer=optimizer)))
+    stepping = torch.optim.AdamW(weights, **ADAMW[optimizer])
     seconds, least_s = timed(stepping.step, device)
     return Rate(
         kind="adamw",

@@ -38,6 +38,7 @@ from advisor.tracing.real_model import (
 )
 from advisor.tracing.tiled_loss import tile_loss
 from advisor.validation.adapters import fake_conversions, import_before_counting, trained, with_adapters
+from advisor.validation.optimizers import leave_out_host_tensors, traced_optimizer
 from advisor.validation.sharding import FORMATS, Wrapped, counted, ranks_of, wrap
 
 MOST_MICRO_STEPS = 3
@@ -100,7 +101,7 @@ def trace_described(description: Description, job: Job, plan: Plan, *, dropout: 
             adapted = with_adapters(model, job, dropout=dropout)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         wrapped = wrap(adapted, mesh, job, plan)
-        optimizer = torch.optim.AdamW(trained(model), **adamw(job))
+        optimizer = traced_optimizer(model, job, counter)
         ids = torch.zeros(int(plan.micro_batch), job.sequence_length, dtype=torch.long)
         inputs = {"input_ids": ids} | ({"attention_mask": torch.ones_like(ids)} if job.padded else {})
         shapes = frozenset(tuple(each.shape) for each in model.parameters())
@@ -151,7 +152,7 @@ class _Run:
         with counter.phase():
             self.optimizer.step()
         step = counter.peak_bytes - inputs_bytes
-        leave_out_step_counters(counter, self.optimizer)
+        leave_out_host_tensors(counter, self.optimizer)
         counter.mark(_moments(self.optimizer), "optimizer")
         self.optimizer.zero_grad(set_to_none=True)
         self.wrapped.after_step()
@@ -240,17 +241,3 @@ def _gradients_noted(model: Any, counter: StorageCounter) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def leave_out_step_counters(counter: StorageCounter, optimizer: Any) -> None:
-    """Only a fused AdamW keeps its step counters on the GPU; DeepSpeed's on the CPU counts in a plain number."""
-    if not optimizer.defaults.get("fused", True):
-        counter.leave_out(state["step"] for state in optimizer.state.values())
-
-
-def adamw(job: Job) -> dict[str, Any]:
-    return {
-        "adamw-fused": {"fused": True},
-        "adamw-foreach": {"foreach": True},
-        "adamw-loop": {"foreach": False, "fused": False},
-    }[job.optimizer]

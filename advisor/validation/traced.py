@@ -20,7 +20,7 @@ from advisor.step.program import Category, Node, fold, peak_of, phase_peaks, the
 from advisor.step.schemes import scheme_of
 from advisor.tracing.real_model import described, needs_torch
 from advisor.tracing.source import undescribed
-from advisor.validation.accuracy import on_one_memory, without_dropout
+from advisor.validation.accuracy import counted_node, without_dropout
 from advisor.validation.room import refuse_too_large
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def _predicted(model: ModelSpec, job: Job, plan: Plan, rank: int) -> Reading:
         states: Node = then(*scheme_of(model, job, plan, rank).states())
         return Reading({"between steps": int(fold(states).net_bytes)}, {})
     program = build(without_dropout(model), job, plan, rank)
-    device = on_one_memory(program) if plan.offload.optimizer else program.device_without_scratch
+    device = counted_node(program, job, plan)
     phases = {name: (int(most), int(left)) for name, (most, left) in phase_peaks(device).items()}
     peak = peak_of(device)
     ledger: Counter[Category] = Counter()

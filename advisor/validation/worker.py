@@ -32,12 +32,12 @@ from advisor.validation.engines import (
     by_torch,
     keep_own_part,
     leave_out_cpu_adam,
-    optimizer_of,
     use_collectives_of_torch,
 )
 from advisor.validation.loop import random_tokens, record_of, train
 from advisor.validation.measured import STEPS
 from advisor.validation.meter import meter_of
+from advisor.validation.optimizers import optimizer_of
 from advisor.validation.record import from_plain, write_whole
 
 GLOO_THREAD_S = 0.003

@@ -13,7 +13,7 @@ from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
 from advisor.specs.plan import Plan
 
-FILES = ("train.py", "train_data.py", "train_checkpoint.py")
+FILES = ("train.py", "train_data.py", "train_optimizers.py", "train_checkpoint.py")
 """train.py and what it imports."""
 
 
@@ -51,6 +51,7 @@ def train_arguments(model: ModelSpec, job: Job, plan: Plan, weights_from: str) -
         "micro-batch": int(plan.micro_batch),
         "accumulation-steps": int(plan.accumulation_steps),
         "optimizer": job.optimizer,
+        **({"galore-rank": job.galore_rank} if job.optimizer == "galore" else {}),
     }
     arguments = tuple(f"--{name}={value}" for name, value in flags.items())
     switches = {"--compile": job.compile, "--padded": job.padded, "--random-weights": holds_no_weights(weights_from)}

@@ -39,13 +39,12 @@ class Setting:
     name: str
     moments: int
     in_eight_bits: bool = False
-    paged: bool = False
 
 
 SETTINGS = {
     "adamw-8bit": Setting("Adam", 2, in_eight_bits=True),
-    "adamw-paged": Setting("Adam", 2, paged=True),
-    "adamw-8bit-paged": Setting("Adam", 2, in_eight_bits=True, paged=True),
+    "adamw-paged": Setting("Adam", 2),
+    "adamw-8bit-paged": Setting("Adam", 2, in_eight_bits=True),
     "lion": Setting("Lion", 1),
     "lion-8bit": Setting("Lion", 1, in_eight_bits=True),
 }
@@ -69,7 +68,7 @@ class Blockwise(Rule):
         )
 
     def host(self, given: Given) -> Sequence[Node]:
-        if not self.setting.paged:
+        if not self.job.pages_moments:
             return ()
         return (hold(f"paged {self.name} moments{given.where}", "optimizer", given.sum_of(self._paged)),)
 
@@ -87,7 +86,7 @@ class Blockwise(Rule):
         return 0
 
     def moving(self, given: Given) -> Sequence[Node]:
-        paged = given.sum_of(self._paged) if self.setting.paged else 0
+        paged = given.sum_of(self._paged) if self.job.pages_moments else 0
         held = paged + sum((given.sum_of(amount) for amount in self._held(given).values()), 0)
         update = Block(
             f"{self.name} update",
@@ -95,7 +94,7 @@ class Blockwise(Rule):
             moved_bytes=WEIGHT_MOVES * given.elements * given.element_bytes + 2 * held,
             kernels=sum(1 for _ in given.pieces()),
         )
-        if not self.setting.paged:
+        if not self.job.pages_moments:
             return (update,)
         what = "paged moments"
         there = Copy(what, "host-to-device", paged, waits=True)
@@ -119,7 +118,7 @@ class Blockwise(Rule):
         return 1 * (piece.elements >= SMALLEST_IN_EIGHT_BITS) * self.setting.in_eight_bits
 
     def _is_paged(self, piece: Piece) -> Amount:
-        return 1 * (piece.elements >= SMALLEST_PAGED) * self.setting.paged
+        return 1 * (piece.elements >= SMALLEST_PAGED) * self.job.pages_moments
 
     def _bytes(self, piece: Piece) -> tuple[Amount, Amount]:
         """Of the moments in fp32, and of the codes of those in eight bits, wherever they lie."""

@@ -107,8 +107,9 @@ class GaLore(Rule):
     WEIGHT_MOVES, LOW_RANK_MOVES, OTHER_MOVES = 5, 17, 20
     """Tensors that the operators read and write.
 
-    Like a projected matrix: the step scaled 2, the weights plus it 3. Like its projected gradient: moments scaled 2 each
-    and added to 3 each, a root 2, epsilon 2, the quotient 3. Like what is not projected: the same, and the weights 3.
+    Like a projected matrix: the step scaled 2, the weights plus it 3. Like its projected gradient: moments scaled 2
+    each and added to 3 each, a root 2, epsilon 2, the quotient 3. Like what is not projected: the same, and the weights
+    plus the step 3.
     """
     KERNELS, MATRIX_KERNELS = 8, 11
     """Of a tensor, and of a matrix."""
