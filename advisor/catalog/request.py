@@ -46,6 +46,7 @@ class JobWords(TrainingWords, total=False):
     precision: str | None
     param_dtype: str
     optimizer: str
+    galore_rank: int
     attention: str
     loss: str
     compile: bool
@@ -137,6 +138,7 @@ def resolve(model: str, *, describe: Describe = by_formulas, **words: Unpack[Wor
         Input("precision", job.precision, "given" if words.get("precision") else "assumed"),
         Input("param_dtype", job.parameter_format, _origin(words, "param_dtype")),
         Input("optimizer", job.optimizer, _origin(words, "optimizer")),
+        *([Input("galore_rank", job.galore_rank, _origin(words, "galore_rank"))] if job.optimizer == "galore" else []),
         Input("attention", job.attention, _origin(words, "attention")),
         Input("calibration", calibration.name, calibration_origin),
     ]
@@ -326,6 +328,7 @@ def _job(words: Words, gpu: Gpu) -> Job:
         precision=precision,  # type: ignore[arg-type]
         parameter_format=words.get("param_dtype", "fp32"),  # type: ignore[arg-type]
         optimizer=words.get("optimizer", "adamw-fused"),  # type: ignore[arg-type]
+        galore_rank=words.get("galore_rank", 128),
         attention=words.get("attention", "sdpa"),  # type: ignore[arg-type]
         loss=words.get("loss") or profile_of(trainer, versions_of(trainer)[0]).losses[0],  # type: ignore[arg-type]
         compile=words.get("compile", False),
@@ -376,6 +379,11 @@ def _margin(margin: float | str) -> float | None:
 
 def _warnings(note: str | None, model: ModelSpec, job: Job) -> list[str]:
     warnings = [note] if note else []
+    if job.pages_moments:
+        warnings.append(
+            f"{job.optimizer}: times and host memory are those of moments that go to the host and back in every step; "
+            "what the GPU has room for stays there"
+        )
     if job.compile:
         warnings.append("memory is that of eager mode: torch.compile keeps other tensors for backward, mostly fewer")
     if model.maximum_positions is not None and job.sequence_length > model.maximum_positions:

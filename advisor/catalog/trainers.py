@@ -10,11 +10,12 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
+from advisor.catalog.optimizers import refusal_of_optimizer, refusal_with
 from advisor.catalog.profiles import profiles_folder
 from advisor.catalog.table import read_rows
 from advisor.errors import SpecError
 from advisor.specs.job import Job, Trainer
-from advisor.specs.plan import Checkpointing, Plan, Strategy
+from advisor.specs.plan import Checkpointing, Offload, Plan, Strategy
 
 Versions = Mapping[str, str]
 """Version by package."""
@@ -143,7 +144,9 @@ def refusal_of_strategy(job: Job, strategy: Strategy) -> str | None:
 
 
 def refusal_of_plan(job: Job, plan: Plan) -> str | None:
-    """Why the job's trainer does not run *plan*, or None."""
+    """Why the job's trainer or its optimizer does not run *plan*, or None."""
+    if reason := refusal_of_optimizer(job, plan):
+        return reason
     if job.trainer == "advisor":
         return None
     if reason := refusal_of_strategy(job, plan.strategy):
@@ -161,10 +164,17 @@ def refusal_of_plan(job: Job, plan: Plan) -> str | None:
     return None
 
 
-def usual_fsdp_version(job: Job) -> int:
-    """PyTorch's FSDP of the newest version that the job's trainer can be told to run."""
+def usual_fsdp_version(job: Job, strategy: Strategy = Strategy.FSDP) -> int:
+    """PyTorch's FSDP of the newest version that the job's trainer can be told to run and its optimizer goes with.
+
+    HSDP is modelled for the second alone.
+    """
+    if strategy is Strategy.HSDP:
+        return 2
     versions, _ = versions_of(job.trainer)
-    return max(profile_of(job.trainer, versions).fsdp_versions)
+    known = sorted(profile_of(job.trainer, versions).fsdp_versions, reverse=True)
+    fitting = (each for each in known if refusal_with(job, Strategy.FSDP, each, Offload.NONE) is None)
+    return next(fitting, known[0])
 
 
 def _named(trainer: Trainer, versions: Versions) -> str:

@@ -216,8 +216,10 @@ _machine_and_method = options(
         type=click.Choice(get_args(Optimizer)),
         default="adamw-fused",
         show_default=True,
-        help="AdamW as torch computes it.",
+        help="AdamW of torch (fused, foreach, loop) or bitsandbytes (8bit, paged), Lion of bitsandbytes, Adafactor of "
+        "transformers, SGD or Muon of torch, or GaLore.",
     ),
+    option(_HOW, "--galore-rank", type=int, default=128, show_default=True, help="Rank of GaLore's gradients."),
     option(
         _HOW,
         "--attention",

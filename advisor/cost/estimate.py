@@ -134,7 +134,7 @@ def plan_of(
         offload_settings=_offload_settings(question.model, question.cluster.gpus, nvme),
         zero=_on_machines(zero, kind, question),
         fsdp=FsdpSettings(
-            version=words.get("fsdp_version") or usual_fsdp_version(question.job),
+            version=words.get("fsdp_version") or usual_fsdp_version(question.job, kind),
             shard_ranks=_shard_ranks(kind, words.get("shard_ranks"), question.cluster),
         ),
     )

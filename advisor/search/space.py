@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from advisor.catalog.optimizers import refusal_with
 from advisor.catalog.trainers import usual_fsdp_version
 from advisor.cost.estimate import unsupported
 from advisor.errors import SpecError
@@ -100,7 +101,7 @@ def _matches(strategy: Strategy, patterns: Sequence[str]) -> bool:
 def fsdp_settings(strategy: Strategy, question: Question) -> FsdpSettings:
     """Those of a searched plan: the version that the trainer runs; HSDP cuts states within a machine."""
     return FsdpSettings(
-        version=usual_fsdp_version(question.job),
+        version=usual_fsdp_version(question.job, strategy),
         shard_ranks=question.cluster.gpus_per_node if strategy is Strategy.HSDP else None,
     )
 
@@ -168,6 +169,9 @@ def bar(question: Question, strategy: Strategy, offload: Offload) -> str | None:
         return "one GPU has nobody to share with"
     if question.job.method == "qlora" and strategy is not Strategy.DDP:
         return "cutting or joining weights in four bits is not modelled"
+    version = fsdp_settings(strategy, question).version
+    if reason := refusal_with(question.job, strategy, version, offload):
+        return reason
     if strategy is Strategy.ZERO3_PLUS:
         plan = Plan(strategy=strategy, gpus=gpus, micro_batch=1, zero=searched_zero_settings(strategy, question))
         if reason := refusal(question.model, question.job, plan):

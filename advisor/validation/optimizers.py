@@ -34,7 +34,7 @@ def optimizer_of(model: Any, job: Job) -> Any:
 
 
 def load_packages(job: Job) -> None:
-    """Import what the job's optimizer comes from, so that no tensor of a package's own is counted or without numbers."""
+    """Import what the optimizer comes from, so that no tensor of a package's own is counted, or without numbers."""
     with _disable_current_modes():
         make_optimizer(job.optimizer, torch.nn.Linear(1, 1), learning_rate=LEARNING_RATE)
 

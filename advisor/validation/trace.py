@@ -37,7 +37,7 @@ from advisor.tracing.real_model import (
     settings_of,
 )
 from advisor.tracing.tiled_loss import tile_loss
-from advisor.validation.adapters import fake_conversions, import_before_counting, trained, with_adapters
+from advisor.validation.adapters import fake_conversions, import_before_counting, with_adapters
 from advisor.validation.optimizers import leave_out_host_tensors, traced_optimizer
 from advisor.validation.sharding import FORMATS, Wrapped, counted, ranks_of, wrap
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from advisor.catalog.optimizers import optimizer_called
 from advisor.catalog.training_config.accelerate import PRECISIONS, JsonReader, from_accelerate
 from advisor.catalog.training_config.deepspeed import FORMATS, from_deepspeed
 from advisor.catalog.training_config.settings import Setting, Settings, Table
@@ -74,15 +75,6 @@ TRL, LLaMA-Factory, and the program that this package writes."""
 
 TRAINER_DEFAULTS = {"micro_batch": 8, "grad_accum": 1}
 """What the Trainer fills ``auto`` with where its arguments are silent (transformers 5.23, training_args.py)."""
-
-OPTIMIZERS = {
-    "adamw_torch": "adamw-foreach",
-    "adamw_torch_fused": "adamw-fused",
-    "adamw_fused": "adamw-fused",
-    "adamw_foreach": "adamw-foreach",
-    "adamw_loop": "adamw-loop",
-}
-"""``--optim`` of transformers and ``--optimizer`` of the written program."""
 
 ATTENTION = {
     "sdpa": "sdpa",
@@ -338,7 +330,7 @@ def _program(program: Table, found: dict[str, Setting], settings: Settings, warn
         kind = program.word(key)
         # A block in DeepSpeed's JSON comes first (transformers 5.23, ``deepspeed_optim_sched``).
         if kind is not None and "optimizer" not in settings.found:
-            if (known := OPTIMIZERS.get(kind.replace("-", "_"))) is None:
+            if (known := optimizer_called(kind)) is None:
                 warnings.append(f"{program.place(key)} {kind} is not modelled; what follows assumes adamw-fused")
             found["optimizer"] = Setting(known or "adamw-fused", program.place(key))
     for key in ("attn_implementation", "attention"):

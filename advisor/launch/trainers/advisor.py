@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from advisor.catalog.optimizers import packages_of
 from advisor.catalog.trainers import Versions
 from advisor.launch.trainers.words import attention_kernel, holds_no_weights
 from advisor.launch.training import Beside, LaunchFile, Program, Task
@@ -25,7 +26,7 @@ def program(task: Task, versions: Versions, more_arguments: Sequence[str]) -> Pr
         files=(*map(_file, FILES), *([task.prediction] if task.prediction else [])),
         fills_auto=False,
         usage="more arguments of train.py, such as --dataset=FILE --steps=1000 --output=FOLDER --resume=auto",
-        install="torch transformers accelerate deepspeed",
+        install=f"torch transformers accelerate deepspeed{packages_of(task.job)}",
     )
 
 

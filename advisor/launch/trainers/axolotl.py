@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from advisor.catalog.optimizers import optimizer_profiles
 from advisor.catalog.trainers import Versions
 from advisor.launch.run_script import header
-from advisor.launch.trainers.hugging_face import ATTENTION, OPTIMIZERS, UPDATES, refuse_a_bare_configuration
+from advisor.launch.trainers.hugging_face import ATTENTION, UPDATES, refuse_a_bare_configuration
 from advisor.launch.trainers.words import attention_kernel, yaml_text
 from advisor.launch.training import Beside, LaunchFile, OwnCommand, Program, Task, Word
 from advisor.specs.plan import Checkpointing
@@ -61,7 +62,7 @@ def _settings(task: Task) -> dict[str, Any]:
         "bf16": job.precision == "bf16",
         "fp16": job.precision == "fp16",
         "tf32": False,
-        "optimizer": OPTIMIZERS[job.optimizer],
+        "optimizer": optimizer_profiles()[job.optimizer].optim,
         **UPDATES,
         "attn_implementation": ATTENTION[attention_kernel(task.model, job)],
         "torch_compile": False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from advisor.catalog.optimizers import packages_of
 from advisor.catalog.trainers import Versions
 from advisor.errors import SpecError
 from advisor.launch.trainers.hugging_face import (
@@ -42,7 +43,8 @@ def program(task: Task, versions: Versions, more_arguments: Sequence[str]) -> Pr
         script=SCRIPT,
         arguments=(*command_line(settings), *more_arguments),
         usage=f"more arguments of {SCRIPT}, such as --train_file=FILE --max_steps=1000",
-        install=f"transformers=={versions['transformers']} accelerate deepspeed datasets evaluate scikit-learn",
+        install=f"transformers=={versions['transformers']} accelerate deepspeed datasets evaluate scikit-learn"
+        + packages_of(task.job),
         notes=(
             f"{SCRIPT} is transformers' examples/pytorch/language-modeling/run_clm.py: start beside it.",
             "It trains on wikitext unless told otherwise: give -- --dataset_name=NAME.",

@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from advisor.catalog.optimizers import optimizer_profiles
 from advisor.catalog.trainers import Versions, flag_name, gone
 from advisor.errors import SpecError
 from advisor.launch.accelerate import mixed_precision
@@ -19,9 +20,6 @@ from advisor.launch.deepspeed import ADAMW, GRADIENT_CLIPPING
 from advisor.launch.trainers.words import holds_no_weights
 from advisor.launch.training import Task
 from advisor.specs.plan import Checkpointing
-
-OPTIMIZERS = {"adamw-fused": "adamw_torch_fused", "adamw-foreach": "adamw_torch"}
-"""``optim``: torch's AdamW, which goes through lists of tensors on a GPU unless it is told to be fused."""
 
 ATTENTION = {"sdpa": "sdpa", "flash": "flash_attention_2", "eager": "eager"}
 
@@ -58,7 +56,7 @@ def training_arguments(task: Task, versions: Versions) -> dict[str, Any]:
         **({"activation_checkpointing_kwargs": {"use_reentrant": False}} if checkpoints else {}),
         "bf16": computes_in == "bf16",
         "fp16": computes_in == "fp16",
-        "optim": OPTIMIZERS[job.optimizer],
+        "optim": optimizer_profiles()[job.optimizer].optim,
         **UPDATES,
         "torch_compile": False,
         "auto_find_batch_size": False,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from advisor.catalog.optimizers import packages_of
 from advisor.catalog.trainers import Versions
 from advisor.launch.run_script import header
 from advisor.launch.trainers.hugging_face import (
@@ -44,7 +45,7 @@ def program(task: Task, versions: Versions, more_arguments: Sequence[str]) -> Pr
         arguments=(*arguments, *more_arguments),
         files=(LaunchFile(CONFIGURATION, partial(_text, task, settings)),),
         usage="more settings for the YAML, such as dataset=NAME template=NAME max_steps=1000",
-        install=f"llamafactory=={versions['llamafactory']} deepspeed",
+        install=f"llamafactory=={versions['llamafactory']} deepspeed{packages_of(task.job)}",
         notes=(
             f"It trains on {EXAMPLE_DATASET} with the template default unless told otherwise: give -- dataset=NAME "
             "template=NAME.",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from advisor.catalog.optimizers import packages_of
 from advisor.catalog.trainers import Versions
 from advisor.launch.run_script import header
 from advisor.launch.trainers.hugging_face import (
@@ -35,7 +36,7 @@ def program(task: Task, versions: Versions, more_arguments: Sequence[str]) -> Pr
         arguments=("--config", Beside(CONFIGURATION), *more_arguments),
         files=(LaunchFile(CONFIGURATION, partial(_text, task, settings)),),
         usage="more arguments of trl sft, such as --dataset_name=NAME --max_steps=1000",
-        install=f"trl=={versions['trl']} deepspeed",
+        install=f"trl=={versions['trl']} deepspeed{packages_of(task.job)}",
         notes=(f"It trains on {EXAMPLE_DATASET} unless told otherwise: give -- --dataset_name=NAME.",),
         own_command=OwnCommand("accelerate", ("trl", "sft"), config_flag="--accelerate_config"),
     )
