@@ -34,7 +34,7 @@ def as_trained(model: ModelSpec, job: Job) -> ModelSpec:
         return model
     if model.objective != "causal" or not model.described_layers:
         raise SpecError(f"adapters are modelled for causal models of the known families, and {model.name} is none")
-    targets = job.lora_targets or _usual_targets(model)
+    targets = job.lora_targets or usual_targets(model)
     known = _linear_modules(model)
     if job.method == "qlora" and (model.family in (*CONVERTED, *INPUTS_FIRST) or _has_experts(model)):
         raise SpecError(f"weights in four bits are modelled for plain linear layers, and {model.name} has others")
@@ -58,7 +58,7 @@ def as_trained(model: ModelSpec, job: Job) -> ModelSpec:
     return replace(model, embedding=_frozen(model.embedding), head=_frozen(model.head), runs=runs)
 
 
-def _usual_targets(model: ModelSpec) -> tuple[str, ...]:
+def usual_targets(model: ModelSpec) -> tuple[str, ...]:
     """peft's choice for the family of *model*."""
     targets = _targets_by_family().get(model.family)
     if targets is None:

@@ -45,6 +45,10 @@ class TrainerProfile:
     """Whether DDP can keep fp32 weights and compute in a half format."""
     differences: tuple[str, ...]
     """What its step has that the model of the step lacks, or the other way round, each in one line."""
+    methods: tuple[str, ...] = ("full",)
+    """Of ``--method``: those whose memory is modelled as the program trains by them."""
+    adapter_differences: tuple[str, ...] = ()
+    """Those of its steps with adapters alone."""
     models: Mapping[str, str] = field(default_factory=dict)
     """For a program that knows models by names of its own: the module and the flavor, by the model's name."""
     before: tuple[Mapping[str, Any], ...] = ()
@@ -121,8 +125,11 @@ def refuse_job(job: Job) -> None:
             raise SpecError(f"{_named(job.trainer, versions)} knows no {flag} {wanted}; give --{flag} {known[0]}")
     if job.compile and job.trainer != "advisor":
         raise SpecError(f"what {_named(job.trainer, versions)} compiles is not modelled; leave --compile out")
-    if job.method != "full" and job.trainer != "advisor":
-        raise SpecError(f"{job.method} is modelled as advisor's own program runs it; leave --trainer or --method out")
+    if job.method not in profile.methods:
+        methods, name = " or ".join(profile.methods), _named(job.trainer, versions)
+        raise SpecError(
+            f"--method {job.method} is not modelled as {name} runs it; give --method {methods}, or leave --trainer out"
+        )
     if job.padded and not profile.padded:
         raise SpecError(f"{_named(job.trainer, versions)} joins texts and cuts them; leave --padded out")
 
@@ -184,7 +191,8 @@ def _named(trainer: Trainer, versions: Versions) -> str:
 
 def differences(job: Job) -> Iterator[str]:
     """What the job's trainer does that the model of the step does not know, as warnings."""
-    for text in trainer_profiles()[job.trainer].differences:
+    profile = trainer_profiles()[job.trainer]
+    for text in (*profile.differences, *(profile.adapter_differences if job.method != "full" else ())):
         yield f"{job.trainer}: {text}"
 
 

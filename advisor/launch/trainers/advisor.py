@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from advisor.catalog.optimizers import packages_of
 from advisor.catalog.trainers import Versions
-from advisor.launch.trainers.words import attention_kernel, holds_no_weights
+from advisor.launch.trainers.words import attention_kernel, holds_no_weights, packages_beside
 from advisor.launch.training import Beside, LaunchFile, Program, Task
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
@@ -26,7 +25,7 @@ def program(task: Task, versions: Versions, more_arguments: Sequence[str]) -> Pr
         files=(*map(_file, FILES), *([task.prediction] if task.prediction else [])),
         fills_auto=False,
         usage="more arguments of train.py, such as --dataset=FILE --steps=1000 --output=FOLDER --resume=auto",
-        install=f"torch transformers accelerate deepspeed{packages_of(task.job)}",
+        install=f"torch transformers accelerate deepspeed{packages_beside(task.job)}",
     )
 
 

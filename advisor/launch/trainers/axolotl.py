@@ -10,7 +10,7 @@ from advisor.catalog.optimizers import optimizer_profiles
 from advisor.catalog.trainers import Versions
 from advisor.launch.run_script import header
 from advisor.launch.trainers.hugging_face import ATTENTION, UPDATES, refuse_a_bare_configuration
-from advisor.launch.trainers.words import attention_kernel, yaml_text
+from advisor.launch.trainers.words import attention_kernel, packages_beside, yaml_text
 from advisor.launch.training import Beside, LaunchFile, OwnCommand, Program, Task, Word
 from advisor.specs.plan import Checkpointing
 
@@ -32,7 +32,7 @@ def program(task: Task, versions: Versions, more_arguments: Sequence[str]) -> Pr
         arguments=(*arguments, *more_arguments),
         files=(LaunchFile(CONFIGURATION, partial(_text, task, settings)),),
         usage="more options of axolotl train, such as --max-steps=1000",
-        install=f"'axolotl[deepspeed]=={versions['axolotl']}'",
+        install=f"'axolotl[deepspeed]=={versions['axolotl']}'{packages_beside(task.job)}",
         notes=(f"It trains on {EXAMPLE_DATASET['path']}: name your own under datasets in {CONFIGURATION}.",),
         own_command=OwnCommand("accelerate", ("axolotl", "train"), before_options=("--launcher=accelerate", "--")),
     )

@@ -35,6 +35,9 @@ UPDATES: dict[str, float] = {
 }
 """What updates weights, as DeepSpeed's JSON says it too."""
 
+LORA_ALPHA = 8
+"""What adapters are scaled by over their rank, as train.py does unless it is told otherwise."""
+
 FUSED_LOSS_ALONE = {
     "rope": False,
     "rms_norm": False,
@@ -83,11 +86,12 @@ def autocast(task: Task) -> str:
 def built_in(task: Task) -> str:
     """The format that the weights are loaded in, as torch names it.
 
-    DeepSpeed keeps fp32 masters beside weights in the format that it computes in; DDP and FSDP hold the trained
-    weights themselves.
+    DeepSpeed keeps fp32 masters beside weights in the format that it computes in, and four bits are made of that
+    format; DDP and FSDP hold the trained weights themselves.
     """
-    zero = task.plan.strategy.zero_stage is not None
-    return FORMATS[task.job.precision if zero else task.job.parameter_format]
+    job = task.job
+    halves = task.plan.strategy.zero_stage is not None or job.method == "qlora"
+    return FORMATS[job.precision if halves else job.model_format]
 
 
 def in_versions(arguments: Mapping[str, Any], versions: Versions) -> dict[str, Any]:
@@ -97,8 +101,15 @@ def in_versions(arguments: Mapping[str, Any], versions: Versions) -> dict[str, A
 
 
 def command_line(arguments: Mapping[str, Any]) -> tuple[str, ...]:
-    """*arguments* as HfArgumentParser takes them, each as one word, so that no value can be taken for a flag."""
-    return tuple(f"--{name}={_text(value)}" for name, value in arguments.items())
+    """*arguments* as HfArgumentParser takes them, each as one word, so that no value can be taken for a flag.
+
+    A list, which holds names of modules, follows its flag.
+    """
+    return tuple(word for name, value in arguments.items() for word in _words(name, value))
+
+
+def _words(name: str, value: Any) -> tuple[str, ...]:
+    return (f"--{name}", *value) if isinstance(value, list) else (f"--{name}={_text(value)}",)
 
 
 def _text(value: Any) -> str:

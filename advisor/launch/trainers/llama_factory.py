@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from advisor.catalog.adapters import usual_targets
 from advisor.catalog.optimizers import packages_of
 from advisor.catalog.trainers import Versions
 from advisor.launch.run_script import header
 from advisor.launch.trainers.hugging_face import (
+    LORA_ALPHA,
     autocast,
     refuse_a_bare_configuration,
     refuse_what_is_gone,
@@ -17,6 +19,7 @@ from advisor.launch.trainers.hugging_face import (
 )
 from advisor.launch.trainers.words import attention_kernel, yaml_text
 from advisor.launch.training import Beside, LaunchFile, OwnCommand, Program, Task, Word
+from advisor.specs.job import ALL_LINEAR
 from advisor.specs.plan import Checkpointing
 
 CONFIGURATION = "llama_factory.yaml"
@@ -68,7 +71,7 @@ def _arguments(task: Task, versions: Versions) -> dict[str, Any]:
     return {
         "model_name_or_path": task.weights_from,
         "stage": "sft",
-        "finetuning_type": "full",
+        **_adapters(task),
         "do_train": True,
         "dataset": EXAMPLE_DATASET,
         "template": "default",
@@ -87,3 +90,21 @@ def _arguments(task: Task, versions: Versions) -> dict[str, Any]:
         **checkpoints,
         "output_dir": "output",
     }
+
+
+def _adapters(task: Task) -> dict[str, Any]:
+    """Which weights are trained. It stores four bits as numbers of the format that it computes in, as FSDP needs them
+    (model/model_utils/quantization.py)."""
+    job = task.job
+    if job.method == "full":
+        return {"finetuning_type": "full"}
+    targets = job.lora_targets or usual_targets(task.model)
+    adapters = {
+        "finetuning_type": "lora",
+        "lora_rank": job.lora_rank,
+        "lora_alpha": LORA_ALPHA,
+        "lora_dropout": job.lora_dropout,
+        "lora_target": "all" if ALL_LINEAR in targets else ",".join(targets),
+    }
+    four_bits = {"quantization_bit": 4, "quantization_method": "bnb", "quantization_type": "nf4"}
+    return adapters | (four_bits | {"double_quantization": True} if job.method == "qlora" else {})

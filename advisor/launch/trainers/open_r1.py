@@ -8,6 +8,7 @@ from dataclasses import replace
 from advisor.catalog.trainers import Versions, usual_fsdp_version
 from advisor.launch.trainers.hugging_face import command_line, refuse_a_bare_configuration, refuse_what_is_gone
 from advisor.launch.trainers.trl import sft_arguments
+from advisor.launch.trainers.words import packages_beside
 from advisor.launch.training import Program, Task
 from advisor.specs.plan import FsdpSettings, Offload, Plan, Strategy, zero_settings
 
@@ -32,7 +33,7 @@ def program(task: Task, versions: Versions, more_arguments: Sequence[str]) -> Pr
         script=SCRIPT,
         arguments=(*command_line(settings), *more_arguments),
         usage=f"more arguments of {SCRIPT}, such as --dataset_name=NAME --max_steps=1000",
-        install="'open-r1 @ git+https://github.com/huggingface/open-r1'",
+        install=f"'open-r1 @ git+https://github.com/huggingface/open-r1'{packages_beside(task.job)}",
         notes=(
             f"{SCRIPT} is open-r1's: start in a checkout of huggingface/open-r1, or let --out be one.",
             f"It trains on {EXAMPLE_DATASET} unless told otherwise: give -- --dataset_name=NAME.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ from advisor.catalog.trainers import Versions
 from advisor.launch.run_script import header
 from advisor.launch.trainers.hugging_face import (
     ATTENTION,
+    LORA_ALPHA,
     built_in,
     in_versions,
     refuse_a_bare_configuration,
@@ -19,6 +21,7 @@ from advisor.launch.trainers.hugging_face import (
 )
 from advisor.launch.trainers.words import attention_kernel, yaml_text
 from advisor.launch.training import Beside, LaunchFile, OwnCommand, Program, Task
+from advisor.specs.job import ALL_LINEAR
 
 CONFIGURATION = "sft.yaml"
 EXAMPLE_DATASET = "trl-lib/Capybara"
@@ -64,8 +67,35 @@ def sft_arguments(task: Task, versions: Versions) -> dict[str, Any]:
             },
             versions,
         ),
+        **_adapters(task, versions),
         **training_arguments(task, versions),
     }
+
+
+def _adapters(task: Task, versions: Versions) -> dict[str, Any]:
+    """What ModelConfig is told of them; nothing where every weight is trained."""
+    job = task.job
+    if job.method == "full":
+        return {}
+    adapters = {
+        "use_peft": True,
+        "lora_r": job.lora_rank,
+        "lora_alpha": LORA_ALPHA,
+        "lora_dropout": job.lora_dropout,
+        **({"lora_target_modules": _targets(job.lora_targets)} if job.lora_targets else {}),
+    }
+    if job.method == "lora":
+        return adapters
+    # FSDP cuts weights in four bits only where they are stored as numbers of the format that it computes in.
+    four_bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": True}
+    return adapters | four_bits | in_versions({"bnb_4bit_quant_storage": built_in(task)}, versions)
+
+
+def _targets(names: tuple[str, ...]) -> list[str]:
+    """*names* as ModelConfig takes them, which makes a word of a list of one: to peft a pattern of whole names."""
+    if ALL_LINEAR in names:
+        return [ALL_LINEAR]
+    return list(names) if len(names) > 1 else [rf".*\.{re.escape(names[0])}"]
 
 
 def _older(versions: Versions) -> Versions:
