@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 
 from advisor.catalog.profiles import profiles_folder
 from advisor.specs.job import Job
-from advisor.specs.model import Attention, FeedForward, Layer, ModelSpec, Parameter, Run
-from advisor.specs.plan import Checkpointing, MegatronSettings, Plan, Strategy
+from advisor.specs.megatron import MegatronSettings
+from advisor.specs.model import Attention, Experts, FeedForward, LatentAttention, Layer, ModelSpec, Parameter, Run
+from advisor.specs.plan import Checkpointing, Plan, Strategy
 from advisor.step.build import build
 from advisor.step.program import held_after, phase_peaks
 
@@ -32,6 +33,9 @@ COUNTS = ("saved_bytes", "forward_peak_bytes", "backward_peak_bytes")
 """Kept for backward when forward ends, and the most held in either, beside the weights."""
 CPU_NORM_BYTES = 4
 """Per token and norm that a CPU's LayerNorm saves less: its statistics have the format of its input."""
+CPU_ROTATION_BYTES = 8
+"""Per position and rotated dimension that a CPU's unfused rotation keeps more in each latent layer: angles in fp32, and
+cosines and sines in bf16 for queries and for keys, where the fused one has these once."""
 INDEX_BYTES = 8
 
 
@@ -50,14 +54,31 @@ class Case(NamedTuple):
     feed_forward: int = 1024
     vocabulary: int = 32768
     sequence_length: int = 64
+    experts: int = 0
+    """None: a dense block."""
+    active: int = 2
+    shared: int = 0
+    """Width of a shared expert."""
+    scoring: str = "softmax"
+    expert_parallel: int = 1
+    expert_tensor_parallel: int = 1
+    dispatcher: str = "alltoall"
+    latent: bool = False
 
     @property
     def title(self) -> str:
         cut = f"tp {self.tensor_parallel}{' + sp' * self.sequence_parallel}"
         kind = "gated" if self.gated else "plain"
-        return (
-            f"{self.key_value_heads} key-value heads, {kind}, micro-batch {self.micro_batch}, {cut}, {self.recompute}"
-        )
+        heads = "latent attention" if self.latent else f"{self.key_value_heads} key-value heads"
+        title = f"{heads}, {kind}, micro-batch {self.micro_batch}, {cut}, {self.recompute}"
+        if not self.experts:
+            return title
+        spread = f"ep {self.expert_parallel}, etp {self.expert_tensor_parallel}, {self.dispatcher}, {self.scoring}"
+        return f"{title}, {self.active} of {self.experts} experts{' + shared' * bool(self.shared)}, {spread}"
+
+    @property
+    def ranks(self) -> int:
+        return max(self.tensor_parallel, self.expert_parallel * self.expert_tensor_parallel)
 
 
 CASES = [
@@ -71,7 +92,48 @@ CASES = [
     Case(
         key_value_heads=8, gated=False, micro_batch=1, tensor_parallel=2, sequence_parallel=True, recompute="selective"
     ),
+    Case(key_value_heads=2, gated=True, micro_batch=1, experts=8),
+    Case(key_value_heads=2, gated=True, micro_batch=2, experts=8, expert_parallel=4, shared=512),
+    Case(key_value_heads=2, gated=True, micro_batch=1, experts=8, expert_parallel=8, scoring="first"),
+    Case(key_value_heads=8, gated=True, micro_batch=1, experts=8, expert_parallel=2, scoring="sigmoid", shared=512),
+    Case(
+        key_value_heads=4,
+        gated=True,
+        micro_batch=1,
+        tensor_parallel=2,
+        sequence_parallel=True,
+        experts=8,
+        expert_parallel=2,
+        expert_tensor_parallel=2,
+    ),
+    Case(
+        key_value_heads=4,
+        gated=True,
+        micro_batch=2,
+        tensor_parallel=2,
+        sequence_parallel=True,
+        experts=8,
+        expert_parallel=4,
+        shared=512,
+        recompute="full",
+    ),
+    Case(
+        key_value_heads=4,
+        gated=True,
+        micro_batch=2,
+        tensor_parallel=2,
+        sequence_parallel=True,
+        experts=8,
+        active=1,
+        expert_parallel=2,
+        expert_tensor_parallel=2,
+        dispatcher="allgather",
+        scoring="first",
+    ),
+    Case(key_value_heads=8, gated=True, micro_batch=2, latent=True),
+    Case(key_value_heads=8, gated=True, micro_batch=1, latent=True, experts=8, expert_parallel=4, shared=512),
 ]
+LATENT = LatentAttention(query_rank=96, key_value_rank=64, rotary_head_dim=16, plain_head_dim=32, value_head_dim=32)
 
 
 def main() -> None:
@@ -102,29 +164,40 @@ def cases() -> list[tuple[Case, tuple[int, ...]]]:
 
 
 def _case(row: Mapping[str, str]) -> Case:
-    flags = {name: row[name] == "True" for name in ("gated", "sequence_parallel")}
-    counts = {name: int(row[name]) for name in Case._fields if name not in (*flags, "recompute")}
-    return Case(**counts, **flags, recompute=row["recompute"])
+    usual = Case(key_value_heads=0, gated=True, micro_batch=1)._asdict()
+    read: dict[type, Any] = {bool: lambda text: text == "True", int: int, str: str}
+    return Case(**{name: read[type(usual[name])](row[name]) for name in Case._fields})
 
 
 def predicted(case: Case) -> tuple[int, ...]:
     """The :data:`COUNTS` by the step program, less what a CPU does otherwise; token and position ids were there."""
     plan = Plan(
         strategy=Strategy.MEGATRON,
-        gpus=case.tensor_parallel,
+        gpus=case.ranks,
         micro_batch=case.micro_batch,
         checkpointing=Checkpointing(case.recompute),
         tensor_parallel=case.tensor_parallel,
         sequence_parallel=case.sequence_parallel,
-        megatron=MegatronSettings(fuses_gradient_sums=False, mask_in_batch=False, vocabulary_multiple=1),
+        expert_parallel=case.expert_parallel,
+        expert_tensor_parallel=case.expert_tensor_parallel,
+        megatron=MegatronSettings(
+            fuses_gradient_sums=False,
+            mask_in_batch=False,
+            vocabulary_multiple=1,
+            token_dispatcher=case.dispatcher,  # type: ignore[arg-type]
+            fuses_permutation=False,
+            groups_experts=False,
+        ),
     )
     program = build(_described(case), Job(sequence_length=case.sequence_length, attention="eager"), plan)
     phases = phase_peaks(program.step)
     buffers = sum(line.size_bytes for line in held_after(program.init) if line.category == "buffers")
     tokens = case.micro_batch * case.sequence_length
-    norms = 1 if case.recompute == "full" else 1 + 2 * case.layers
+    norms = 1 if case.recompute == "full" else 1 + (4 if case.latent else 2) * case.layers
     parts = case.tensor_parallel if case.sequence_parallel else 1
     otherwise = norms * tokens * CPU_NORM_BYTES // parts + 2 * INDEX_BYTES * tokens
+    if case.latent:
+        otherwise -= case.layers * case.sequence_length * LATENT.rotary_head_dim * CPU_ROTATION_BYTES
     counts = phases["loss"][1], max(phases["forward"][0], phases["loss"][0]), phases["backward"][0]
     return tuple(int(count) + buffers - otherwise for count in counts)
 
@@ -136,12 +209,15 @@ def _described(case: Case) -> ModelSpec:
         attention=Attention(
             heads=case.heads,
             key_value_heads=case.key_value_heads,
-            head_dim=head_dim,
+            head_dim=LATENT.plain_head_dim + LATENT.rotary_head_dim if case.latent else head_dim,
             bias=biased,
             output_bias=biased,
             rotary_fraction=0.0,
+            latent=LATENT if case.latent else None,
         ),
-        feed_forward=FeedForward(width=case.feed_forward, gated=case.gated, bias=biased),
+        feed_forward=_experts(case)
+        if case.experts
+        else FeedForward(width=case.feed_forward, gated=case.gated, bias=biased),
         norm="layer",
         parameters=(),
     )
@@ -159,6 +235,19 @@ def _described(case: Case) -> ModelSpec:
         runs=(Run((layer,), case.layers),),
         final_norm="layer",
         head=(Parameter("norm", (width,)), words),
+    )
+
+
+def _experts(case: Case) -> Experts:
+    return Experts(
+        count=case.experts,
+        active=case.active,
+        width=case.feed_forward,
+        gated=case.gated,
+        shared=FeedForward(width=case.shared) if case.shared else None,
+        scoring="sigmoid" if case.scoring == "sigmoid" else "softmax",
+        scores_add_up=case.scoring != "first",
+        router_in_fp32=case.scoring == "sigmoid",
     )
 
 
@@ -204,15 +293,22 @@ def _model(case: Case) -> Any:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    distributed.init_process_group("fake", rank=0, world_size=case.tensor_parallel, store=FakeStore())
+    distributed.init_process_group("fake", rank=0, world_size=case.ranks, store=FakeStore())
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
     states = import_module("megatron.core.parallel_state")
-    states.initialize_model_parallel(case.tensor_parallel, 1, create_gloo_process_groups=False)
+    states.initialize_model_parallel(
+        case.tensor_parallel,
+        1,
+        expert_model_parallel_size=case.expert_parallel,
+        expert_tensor_parallel_size=case.expert_tensor_parallel,
+        create_gloo_process_groups=False,
+    )
     random = import_module("megatron.core.tensor_parallel.random")
     random.CudaRNGStatesTracker.fork = lambda self, name="": contextlib.nullcontext()
     random._get_all_rng_states = lambda: (None, None, None)
     random._set_all_rng_states = lambda *states: None
-    kind = import_module("megatron.core.transformer.transformer_config").TransformerConfig
+    configs = import_module("megatron.core.transformer.transformer_config")
+    kind = configs.MLATransformerConfig if case.latent else configs.TransformerConfig
     layers = import_module("megatron.core.models.gpt.gpt_layer_specs")
     recompute: dict[str, Any] = {"recompute_granularity": case.recompute} if case.recompute != "none" else {}
     if case.recompute == "full":
@@ -226,6 +322,7 @@ def _model(case: Case) -> Any:
         add_bias_linear=not case.gated,
         gated_linear_unit=case.gated,
         activation_func=torch.nn.functional.silu if case.gated else torch.nn.functional.gelu,
+        normalization="LayerNorm",
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bias_activation_fusion=True,
@@ -239,16 +336,104 @@ def _model(case: Case) -> Any:
         pipeline_dtype=torch.bfloat16,
         bf16=True,
         **recompute,
+        **(_settings_of_experts(case) if case.experts else {}),
+        **(_settings_of_latents() if case.latent else {}),
     )
+    if case.latent:
+        _take_heads_of_any_width()
+    if case.experts:
+        _share_tokens_out_evenly(case.active)
     with _torch_norms_for_cut_sequences(config):
         model = import_module("megatron.core.models.gpt.gpt_model").GPTModel(
             config,
-            layers.get_gpt_layer_local_spec(),
+            layers.get_gpt_layer_local_spec(
+                num_experts=case.experts or None, qk_layernorm=case.latent, multi_latent_attention=case.latent
+            ),
             vocab_size=case.vocabulary,
             max_sequence_length=case.sequence_length,
             share_embeddings_and_output_weights=False,
         )
     return model.bfloat16()
+
+
+def _settings_of_experts(case: Case) -> dict[str, Any]:
+    return {
+        "num_moe_experts": case.experts,
+        "moe_router_topk": case.active,
+        "moe_ffn_hidden_size": case.feed_forward,
+        "moe_shared_expert_intermediate_size": case.shared or None,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 1e-2,
+        "moe_router_score_function": "sigmoid" if case.scoring == "sigmoid" else "softmax",
+        "moe_router_enable_expert_bias": case.scoring == "sigmoid",
+        "moe_router_pre_softmax": case.scoring == "first",
+        "moe_router_dtype": "fp32" if case.scoring == "sigmoid" else None,
+        "moe_router_force_load_balancing": True,
+        "moe_token_dispatcher_type": case.dispatcher,
+        "expert_model_parallel_size": case.expert_parallel,
+        "expert_tensor_parallel_size": case.expert_tensor_parallel,
+    }
+
+
+def _settings_of_latents() -> dict[str, Any]:
+    return {
+        "multi_latent_attention": True,
+        "q_lora_rank": LATENT.query_rank,
+        "kv_lora_rank": LATENT.key_value_rank,
+        "qk_head_dim": LATENT.plain_head_dim,
+        "qk_pos_emb_head_dim": LATENT.rotary_head_dim,
+        "v_head_dim": LATENT.value_head_dim,
+        "rope_type": "rope",
+    }
+
+
+def _take_heads_of_any_width() -> None:
+    """megatron-core's own attention is not told of them, and needs not be; nor is TransformerEngine there to ask."""
+    import_module("megatron.core.transformer.multi_latent_attention").TELinear = type(None)
+    own = import_module("megatron.core.transformer.dot_product_attention").DotProductAttention
+    make = own.__init__
+
+    def made(self: Any, *others: Any, k_channels: int = 0, v_channels: int = 0, **named: Any) -> None:
+        make(self, *others, **named)
+
+    own.__init__ = made
+
+
+def _share_tokens_out_evenly(active: int) -> None:
+    """Experts take turns, on this rank and on those that are not there."""
+    import torch
+
+    class Even(torch.autograd.Function):
+        @staticmethod
+        def forward(context: Any, logits: Any) -> Any:
+            count = logits.shape[-1]
+            turns = torch.arange(logits.numel() // count)[:, None] * active + torch.arange(count)
+            return (-(turns % count)).to(logits.dtype).view_as(logits)
+
+        @staticmethod
+        def backward(context: Any, gradient: Any) -> Any:
+            return gradient
+
+    import_module("megatron.core.transformer.moe.router").apply_random_logits = Even.apply
+    # Missing where TransformerEngine is.
+    import_module("megatron.core.transformer.moe.moe_utils").te_general_gemm = None
+    mappings = import_module("megatron.core.tensor_parallel.mappings")
+
+    def gather(output: Any, own: Any, group: Any) -> None:
+        output.view(group.size(), *own.shape).copy_(own)
+
+    mappings.dist_all_gather_func = gather
+
+    def on_the_host(self: Any, point: str, counts: Any = None) -> Any:
+        for name in ("input_splits", "output_splits", "output_splits_tp"):
+            if isinstance(getattr(self, name), torch.Tensor):
+                setattr(self, name, getattr(self, name).numpy())
+        return counts
+
+    # Copies to the host go by a stream of the GPU, which is not there.
+    dispatcher = import_module("megatron.core.transformer.moe.token_dispatcher").MoEAlltoAllTokenDispatcher
+    dispatcher.cuda_dtoh_stream = object()
+    dispatcher._maybe_dtoh_and_synchronize = on_the_host
 
 
 @contextlib.contextmanager

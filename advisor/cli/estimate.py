@@ -20,6 +20,7 @@ from advisor.cli.options import (
     trace_options,
     training_options,
 )
+from advisor.specs.megatron import ContextExchange
 from advisor.specs.plan import OWN_STRATEGIES, Checkpointing, GradientFormat, Offload, OffloadPlace
 
 if TYPE_CHECKING:
@@ -122,6 +123,16 @@ parallel_options = options(
     option("The plan", "--pp", type=int, default=1, show_default=True, help="Stages of layers (pipeline)."),
     option("The plan", "--vpp", type=int, default=1, show_default=True, help="Runs of layers a stage (interleaved)."),
     option("The plan", "--cp", type=int, default=1, show_default=True, help="GPUs that cut a sequence (context)."),
+    option(
+        "The plan",
+        "--cp-comm-type",
+        type=click.Choice(get_args(ContextExchange)),
+        default="p2p",
+        show_default=True,
+        help="With --cp: a ring of keys and values, or heads for sequences.",
+    ),
+    option("The plan", "--ep", type=int, default=1, show_default=True, help="GPUs that experts are spread over."),
+    option("The plan", "--etp", type=int, help="GPUs that cut each expert.  [default: --tp]"),
 )
 """Ways to cut a model, of ``--trainer megatron``."""
 

@@ -19,7 +19,8 @@ from advisor.cost.schedule import step_time
 from advisor.errors import SpecError
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
-from advisor.specs.model import ModelSpec
+from advisor.specs.megatron import ContextExchange, MegatronSettings
+from advisor.specs.model import Experts, ModelSpec
 from advisor.specs.plan import (
     OWN_STRATEGIES,
     Checkpointing,
@@ -72,6 +73,11 @@ class PlanWords(Words, total=False):
     vpp: int
     """Virtual stages of each pipeline stage."""
     cp: int
+    cp_comm_type: str
+    """How context-parallel ranks exchange tokens: ``p2p`` or ``a2a``."""
+    ep: int
+    etp: int | None
+    """GPUs that cut each expert; absent or None: as many as cut the other weights."""
     sequence_parallel: bool
     config: str | None
     """A DeepSpeed JSON, accelerate YAML or launch script to read; the other words win over it."""
@@ -88,8 +94,9 @@ def estimate(
 
     Words: those of :func:`advisor.recommend`, and ``offload``, ``offload_to``, ``nvme``, ``micro_batch``,
     ``grad_accum``, ``checkpointing``, ``bucket_size``, ``grad_accum_dtype``, ``fsdp_version``, ``shard_ranks``,
-    ``trainer``, ``tp``, ``pp``, ``vpp``, ``cp``, ``sequence_parallel``, ``config``, ``trace``, ``trust_remote_code``.
-    Raises SpecError for a plan that contradicts itself or the job, ConfigError for a configuration that cannot be read.
+    ``trainer``, ``tp``, ``pp``, ``vpp``, ``cp``, ``cp_comm_type``, ``ep``, ``etp``, ``sequence_parallel``, ``config``,
+    ``trace``, ``trust_remote_code``. Raises SpecError for a plan that contradicts itself or the job, ConfigError for a
+    configuration that cannot be read.
     """
     return price(*plan_of(model, strategy=strategy, **words), rank)
 
@@ -165,7 +172,7 @@ def _asked(words: Mapping[str, Any]) -> Words:
 
 def _is_for_megatron(words: PlanWords) -> bool:
     trainer = words.get("trainer", "advisor")
-    cuts = [name for name in ("tp", "pp", "vpp", "cp") if words.get(name, 1) != 1]
+    cuts = [name for name in ("tp", "pp", "vpp", "cp", "ep", "etp") if words.get(name) not in (None, 1)]
     if trainer != "megatron" and (cuts or words.get("sequence_parallel")):
         flags = ", ".join(f"--{name}" for name in cuts or ("sequence-parallel",))
         raise SpecError(
@@ -202,11 +209,26 @@ def _megatron_plan(model: str, words: PlanWords, ask_about: Callable[..., Questi
         pipeline_parallel=pipeline,
         virtual_stages=words.get("vpp", 1),
         context_parallel=context,
+        expert_parallel=words.get("ep", 1),
+        expert_tensor_parallel=_expert_slices(question.model, words.get("etp"), tensor),
+        megatron=MegatronSettings(context_exchange=_context_exchange(words.get("cp_comm_type", "p2p"))),
     )
     from advisor.step.megatron_shard import check  # of use to no other plan
 
     check(question.model, question.job, plan)
     return question, plan
+
+
+def _expert_slices(model: ModelSpec, given: int | None, tensor: int) -> int:
+    """Ranks that cut each expert: those of *tensor* where nobody says otherwise, as Megatron has it."""
+    mixed = any(isinstance(layer.feed_forward, Experts) for layer in model.described_layers)
+    return given if given is not None else tensor if mixed else 1
+
+
+def _context_exchange(value: str) -> ContextExchange:
+    if value not in get_args(ContextExchange):
+        raise SpecError(f"--cp-comm-type must be one of {', '.join(get_args(ContextExchange))}, got {value!r}")
+    return cast(ContextExchange, value)
 
 
 def _plan_from_config(

@@ -41,9 +41,13 @@ class Footprint:
 def on_device(program: StepProgram, cluster: Cluster, calibration: Calibration) -> StepProgram:
     """The step as torch's allocator sees it on this GPU: cuBLAS workspaces are taken at the first product."""
     workspace = calibration.workspace_bytes(cluster.gpu.compute_capability)
+    taken = [hold(WORKSPACES, "workspace", GEMM_THREADS * workspace)]
+    if program.groups_products:
+        grouped = calibration.grouped_bytes(cluster.gpu.compute_capability)
+        taken.append(hold("workspaces of grouped products", "workspace", grouped))
     return replace(
         program,
-        init=then(program.init, hold(WORKSPACES, "workspace", GEMM_THREADS * workspace)),
+        init=then(program.init, *taken),
         tensor_sizes={**program.tensor_sizes, WORKSPACES: lambda: GEMM_THREADS * [workspace]},
     )
 

@@ -73,6 +73,7 @@ def row(estimate: Estimate) -> dict[str, str | int | float | None]:
         "tp": plan.tensor_parallel,
         "pp": plan.pipeline_parallel,
         "cp": plan.context_parallel,
+        "ep": plan.expert_parallel,
         "micro_batch": int(plan.micro_batch),
         "accumulation_steps": int(plan.accumulation_steps),
         "checkpointing": plan.checkpointing.value,

@@ -30,6 +30,8 @@ class Calibration:
     """The calibration that says what this one does not."""
     matmul_workspace_bytes: Mapping[str, int]
     """cuBLAS workspace of one handle by major compute capability, ``default`` for others; torch counts it."""
+    grouped_workspace_bytes: Mapping[str, int]
+    """The same of all streams on which the products of a rank's experts run side by side."""
     context_bytes: int
     """CUDA context and loaded kernels of one process, outside torch's allocator."""
     communicator_bytes: int
@@ -96,8 +98,11 @@ class Calibration:
 
     def workspace_bytes(self, compute_capability: str) -> int:
         """cuBLAS workspace of one handle on a GPU of *compute_capability*, such as ``9.0``."""
-        major = compute_capability.split(".")[0]
-        return self.matmul_workspace_bytes.get(major, self.matmul_workspace_bytes["default"])
+        return _of_major(self.matmul_workspace_bytes, compute_capability)
+
+    def grouped_bytes(self, compute_capability: str) -> int:
+        """cuBLAS workspaces of grouped products there."""
+        return _of_major(self.grouped_workspace_bytes, compute_capability)
 
     def linear_share(self, gpu: Gpu) -> float:
         """Share of the dense peak for matrix products on *gpu*."""
@@ -108,6 +113,10 @@ class Calibration:
         named = (f"{kernel}, {key}" for key in _keys(gpu))
         forward, backward = next(self.attention_efficiency[key] for key in named if key in self.attention_efficiency)
         return forward, backward
+
+
+def _of_major(sizes: Mapping[str, int], compute_capability: str) -> int:
+    return sizes.get(compute_capability.split(".")[0], sizes["default"])
 
 
 def _keys(gpu: Gpu) -> tuple[str, ...]:

@@ -190,11 +190,12 @@ class FeedForward:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Experts:
-    """A mixture of experts: *active* of *count* gated experts of *width* for each token."""
+    """A mixture of experts: *active* of *count* experts of *width* for each token."""
 
     count: int
     active: int
     width: int
+    gated: bool = True
     activation: str = "silu"
     bias: bool = False
     shared: FeedForward | None = None
@@ -202,6 +203,8 @@ class Experts:
     shared_gate: bool = False
     """The shared expert's output is multiplied by a sigmoid gate (Qwen2-MoE)."""
     scoring: Literal["softmax", "sigmoid", "softmax-of-topk"] = "softmax"
+    scores_add_up: bool = True
+    """The scores of the chosen experts are scaled to add up to one."""
     router_in_fp32: bool = False
     """Router and its input are cast to fp32 (DeepSeek)."""
     every_token: bool = False

@@ -6,7 +6,7 @@ program prices them all; :meth:`Plan.at` picks one out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advisor.errors import SpecError
+from advisor.specs.megatron import MegatronSettings
 
 GradientFormat = Literal["fp32", "bf16", "fp16"]
 
@@ -23,10 +24,8 @@ Count = int | NDArray[Any]
 """A whole number, or many of them side by side."""
 
 
-PipelineSchedule = Literal["1f1b", "gpipe"]
-
 RankGroup = Literal["data", "shard", "replica", "secondary", "machine", "machines", "tensor", "context", "pipeline"]
-ExpertGroup = Literal["expert", "expert-tensor", "expert-data"]
+ExpertGroup = Literal["expert", "expert-tensor", "expert-ranks", "expert-data"]
 GroupName = RankGroup | ExpertGroup
 """Which ranks a message goes round.
 
@@ -34,8 +33,8 @@ Data: those that hold the same part of the model and see different tokens. Shard
 cut over. Replica: those that hold the same cut. Secondary: those that ZeRO++'s second copy of the weights is cut over.
 Machine: those of one machine. Machines: those that stand at one place in each of them. Tensor: those that cut each
 layer. Context: those that cut each sequence. Pipeline: those that have consecutive layers. Expert: those that each have
-other experts of a layer. Expert-tensor: those that cut each expert. Expert-data: those that hold the same part of the
-same experts.
+other experts of a layer. Expert-tensor: those that cut each expert. Expert-ranks: both of these. Expert-data: those
+that hold the same part of the same experts.
 """
 
 
@@ -189,33 +188,6 @@ class FsdpSettings:
             raise SpecError(f"FSDP has versions 1 and 2, got {self.version}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MegatronSettings:
-    """How Megatron-LM is run, beside the counts of its groups (megatron-core 0.16.1)."""
-
-    distributed_optimizer: bool = True
-    """fp32 weights and moments are cut over the data-parallel group."""
-    overlaps_gradients: bool = True
-    """``--overlap-grad-reduce``: gradients are reduced while the last micro-batch runs backwards."""
-    overlaps_weights: bool = True
-    """``--overlap-param-gather``: updated weights are gathered while the first micro-batch runs forwards."""
-    fuses_gradient_sums: bool = True
-    """Products add weight gradients to their sum themselves (``--no-gradient-accumulation-fusion`` switches it off)."""
-    mask_in_batch: bool = True
-    """Each micro-batch brings an attention mask, which no fused kernel reads
-    (``--no-create-attention-mask-in-dataloader`` switches it off)."""
-    vocabulary_multiple: int = 128
-    """``--make-vocab-size-divisible-by``: rows of the embedding on each tensor-parallel rank are a multiple of it."""
-    pipeline_schedule: PipelineSchedule = "1f1b"
-    """``1f1b``: a stage goes backwards as soon as it can. ``gpipe``: after all forward passes (arXiv:1811.06965)."""
-
-    def __post_init__(self) -> None:
-        if self.vocabulary_multiple < 1:
-            raise SpecError(f"vocabulary_multiple must be at least 1, got {self.vocabulary_multiple}")
-        if self.overlaps_weights and not self.distributed_optimizer:
-            raise SpecError("overlaps_weights gathers what the distributed optimizer cut; set distributed_optimizer")
-
-
 ADAM_BUFFERS = 4
 
 
@@ -274,7 +246,7 @@ class Plan:
     """Ranks that a layer's experts are spread over; nothing to do with a model that has none."""
     expert_tensor_parallel: int = 1
     """Ranks that each expert is cut over, in the place of ``tensor_parallel``."""
-    megatron: MegatronSettings = MegatronSettings()
+    megatron: MegatronSettings = field(default_factory=MegatronSettings)
 
     def __post_init__(self) -> None:
         for name in (*_COUNTS, *_CUTS):
@@ -425,6 +397,7 @@ class Plan:
             "data": Group(self.data_parallel * context, tensor),
             "expert": Group(self.expert_parallel, sliced),
             "expert-tensor": Group(sliced),
+            "expert-ranks": Group(self.expert_ranks),
             "expert-data": Group(self.gpus // (self.expert_ranks * self.pipeline_parallel), self.expert_ranks),
         }
         return groups[name]

@@ -64,6 +64,8 @@ class StepProgram:
     """Sizes of the tensors that are taken together under a label, for a single plan; one where nobody says."""
     streams: Mapping[str, str] = field(default_factory=dict)
     """CUDA streams, other than the one that computes, from whose memory a label is taken."""
+    groups_products: bool = False
+    """Whether products of several experts run side by side, on streams with workspaces of their own."""
     slowest: Node = NOTHING
     """The step of the pipeline stage that computes most, at whose pace the others go; nothing without a pipeline."""
     slowest_excess: float = 1.0
@@ -117,6 +119,7 @@ def _megatron_program(model: ModelSpec, job: Job, plan: Plan, rank: int | None) 
         host=NOTHING,
         host_once=NOTHING,
         rank=found.rank,
+        groups_products=plan.megatron.groups_experts and found.has_experts,
         slowest=found.slowest if piped else NOTHING,
         slowest_excess=found.slowest_excess,
     )

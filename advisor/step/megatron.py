@@ -3,20 +3,23 @@
 megatron-core 0.16.1: weights in the compute format and the sums of their gradients lie in two flat buffers
 (distributed/param_and_grad_buffer.py), gradients in fp32 for bf16 and in fp16 for fp16 (Megatron-LM,
 training/arguments.py); the optimizer holds fp32 weights and two moments, cut over the data-parallel ranks if it is
-distributed (docs, dist_optimizer: 6 + 12/d bytes a parameter in bf16, else 18). Left out: padding of buffers beyond
-64 elements a tensor, all-reduces of norms' gradients, and what overlapped sends between stages keep a little longer.
+distributed (docs, dist_optimizer: 6 + 12/d bytes a parameter in bf16, else 18). Experts that are spread over ranks lie
+in buffers of their own, and d is then of the ranks that hold the same ones. Left out: padding of buffers beyond 64
+elements a tensor, all-reduces of norms' gradients, what overlapped sends between stages keep a little longer, and what
+dispatchers hold of the last micro-batch's routing where it was kept for backward, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
+from math import prod
 from typing import Literal, NamedTuple
 
 from advisor.errors import SpecError
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec, Parameter, Run
-from advisor.specs.plan import Checkpointing, Plan
+from advisor.specs.plan import Checkpointing, GroupName, Plan
 from advisor.step.laying import Events, Laid
 from advisor.step.megatron_exchanges import Exchanges
 from advisor.step.megatron_recording import megatron_mode, source_of
@@ -49,6 +52,13 @@ PART_NUMBERS = 1_000_000
 SCORES_BUFFER = "buffer for gathered activations and scores"
 
 
+class Buffers(NamedTuple):
+    """The flat buffers of weights that the ranks of one group share."""
+
+    group: GroupName
+    numel: int
+
+
 class RankStep(NamedTuple):
     """What one rank holds between steps, and its step."""
 
@@ -57,6 +67,7 @@ class RankStep(NamedTuple):
     step: Node
     slowest: Node
     """The step of the pipeline stage that computes most, at whose pace the others go."""
+    has_experts: bool
     slowest_excess: float = 1.0
     """Forward products of that stage over those of a stage on average, whole scores matrices under a causal mask."""
 
@@ -68,7 +79,7 @@ def rank_step(model: ModelSpec, job: Job, plan: Plan, rank: int | None = None) -
     """
     if plan.pipeline_parallel == 1:
         alone = _StageStep(model, job, plan, 0)
-        return RankStep(rank or 0, alone.states, alone.step, alone.step)
+        return RankStep(rank or 0, alone.states, alone.step, alone.step, bool(alone.stage.expert_parameters))
     if not all(isinstance(count, int) for count in (plan.gpus, plan.micro_batch, plan.accumulation_steps)):
         raise SpecError(f"{plan.title} is laid out for one plan at a time: its stages take turns at being the fullest")
     ranks = int(plan.gpus) // plan.pipeline_parallel
@@ -82,7 +93,8 @@ def rank_step(model: ModelSpec, job: Job, plan: Plan, rank: int | None = None) -
     first, between, last = (stages[each].forward_flop for each in (0, 1, plan.pipeline_parallel - 1))
     average = (first + last + (plan.pipeline_parallel - 2) * between) / plan.pipeline_parallel
     chosen, named = stages[number], number * ranks if rank is None else rank
-    return RankStep(named, chosen.states, chosen.step, slowest.step, slowest.forward_flop / average)
+    mixed = bool(chosen.stage.expert_parameters)
+    return RankStep(named, chosen.states, chosen.step, slowest.step, mixed, slowest.forward_flop / average)
 
 
 class _StageStep:
@@ -117,10 +129,23 @@ class _StageStep:
             )
         )
 
+    @cached_property
+    def _buffers(self) -> tuple[Buffers, ...]:
+        """The weights that all data-parallel ranks share, and the experts that some of them do."""
+        spread = self.stage.expert_parameters if self.plan.expert_parallel > 1 else ()
+        apart = {each.name for each in spread}
+        shared = tuple(each for each in self.stage.parameters if each.name not in apart)
+        parts: tuple[tuple[GroupName, tuple[Parameter, ...]], ...] = (("data", shared), ("expert-data", spread))
+        return tuple(Buffers(group, self._laid_out(those)) for group, those in parts if those)
+
+    def _laid_out(self, parameters: Iterable[Parameter]) -> int:
+        """Elements of the flat buffer of *parameters*."""
+        sizes = [parameter.numel for parameter in parameters]
+        return sum(-(-size // ALIGNED) * ALIGNED for size in sizes) if self._distributed else sum(sizes)
+
     @property
     def _buffer_numel(self) -> int:
-        sizes = (parameter.numel for parameter in self.stage.parameters)
-        return sum(-(-size // ALIGNED) * ALIGNED for size in sizes) if self._distributed else sum(sizes)
+        return sum(each.numel for each in self._buffers)
 
     @property
     def _distributed(self) -> bool:
@@ -129,7 +154,9 @@ class _StageStep:
     @property
     def _share(self) -> Amount:
         """Elements that the optimizer updates on this rank."""
-        return -(-self._buffer_numel // self.plan.group("data").size) if self._distributed else self._buffer_numel
+        instances = self.plan.megatron.optimizer_instances
+        shares = (-(-each.numel * instances // self.plan.group(each.group).size) for each in self._buffers)
+        return total(shares) if self._distributed else self._buffer_numel
 
     @property
     def _sum_bytes(self) -> int:
@@ -145,15 +172,29 @@ class _StageStep:
         if self.plan.megatron.fuses_gradient_sums:
             # Products that add gradients to their sums hand a tensor of the same shape to autograd, one for each shape
             # (TransformerEngine, pytorch/module/base.py get_dummy_wgrad).
-            placeholders = {parameter.shape: parameter.numel for parameter in self.stage.parameters if _cut(parameter)}
-            yield hold("placeholders of gradients", "buffers", sum(placeholders.values()) * self.job.compute_bytes)
+            placeholders = {parameter.shape[-2:] for parameter in self.stage.parameters if _cut(parameter)}
+            numel = sum(prod(shape) for shape in placeholders)
+            yield hold("placeholders of gradients", "buffers", numel * self.job.compute_bytes)
         yield hold(SCORES_BUFFER, "buffers", self._global_buffer_bytes)
+        layers = [layer for chunk in self.stage.chunks for layer in chunk.described_layers]
+        turned = sum(layer.attention.latent.rotary_head_dim for layer in layers if layer.attention.latent)
+        if turned:
+            # Cosines and sines of the whole sequence, in every layer (YarnRotaryEmbedding.get_cached_cos_sin).
+            table = 2 * self.job.sequence_length * self.job.compute_bytes
+            yield hold("tables of rotary positions", "buffers", turned * table)
+        if self.plan.checkpointing is Checkpointing.FULL:
+            left = sum(self.source.left_bytes(layer, self.width, self.mode) for layer in layers)
+            yield hold("routing of the last micro-batch", "buffers", left * self.plan.micro_batch)
 
     @property
     def _global_buffer_bytes(self) -> Amount:
-        """What is never given back of gathered inputs of the output layer, or of scores (``GlobalMemoryBuffer``)."""
+        """What is never given back of gathered inputs of the output layer or of experts, or of scores
+        (``GlobalMemoryBuffer``)."""
         gathers = self.plan.cuts_sequence and self.stage.last
-        gathered = self.mode.sequence_length * self.width * gathers
+        whole = self.mode.sequence_length * self.width
+        together = self.plan.expert_ranks if self.plan.megatron.token_dispatcher == "allgather" else 1
+        routed = whole * together // self.source.cut.stream_parts * (together > 1)
+        gathered = max(whole * gathers, routed)
         heads = max(layer.attention.heads for chunk in self.stage.chunks for layer in chunk.described_layers)
         scores = heads * self.mode.sequence_length**2 * (self.mode.attention == "eager")
         return max(gathered, scores) * self.job.compute_bytes * self.plan.micro_batch
@@ -240,10 +281,12 @@ class _StageStep:
 
     def _gather(self) -> Iterator[Node]:
         if self._distributed:
-            yield self.exchanges.weights(self._buffer_numel * self.job.compute_bytes)
+            for each in self._buffers:
+                yield self.exchanges.weights(each.numel * self.job.compute_bytes, each.group)
 
     def _reduce(self) -> Iterator[Node]:
-        yield self.exchanges.gradients(self._buffer_numel * self._sum_bytes, self._buffer_numel)
+        for each in self._buffers:
+            yield from self.exchanges.gradients(each.numel * self._sum_bytes, each.numel, each.group)
         if self.stage.shares_embedding:
             (rows,) = (each for each in self.stage.parameters if each.name in (WORD_EMBEDDINGS, OUTPUT_LAYER))
             yield self.exchanges.shared_embedding(rows.numel * self._sum_bytes)
@@ -296,5 +339,5 @@ class _StageStep:
 
 
 def _cut(parameter: Parameter) -> bool:
-    """Whether it is the matrix of a product."""
-    return len(parameter.shape) == 2 and (".linear_" in parameter.name or parameter.name == OUTPUT_LAYER)
+    """Whether it is the matrix of a product, or those of several."""
+    return len(parameter.shape) >= 2 and (".linear_" in parameter.name or parameter.name == OUTPUT_LAYER)

@@ -46,12 +46,24 @@ def attention(tape: Tape, joint: Tensor, spec: Attention, norms: tuple[Norm, ...
     return output if tape.alone else copy(tape, output)
 
 
+def latent_attention(
+    tape: Tape, query: Tensor, key: Tensor, value: Tensor, spec: Attention, cut: Cut, kernel: Kernel
+) -> Tensor:
+    """The same of queries, keys and values that lie apart already; FlashAttention's copies sequence by sequence."""
+    if not kernel.fused:
+        return _unfused(tape, query, key, value, spec, cut, recomputed=kernel.recomputed)
+    if not tape.alone:
+        query, key, value = (copy(tape, each) for each in (query, key, value))
+    output = _fused(tape, query, key, value, spec, cut, recomputed=kernel.recomputed)
+    return output if tape.alone else copy(tape, output)
+
+
 def score_products(tape: Tape, spec: Attention, cut: Cut, share: float) -> tuple[Product, Product]:
     """The products q·kᵀ and p·v of local queries with the keys of the whole sequence."""
     local, whole = tape.sequence_length, tape.sequence_length * cut.context
     return (
         Product(Matmul(local, whole, spec.head_dim, spec.heads, "attention", share), "count"),
-        Product(Matmul(local, spec.head_dim, whole, spec.heads, "attention", share), "count"),
+        Product(Matmul(local, spec.value_head_dim, whole, spec.heads, "attention", share), "count"),
     )
 
 
@@ -106,13 +118,16 @@ def _fused(
     came last are saved, and the output of every step is there until all are combined (TransformerEngine,
     attention/dot_product_attention/context_parallel.py ``AttnFuncWithCPAndKVP2P``; the last rank sees most).
     """
+    if cut.context > 1 and cut.context_exchange == "a2a":
+        return _by_heads(tape, query, key, value, spec, cut, recomputed=recomputed)
     scores, outputs = score_products(tape, spec, cut, seen_share(tape.sequence_length * cut.context, spec))
+    wide = query.numel // spec.head_dim * spec.value_head_dim
 
     def run(tape: Tape) -> tuple[Tensor, Tensor, Tensor | None]:
         travelled = tape.new(key.numel + value.numel, key.element_bytes) if cut.context > 1 else None
         others = [tape.like(travelled) for _ in range(cut.context - 1)] if travelled else []
-        steps = [tape.like(query) for _ in range(cut.context)] if travelled else []
-        output = tape.like(query)
+        steps = [tape.new(wide, query.element_bytes) for _ in range(cut.context)] if travelled else []
+        output = tape.new(wide, query.element_bytes)
         log_sum_exp = tape.new(tape.sequence_length * spec.heads, 4)
         tape.work(query, key, value, output, *others, *steps, matmuls=(scores, outputs))
         return output, log_sum_exp, travelled
@@ -140,13 +155,65 @@ def _fused(
     return tape.attach(output, [query, key, value], backward)
 
 
+def _by_heads(
+    tape: Tape, query: Tensor, key: Tensor, value: Tensor, spec: Attention, cut: Cut, *, recomputed: bool
+) -> Tensor:
+    """The kernel over whole sequences of a share of the heads, which ranks exchange before and after it.
+
+    Each tensor is packed, sent, and unpacked in memory of its own; kept are queries, keys and values as they came, and
+    the output as it went back, which comes once more in backward (TransformerEngine, context_parallel.py
+    ``AttnFuncWithCPAndQKVOA2A`` and ``flash_attn_a2a_communicate``).
+    """
+    whole, share = tape.sequence_length * cut.context, seen_share(tape.sequence_length * cut.context, spec)
+    scores = Product(Matmul(whole, whole, spec.head_dim, spec.heads // cut.context, "attention", share), "count")
+    outputs = Product(Matmul(whole, spec.value_head_dim, whole, spec.heads // cut.context, "attention", share), "count")
+    sizes, element_bytes = (query.numel, key.numel, value.numel), query.element_bytes
+    wide = query.numel // spec.head_dim * spec.value_head_dim
+
+    def exchanged(tape: Tape, *parts: Tensor) -> list[Tensor]:
+        packed = [tape.like(each) for each in parts]
+        came = [tape.like(each) for each in parts]
+        tape.work(*parts, *packed, *came, *came, kernels=2 * len(parts))
+        return came
+
+    def run(tape: Tape, *inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+        came = exchanged(tape, *inputs)
+        own = tape.new(wide, element_bytes)
+        log_sum_exp = tape.new(tape.sequence_length * spec.heads, 4)
+        tape.work(*came, own, matmuls=(scores, outputs))
+        (output,) = exchanged(tape, own)
+        return output, [*came, log_sum_exp]
+
+    output, saved = run(tape, query, key, value)
+    if recomputed:
+        saved = [query, key, value]
+    else:
+        saved.append(Tensor(output.numel, output.element_bytes, True, output.storage))
+
+    def backward(tape: Tape, gradient: Tensor) -> Gradients:
+        held = [*saved]
+        if recomputed:
+            again, held = run(tape, *saved)
+            held.append(again)
+            del again
+        saved.clear()
+        back = exchanged(tape, held.pop(), gradient)
+        gradients = [tape.new(size, element_bytes) for size in sizes]
+        scratch = flash_scratch(tape, spec, expanded=sizes[1] < sizes[0])
+        tape.work(*held, *back, *gradients, matmuls=(scores, scores, scores, outputs, outputs), kernels=3)
+        del scratch, held, back
+        return tuple(exchanged(tape, *gradients))
+
+    return tape.attach(output, [query, key, value], backward)
+
+
 def _unfused(
     tape: Tape, query: Tensor, key: Tensor, value: Tensor, spec: Attention, cut: Cut, *, recomputed: bool
 ) -> Tensor:
     """The scores matrix of every head (transformer/dot_product_attention.py): saves probabilities, dropout's mask, and
     what dropout left. Keys and values are copied out where several heads share them."""
     scores, outputs = score_products(tape, spec, cut, 1.0)
-    area = spec.heads * tape.sequence_length**2
+    area, attended = spec.heads * tape.sequence_length**2, query.numel // spec.head_dim * spec.value_head_dim
     grouped = spec.key_value_heads < spec.heads
 
     def run(tape: Tape) -> tuple[Tensor, list[Tensor]]:
@@ -161,15 +228,15 @@ def _unfused(
         if spec.dropout:
             kept += [tape.like(probabilities, 1), tape.like(probabilities)]
             tape.work(probabilities, *kept[1:])
-        product = tape.like(query)
+        product = tape.new(attended, query.element_bytes)
         tape.work(kept[-1], *(copies or [value]), product, matmuls=(outputs,))
-        output = tape.like(query)
+        output = tape.like(product)
         tape.work(product, output)
         return output, [*kept, *copies]
 
     inputs = [query, key, value]
     output, saved = run(tape)
-    wide, narrow = query.numel, key.numel
+    wide, narrow, plain = query.numel, key.numel, value.numel
     if recomputed:
         saved.clear()
     elif grouped:
@@ -180,12 +247,12 @@ def _unfused(
         held = run(tape)[1] if recomputed else [*saved]
         saved.clear()
         for_dropped = tape.new(area, gradient.element_bytes)
-        for_value = tape.new(wide if grouped else narrow, gradient.element_bytes)
+        for_value = tape.new(wide if grouped else plain, gradient.element_bytes)
         tape.work(gradient, *held, for_dropped, for_value, matmuls=(outputs, outputs), kernels=2)
         for_scores = tape.like(for_dropped) if spec.dropout else for_dropped
         tape.work(for_dropped, *held[:2], for_scores, kernels=2)
         del for_dropped
-        for_query, for_key = (tape.new(each, gradient.element_bytes) for each in (wide, for_value.numel))
+        for_query, for_key = (tape.new(each, gradient.element_bytes) for each in (wide, wide if grouped else narrow))
         tape.work(for_scores, *inputs, for_query, for_key, matmuls=(scores, scores), kernels=2)
         del for_scores, held
         if grouped:

@@ -14,12 +14,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from advisor.specs.job import Job
-from advisor.specs.model import Layer, Run
-from advisor.specs.plan import Checkpointing, Plan
+from advisor.specs.model import Experts, Layer, Run
+from advisor.specs.plan import Checkpointing, GroupName, Plan
+from advisor.step.megatron_router import router_bytes
 from advisor.step.program import Amount, Block, Collective, CollectiveKind, Node
 
-BRANCHES = 2
-"""Attention and feed-forward of a layer."""
 LEAST_BUCKET, BUCKET_PER_RANK = 40_000_000, 1_000_000
 """Elements of a bucket of the flat buffers (megatron-core 0.16.1, distributed_data_parallel.py)."""
 
@@ -28,34 +27,43 @@ class Exchanges:
     """The transfers of one rank of *plan*, whose *tokens* of a sequence are *width* wide."""
 
     def __init__(self, job: Job, plan: Plan, width: int, tokens: int) -> None:
-        self.job, self.plan, self.tokens = job, plan, tokens
+        self.job, self.plan, self.width, self.tokens = job, plan, width, tokens
         self.stream_bytes: Amount = tokens * width * job.compute_bytes * plan.micro_batch
 
     def embedding(self) -> Iterator[Node]:
         """Rows that every rank has a part of, or the gathered gradient of what each kept of them."""
-        yield from self._tensor(1, waits=True, pairs=("reduce-scatter",))
+        yield from self._tensor("reduce-scatter", [self.width], waits=True)
 
     def head_forward(self) -> Iterator[Node]:
         if self.plan.cuts_sequence:
-            yield from self._tensor(1, waits=True, pairs=("all-gather",))
+            yield from self._tensor("all-gather", [self.width], waits=True)
 
     def head_backward(self) -> Iterator[Node]:
-        yield from self._tensor(1, waits=False, pairs=("all-gather", "reduce-scatter"))
+        if self.plan.cuts_sequence:
+            yield from self._tensor("all-gather", [self.width], waits=False)
+        yield from self._tensor("reduce-scatter", [self.width], waits=False)
 
     def layer_forward(self, run: Run) -> Iterator[Node]:
-        yield from self._tensor(BRANCHES, waits=True, pairs=("all-gather", "reduce-scatter"))
-        yield from self._ring(run, 1)
+        layer = _layer_of(run)
+        if self.plan.cuts_sequence:
+            yield from self._tensor("all-gather", self._gathered(layer), waits=True)
+        yield from self._tensor("reduce-scatter", self._summed(layer), waits=True)
+        yield from self._context(layer, backward=False)
+        yield from self._experts(layer, backward=False)
 
     def layer_backward(self, run: Run) -> Iterator[Node]:
         """Keys and values go round once more, with their gradients; what is computed again is sent again."""
+        layer = _layer_of(run)
         if self.plan.checkpointing is Checkpointing.FULL:
             yield from self.layer_forward(run)
         elif self.plan.checkpointing is Checkpointing.SELECTIVE:
-            yield from self._ring(run, 1)
+            yield from self._context(layer, backward=False)
         if self.plan.cuts_sequence:
-            yield from self._tensor(BRANCHES, waits=True, pairs=("all-gather",))
-        yield from self._tensor(BRANCHES, waits=False, pairs=("all-gather", "reduce-scatter"))
-        yield from self._ring(run, 2)
+            yield from self._tensor("all-gather", self._gathered(layer), waits=True)
+            yield from self._tensor("all-gather", self._summed(layer), waits=False)
+        yield from self._tensor("reduce-scatter", self._gathered(layer), waits=False)
+        yield from self._context(layer, backward=True)
+        yield from self._experts(layer, backward=True)
 
     def between_stages(self, what: str) -> Iterator[Node]:
         """The stream, or its gradient, goes on to the neighbouring stage."""
@@ -63,44 +71,107 @@ class Exchanges:
             parts = self.plan.tensor_parallel if self.plan.cuts_sequence else 1
             yield _sent(Collective(what, "send-receive", self.stream_bytes / parts, 1, waits=True, group="pipeline"))
 
-    def weights(self, size_bytes: int) -> Node:
+    def weights(self, size_bytes: int, group: GroupName) -> Node:
         """Every rank gets what the others have updated."""
-        messages = self._buckets(size_bytes // self.job.compute_bytes) if self.plan.megatron.overlaps_weights else 1
-        waits = not self.plan.megatron.overlaps_weights
-        return _sent(Collective("weights", "all-gather", size_bytes, messages, waits))
+        overlaps = self.plan.megatron.overlaps_weights
+        messages = self._buckets(size_bytes // self.job.compute_bytes, group) if overlaps else 1
+        return _sent(Collective("weights", "all-gather", size_bytes, messages, not overlaps, group))
 
-    def gradients(self, size_bytes: int, numel: int) -> Node:
+    def gradients(self, size_bytes: int, numel: int, group: GroupName) -> Iterator[Node]:
+        """Sums over all ranks, of which each gets what it updates; several instances of the optimizer add them up."""
         overlaps = self.plan.megatron.overlaps_gradients
+        messages = self._buckets(numel, group) if overlaps else 1
         kind: CollectiveKind = "reduce-scatter" if self.plan.megatron.distributed_optimizer else "all-reduce"
-        return _sent(Collective("gradients", kind, size_bytes, self._buckets(numel) if overlaps else 1, not overlaps))
+        yield _sent(Collective("gradients", kind, size_bytes, messages, not overlaps, group))
 
     def shared_embedding(self, size_bytes: int) -> Node:
         """The first and the last stage add up their gradients of one matrix; of two ranks each sends all it has."""
         return _sent(Collective("gradient of the embedding", "send-receive", size_bytes, 1, True, "pipeline"))
 
-    def _buckets(self, numel: int) -> Amount:
-        most: Amount = np.maximum(LEAST_BUCKET, self.plan.group("data").size * BUCKET_PER_RANK)
+    def _buckets(self, numel: int, group: GroupName) -> Amount:
+        most: Amount = np.maximum(LEAST_BUCKET, self.plan.group(group).size * BUCKET_PER_RANK)
         return 1 + numel // most
 
-    def _tensor(self, messages: int, *, waits: bool, pairs: tuple[CollectiveKind, ...]) -> Iterator[Node]:
-        """All-reduces of the stream over tensor-parallel ranks, or *pairs* of kinds where the sequence is cut."""
-        if self.plan.tensor_parallel == 1:
-            return
-        kinds: tuple[CollectiveKind, ...] = pairs if self.plan.cuts_sequence else ("all-reduce",)
-        for kind in kinds:
-            yield _sent(Collective("sums of a layer", kind, messages * self.stream_bytes, messages, waits, "tensor"))
+    def _gathered(self, layer: Layer) -> list[int]:
+        """Widths of what the layer's products read whole: the stream, or the low-rank rows of latent attention."""
+        latent, widths = layer.attention.latent, [self.width]
+        if latent:
+            widths = [latent.query_rank or self.width, latent.key_value_rank, latent.rotary_head_dim]
+        return widths + self._blocks(layer)
 
-    def _ring(self, run: Run, rounds: int) -> Iterator[Node]:
-        """Keys and values of local tokens go from rank to rank while attention computes."""
-        steps = self.plan.context_parallel - 1
+    def _summed(self, layer: Layer) -> list[int]:
+        """Widths of what they return in parts."""
+        return [self.width, *self._blocks(layer)]
+
+    def _blocks(self, layer: Layer) -> list[int]:
+        """The width of a dense block or of a shared expert; what goes to experts goes otherwise."""
+        forward = layer.feed_forward
+        return [] if isinstance(forward, Experts) and not forward.shared else [self.width]
+
+    def _tensor(self, kind: CollectiveKind, widths: list[int], *, waits: bool) -> Iterator[Node]:
+        """Rows of these *widths* over tensor-parallel ranks; sums are all-reduced unless the sequence is cut."""
+        if self.plan.tensor_parallel == 1 or not widths:
+            return
+        chosen = kind if self.plan.cuts_sequence else "all-reduce"
+        yield _sent(Collective("sums of a layer", chosen, self._rows_bytes(sum(widths)), len(widths), waits, "tensor"))
+
+    def _rows_bytes(self, width: int) -> Amount:
+        """Of all local tokens."""
+        return self.tokens * width * self.job.compute_bytes * self.plan.micro_batch
+
+    def _context(self, layer: Layer, *, backward: bool) -> Iterator[Node]:
+        """Keys and values of local tokens go from rank to rank while attention computes, backwards with their
+        gradients; or queries, keys, values and outputs are exchanged, backwards with the outputs once more."""
+        steps, spec = self.plan.context_parallel - 1, layer.attention
         if not steps:
             return
-        (layer,) = run.layers
-        assert isinstance(layer, Layer)
-        each = 2 * self.tokens * layer.attention.key_value_width * self.job.compute_bytes * self.plan.micro_batch
-        yield _sent(
-            Collective("keys and values", "send-receive", rounds * steps * each, rounds * steps, False, "context")
-        )
+        values = spec.key_value_heads * spec.value_head_dim
+        if self.plan.megatron.context_exchange == "a2a":
+            outputs = spec.heads * spec.value_head_dim * (2 if backward else 1)
+            payload = self._rows_bytes(spec.query_width + spec.key_value_width + values + outputs)
+            yield _sent(Collective("heads", "all-to-all", payload, 5 if backward else 4, True, "context"))
+            return
+        rounds = 2 if backward else 1
+        payload = rounds * steps * self._rows_bytes(spec.key_value_width + values)
+        yield _sent(Collective("keys and values", "send-receive", payload, rounds * steps, False, "context"))
+
+    def _experts(self, layer: Layer, *, backward: bool) -> Iterator[Node]:
+        """Tokens and their scores go to the ranks of their experts, outputs come back; gradients likewise.
+
+        As many tokens as go come, all experts being used alike (megatron_experts.py).
+        """
+        experts = layer.feed_forward
+        if not isinstance(experts, Experts):
+            return
+        parts = self.plan.tensor_parallel if self.plan.cuts_sequence else 1
+        stream = self._rows_bytes(self.width) / parts
+        score = stream / (self.width * self.job.compute_bytes) * router_bytes(experts, self.job.compute_bytes)
+        slices = self.plan.expert_tensor_parallel
+        # What is gathered forwards is added up backwards, and the other way round.
+        kinds: tuple[CollectiveKind, CollectiveKind] = ("all-gather", "reduce-scatter")
+        into, out = reversed(kinds) if backward else kinds
+        if self.plan.megatron.token_dispatcher == "allgather":
+            if self.plan.expert_ranks > 1:
+                together, marks = self.plan.expert_ranks, stream / (self.width * self.job.compute_bytes)
+                tables = (score + marks * (not backward)) * experts.count
+                yield self._to_experts(into, (stream + tables) * together, 2 if backward else 3, "expert-ranks")
+                yield self._to_experts(out, stream * together, 1, "expert-ranks")
+            return
+        if self.plan.expert_parallel > 1:
+            yield self._to_experts("all-to-all", (2 * stream + score) * experts.active, 3, "expert")
+        if slices > 1:
+            wide = stream * router_bytes(experts, self.job.compute_bytes) / self.job.compute_bytes
+            yield self._to_experts(into, (stream + score) * experts.active * slices, 2, "expert-tensor")
+            yield self._to_experts(out, wide * experts.active * slices, 1, "expert-tensor")
+
+    def _to_experts(self, kind: CollectiveKind, payload_bytes: Amount, messages: int, group: GroupName) -> Node:
+        return _sent(Collective("tokens of experts", kind, payload_bytes, messages, True, group))
+
+
+def _layer_of(run: Run) -> Layer:
+    (layer,) = run.layers
+    assert isinstance(layer, Layer)
+    return layer
 
 
 def _sent(collective: Collective) -> Block:

@@ -6,8 +6,10 @@ megatron-core 0.16.1 with TransformerEngine's layers (models/gpt/gpt_layer_specs
 
 from __future__ import annotations
 
-from advisor.specs.model import FeedForward, Layer, ModelSpec
-from advisor.step.megatron_attention import Kernel, attention
+from advisor.specs.model import Experts, Layer, ModelSpec
+from advisor.step.megatron_attention import Kernel, attention, latent_attention
+from advisor.step.megatron_experts import mixture
+from advisor.step.megatron_latent import latent_projections
 from advisor.step.megatron_operators import (
     Cut,
     Norm,
@@ -30,36 +32,55 @@ Named = dict[str, Weight]
 
 def gpt_layer(tape: Tape, hidden: Tensor, layer: Layer, weights: Named, cut: Cut, kernel: Kernel) -> Tensor:
     """One layer over this rank's piece of the residual stream."""
-    forward = layer.feed_forward
-    assert isinstance(forward, FeedForward)
-
-    def product(name: str) -> tuple[Weight, Weight | None]:
-        return weights[f"{name}.weight"], weights.get(f"{name}.bias")
-
     tape.scope = "attention"
+    matrix, bias = _product(weights, "self_attention.linear_proj")
+    attended = row_linear(tape, _attended(tape, hidden, layer, weights, cut, kernel), matrix, cut)
+    hidden = bias_dropout_add(tape, attended, bias, hidden, layer.dropout)
+    del attended
+    output, bias = _feed_forward(tape, hidden, layer, weights, cut)
+    return bias_dropout_add(tape, output, bias, hidden, layer.dropout)
+
+
+def _attended(tape: Tape, hidden: Tensor, layer: Layer, weights: Named, cut: Cut, kernel: Kernel) -> Tensor:
+    """What attention's last product reads. Latent projections have their norm apart."""
+    if layer.attention.latent:
+        norm = _norm(weights, "input_layernorm.")
+        normed = normalise(tape, hidden, norm, norm[0].parameter.numel)
+        parts = latent_projections(tape, normed, layer.attention, weights, cut)
+        del normed
+        return latent_attention(tape, *parts, layer.attention, cut, kernel)
     into = "self_attention.linear_qkv"
     names = ("self_attention.q_layernorm", "self_attention.k_layernorm")
     norms = tuple(_norm(weights, f"{name}.") for name in names if f"{name}.weight" in weights)
-    matrix, bias = product("self_attention.linear_proj")
-    attended = attention(
+    return attention(
         tape,
-        norm_linear(tape, hidden, _norm(weights, f"{into}.layer_norm_"), *product(into), cut),
+        norm_linear(tape, hidden, _norm(weights, f"{into}.layer_norm_"), *_product(weights, into), cut),
         layer.attention,
         norms,
         cut,
         kernel,
     )
-    attended = row_linear(tape, attended, matrix, cut)
-    hidden = bias_dropout_add(tape, attended, bias, hidden, layer.dropout)
-    del attended
+
+
+def _feed_forward(tape: Tape, hidden: Tensor, layer: Layer, weights: Named, cut: Cut) -> tuple[Tensor, Weight | None]:
+    """The second branch, and the bias that is still to be added to it. Experts have their norm apart."""
+    forward = layer.feed_forward
+    if isinstance(forward, Experts):
+        tape.scope = "experts"
+        norm = _norm(weights, "pre_mlp_layernorm.")
+        normed = normalise(tape, hidden, norm, norm[0].parameter.numel)
+        return mixture(tape, normed, forward, weights, cut), None
     tape.scope = "feed-forward"
     into = "mlp.linear_fc1"
-    matrix, bias = product(into)
+    matrix, bias = _product(weights, into)
     inner = norm_linear(tape, hidden, _norm(weights, f"{into}.layer_norm_"), matrix, None, cut)
     inner = activate(tape, inner, bias, gated=forward.gated)
-    matrix, bias = product("mlp.linear_fc2")
-    inner = row_linear(tape, inner, matrix, cut)
-    return bias_dropout_add(tape, inner, bias, hidden, layer.dropout)
+    matrix, bias = _product(weights, "mlp.linear_fc2")
+    return row_linear(tape, inner, matrix, cut), bias
+
+
+def _product(weights: Named, name: str) -> tuple[Weight, Weight | None]:
+    return weights[f"{name}.weight"], weights.get(f"{name}.bias")
 
 
 def embed(tape: Tape, model: ModelSpec, weights: Named, cut: Cut) -> Tensor:

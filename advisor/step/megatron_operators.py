@@ -9,9 +9,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from advisor.step.operators import weight_gradient
+from advisor.specs.megatron import ContextExchange, TokenDispatcher
+from advisor.step.operators import scale_rows, unary, weight_gradient
 from advisor.step.program import Matmul
 from advisor.step.tape import Gradients, Product, Tape, Tensor, Weight
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCut:
+    """How ranks share the experts of a layer, and how tokens get there."""
+
+    ranks: int = 1
+    """Ranks of different experts."""
+    slices: int = 1
+    """Ranks that have parts of the same."""
+    dispatcher: TokenDispatcher = "alltoall"
+    fuses_permutation: bool = True
+    grouped: bool = True
+    balances: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +37,9 @@ class Cut:
     sequence: bool = False
     """Whether what is alike on all tensor-parallel ranks is cut along the sequence."""
     context: int = 1
+    context_exchange: ContextExchange = "p2p"
     fuses_gradient_sums: bool = True
+    experts: ExpertCut = ExpertCut()
 
     @property
     def stream_parts(self) -> int:
@@ -85,10 +102,39 @@ def norm_linear(tape: Tape, x: Tensor, norm: Norm, matrix: Weight, bias: Weight 
     return tape.attach(output, [x, *norm, matrix, bias], backward, saves="outputs")
 
 
+def column_linear(tape: Tape, x: Tensor, matrix: Weight, cut: Cut) -> Tensor:
+    """``Linear`` cut by its outputs: saves this rank's piece of its input, which backward gathers again."""
+    outside, width = matrix.parameter.shape
+    element_bytes, tokens = x.element_bytes, x.numel * cut.stream_parts // width
+    whole = tape.new(tokens * width, element_bytes) if cut.sequence else x
+    output = tape.new(tokens * outside, element_bytes)
+    products = (Product(Matmul(tokens, outside, width), "m"),)
+    tape.work(whole, output, matmuls=products, fixed_moved_bytes=matrix.size_bytes)
+    del whole
+
+    def backward(tape: Tape, gradient: Tensor) -> Gradients:
+        gathered = tape.new(tokens * width, element_bytes) if cut.sequence else x
+        for_whole = tape.new(tokens * width, element_bytes)
+        inputs = (Product(Matmul(tokens, width, outside), "m"),)
+        tape.work(gradient, for_whole, matmuls=inputs, fixed_moved_bytes=matrix.size_bytes)
+        for_x = tape.like(x) if cut.sequence else for_whole
+        for_matrix = weights_gradient(tape, matrix, cut)
+        weights = (Product(Matmul(outside, width, tokens), "k"),)
+        tape.work(gradient, gathered, for_matrix, matmuls=weights)
+        return for_x, for_matrix
+
+    return tape.attach(output, [x, matrix], backward)
+
+
+def linear(tape: Tape, x: Tensor, matrix: Weight, cut: Cut) -> Tensor:
+    """``Linear`` over whole rows of *x*, or one product for each of a group of matrices over its own rows."""
+    return row_linear(tape, x, matrix, Cut(fuses_gradient_sums=cut.fuses_gradient_sums))
+
+
 def row_linear(tape: Tape, x: Tensor, matrix: Weight, cut: Cut) -> Tensor:
     """``Linear`` cut by its inputs: saves its input. Its partial sums are added up over the ranks, in place unless the
     sequence is cut; its bias is added later."""
-    outside, inside = matrix.parameter.shape
+    *_, outside, inside = matrix.parameter.shape
     tokens, element_bytes = x.numel // inside, x.element_bytes
     output = tape.new(tokens * outside, element_bytes)
     products = (Product(Matmul(tokens, outside, inside), "m"),)
@@ -137,6 +183,22 @@ def activate(tape: Tape, x: Tensor, bias: Weight | None, *, gated: bool) -> Tens
         return for_x, for_bias
 
     return tape.attach(output, [x, bias], backward)
+
+
+def weighted_activation(tape: Tape, x: Tensor, scale: Tensor, *, gated: bool) -> Tensor:
+    """The activation times a number for each row. One kernel where *gated*, which saves its inputs
+    (fusions/fused_bias_swiglu.py ``WeightedSwiGLUFunction``); else two."""
+    if not gated:
+        return scale_rows(tape, unary(tape, x, saves="input"), scale)
+    output = tape.new(x.numel // 2, x.element_bytes)
+    tape.work(x, scale, output)
+
+    def backward(tape: Tape, gradient: Tensor) -> Gradients:
+        for_x, for_scale = tape.like(x), tape.like(scale)
+        tape.work(gradient, x, scale, for_x, for_scale)
+        return for_x, for_scale
+
+    return tape.attach(output, [x, scale], backward)
 
 
 def _statistics(tape: Tape, x: Tensor, norm: Norm, width: int) -> Tensor:

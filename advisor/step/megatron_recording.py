@@ -14,7 +14,7 @@ from advisor.specs.model import AnyLayer, Layer, ModelSpec, Parameter
 from advisor.specs.plan import Plan
 from advisor.step.megatron_attention import Kernel
 from advisor.step.megatron_layers import INDEX_BYTES, Named, cross_entropy, embed, gpt_layer, logits
-from advisor.step.megatron_operators import Cut
+from advisor.step.megatron_operators import Cut, ExpertCut
 from advisor.step.recording import (
     GRADIENT_NUMBER,
     GRADIENT_STREAM,
@@ -64,6 +64,11 @@ class MegatronSource:
         assert isinstance(layer, Layer)
         return _layer(layer, hidden_size, mode, self.cut, checkpointed, selective)
 
+    def left_bytes(self, layer: AnyLayer, hidden_size: int, mode: Mode) -> int:
+        """Of what the modules of a layer refer to until they run again: how the last tokens were sent to experts."""
+        assert isinstance(layer, Layer)
+        return _left_bytes(layer, hidden_size, mode, self.cut)
+
     def head(self, model: ModelSpec, mode: Mode, checkpointed: bool) -> HeadRecording:
         """From the residual stream to the loss."""
         return _head(model, mode, self.cut)
@@ -71,9 +76,24 @@ class MegatronSource:
 
 def source_of(plan: Plan) -> MegatronSource:
     """The recordings of *plan*'s shards."""
-    fuses = plan.megatron.fuses_gradient_sums
-    cut = Cut(plan.tensor_parallel, plan.cuts_sequence, plan.context_parallel, fuses)
-    return MegatronSource(cut, plan.megatron.mask_in_batch)
+    chosen = plan.megatron
+    experts = ExpertCut(
+        plan.expert_parallel,
+        plan.expert_tensor_parallel,
+        chosen.token_dispatcher,
+        chosen.fuses_permutation,
+        chosen.groups_experts,
+        chosen.balances_experts,
+    )
+    cut = Cut(
+        tensor=plan.tensor_parallel,
+        sequence=plan.cuts_sequence,
+        context=plan.context_parallel,
+        context_exchange=chosen.context_exchange,
+        fuses_gradient_sums=chosen.fuses_gradient_sums,
+        experts=experts,
+    )
+    return MegatronSource(cut, chosen.mask_in_batch)
 
 
 def megatron_mode(job: Job, plan: Plan) -> Mode:
@@ -92,6 +112,15 @@ def _layer(layer: Layer, hidden_size: int, mode: Mode, cut: Cut, checkpointed: b
 
     width = hidden_size // cut.stream_parts
     return (_recomputed if checkpointed and not selective else _recorded)(run, width, mode)
+
+
+@lru_cache(maxsize=64)
+def _left_bytes(layer: Layer, hidden_size: int, mode: Mode, cut: Cut) -> int:
+    tape = mode.tape()
+    kernel = Kernel(mode.attention != "eager", recomputed=False)
+    stream = _stream(tape, hidden_size // cut.stream_parts, mode)
+    gpt_layer(tape, stream, layer, _weights(layer.parameters, mode), cut, kernel)
+    return sum(each.size_bytes for each in tape.left)
 
 
 @lru_cache(maxsize=64)
@@ -153,6 +182,7 @@ def _recorded(run: Run, width: int, mode: Mode) -> Recording:
     output = run(tape, stream)
     output.storage.rename(STREAM, "activations")
     del stream
+    tape.left.clear()
     last = len(tape.events)
     root, shape, number = output.node, (output.numel, output.element_bytes), output.storage.event.storage
     assert root is not None
@@ -175,12 +205,14 @@ def _recomputed(run: Run, width: int, mode: Mode) -> Recording:
     stream = _stream(tape, width, mode)
     first = len(tape.events)
     output = run(tape, stream)
+    tape.left.clear()
     output.storage.rename(STREAM, "activations")
     forward = passed(tape.events[first:], STREAM_NUMBER, taken=output.storage.event.storage)
     tape = mode.tape()
     stream = _stream(tape, width, mode)
     start, first, given = stream.node, len(tape.events), stream.storage.event.storage
     output = run(tape, stream)
+    tape.left.clear()
     last = len(tape.events)
     assert output.node is not None
     returned = tape.run_backward(output.node, output.numel, output.element_bytes, start)

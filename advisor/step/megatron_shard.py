@@ -2,8 +2,9 @@
 
 megatron-core 0.16.1 with TransformerEngine: queries, keys and values leave one product, and so do gate and up; these
 and the embedding are cut by their outputs, attention's output and the last projection by their inputs
-(tensor_parallel/layers.py, transformer/attention.py, transformer/mlp.py). Norms and the biases of products cut by
-their inputs are whole on every rank.
+(tensor_parallel/layers.py, transformer/attention.py, transformer/mlp.py). Experts are spread over ranks, and each may
+be cut as a dense block is (transformer/moe/experts.py). Norms and the biases of products cut by their inputs are whole
+on every rank.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from itertools import groupby
 
 from advisor.errors import SpecError
 from advisor.specs.job import Job
-from advisor.specs.model import AnyLayer, FeedForward, Layer, ModelSpec, NormKind, Parameter, Run
+from advisor.specs.model import AnyLayer, Attention, Experts, Layer, ModelSpec, NormKind, Parameter, Run
 from advisor.specs.plan import Plan
 
+EXPERTS = "mlp.experts."
 WORD_EMBEDDINGS, OUTPUT_LAYER = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
@@ -35,6 +37,11 @@ class Stage:
     def parameters(self) -> tuple[Parameter, ...]:
         """Every tensor of the rank."""
         return tuple(parameter for chunk in self.chunks for parameter in chunk.parameters())
+
+    @property
+    def expert_parameters(self) -> tuple[Parameter, ...]:
+        """Those of experts."""
+        return tuple(parameter for parameter in self.parameters if parameter.name.startswith(EXPERTS))
 
 
 def stage_of(model: ModelSpec, job: Job, plan: Plan, number: int) -> Stage:
@@ -89,14 +96,21 @@ def _model_reasons(model: ModelSpec) -> Iterator[str]:
         yield "its embedding or head does more than Megatron's GPT model"
     for layer in model.described_layers:
         attention = layer.attention
-        if not isinstance(layer.feed_forward, FeedForward):
-            yield "mixtures of experts are not modelled for Megatron"
-        elif layer.placement != "pre" or layer.cross_attention or layer.norm == "rms-narrow":
+        if isinstance(layer.feed_forward, Experts):
+            yield from _expert_reasons(layer.feed_forward)
+        if layer.placement != "pre" or layer.cross_attention or layer.norm == "rms-narrow":
             yield "its layers normalise elsewhere than Megatron's GPT layers"
-        if attention.latent or attention.additive_bias or attention.soft_cap or attention.sinks:
+        if attention.additive_bias or attention.soft_cap or attention.sinks or (attention.latent and attention.bias):
             yield "its attention is not modelled for Megatron"
         if attention.query_key_norm not in ("none", "per-head"):
             yield "its norms of queries and keys are not those of Megatron's GPT layers"
+
+
+def _expert_reasons(experts: Experts) -> Iterator[str]:
+    if experts.every_token:
+        yield "transformers runs every token through every expert of it, Megatron only those of its choice"
+    if experts.bias or experts.activation not in ("silu", "gelu"):
+        yield f"experts with biases or the activation {experts.activation} are not modelled for Megatron"
 
 
 def _job_reasons(model: ModelSpec, job: Job) -> Iterator[str]:
@@ -115,12 +129,19 @@ def _division_reasons(model: ModelSpec, job: Job, plan: Plan) -> Iterator[str]:
         runs = f"{stages} stages x {virtual} = {stages * virtual} runs"
         yield f"{len(model.layers)} layers do not divide over {runs}"
     for layer in dict.fromkeys(model.described_layers):
-        attention = layer.attention
+        attention, forward = layer.attention, layer.feed_forward
+        exchanged = context if plan.megatron.context_exchange == "a2a" else 1
         for what, count in (("attention heads", attention.heads), ("key-value heads", attention.key_value_heads)):
             if count % tensor:
                 yield f"{count} {what} do not divide over tensor_parallel {tensor}"
-        if isinstance(layer.feed_forward, FeedForward) and layer.feed_forward.width % tensor:
-            yield f"a feed-forward width of {layer.feed_forward.width} does not divide over tensor_parallel {tensor}"
+            elif count % (tensor * exchanged):
+                yield f"{count} {what} do not divide over tensor_parallel {tensor} x context_parallel {context} by a2a"
+        dense = forward.shared if isinstance(forward, Experts) else forward
+        if dense and dense.width % tensor:
+            yield f"a feed-forward width of {dense.width} does not divide over tensor_parallel {tensor}"
+        if attention.latent and tensor > 1 and not plan.cuts_sequence:
+            yield "latent attention over several tensor-parallel ranks is modelled with --sequence-parallel; give it"
+    yield from _expert_division_reasons(model, plan)
     length = job.sequence_length
     if context > 1 and job.attention == "eager":
         yield "context parallelism needs a fused attention kernel; take --attention flash"
@@ -130,31 +151,46 @@ def _division_reasons(model: ModelSpec, job: Job, plan: Plan) -> Iterator[str]:
         yield f"{length // context} tokens of a sequence do not divide over tensor_parallel {tensor}"
 
 
+def _expert_division_reasons(model: ModelSpec, plan: Plan) -> Iterator[str]:
+    mixtures = {each.feed_forward for each in model.described_layers if isinstance(each.feed_forward, Experts)}
+    ranks, slices, tensor = plan.expert_parallel, plan.expert_tensor_parallel, plan.tensor_parallel
+    if not mixtures and ranks * slices > 1:
+        yield f"it has no experts to spread over expert_parallel {ranks} x expert_tensor_parallel {slices}"
+    for experts in mixtures:
+        if experts.count % ranks:
+            yield f"{experts.count} experts do not divide over expert_parallel {ranks}"
+        if experts.width % slices:
+            yield f"an expert's width of {experts.width} does not divide over expert_tensor_parallel {slices}"
+        if tensor > 1 and not plan.cuts_sequence:
+            # moe_layer.py, ``MoELayer.forward``.
+            yield "Megatron refuses experts beside tensor parallelism without sequence parallelism; give both"
+        if ranks == 1 and slices != tensor:
+            # Gradients of experts that are not spread are summed with those of all other weights, over the data ranks.
+            yield f"experts on every rank are cut as the rest is; give expert_tensor_parallel {tensor}, not {slices}"
+
+
 def _local_layer(layer: AnyLayer, hidden_size: int, plan: Plan) -> Layer:
-    """*layer* with its rank's share of heads and feed-forward, its tensors named and ordered as megatron-core does."""
+    """*layer* with its rank's share of heads and feed-forward, its tensors named and ordered as megatron-core does.
+
+    Experts keep their count: what a rank has of them, its parameters say.
+    """
     assert isinstance(layer, Layer)
-    assert isinstance(layer.feed_forward, FeedForward)
     tensor, attention, forward = plan.tensor_parallel, layer.attention, layer.feed_forward
     local = replace(
         attention,
         heads=attention.heads // tensor,
         key_value_heads=attention.key_value_heads // tensor,
-        fused_projection=True,
+        fused_projection=not attention.latent,
     )
+    attends = _latent_parameters if local.latent else _attention_parameters
+    parameters = [*attends(local, layer.norm, hidden_size)]
+    if isinstance(forward, Experts):
+        parameters += _expert_parameters(forward, layer.norm, hidden_size, plan)
+        return replace(layer, attention=local, parameters=tuple(parameters))
     inner = forward.width // tensor
-    entrance = inner * (2 if forward.gated else 1)
-    fused_width = local.query_width + 2 * local.key_value_width
-    parameters = [
-        *_product("self_attention.linear_proj", hidden_size, local.query_width, attention.output_bias),
-        *_norm("self_attention.linear_qkv.layer_norm", layer.norm, hidden_size),
-        *_product("self_attention.linear_qkv", fused_width, hidden_size, attention.bias),
-    ]
-    if attention.query_key_norm == "per-head":
-        for name in ("q_layernorm", "k_layernorm"):
-            parameters += _norm(f"self_attention.{name}", layer.norm, attention.head_dim, joint=".")
     parameters += [
         *_norm("mlp.linear_fc1.layer_norm", layer.norm, hidden_size),
-        *_product("mlp.linear_fc1", entrance, hidden_size, forward.bias),
+        *_product("mlp.linear_fc1", inner * (2 if forward.gated else 1), hidden_size, forward.bias),
         *_product("mlp.linear_fc2", hidden_size, inner, forward.bias),
     ]
     return replace(
@@ -163,6 +199,49 @@ def _local_layer(layer: AnyLayer, hidden_size: int, plan: Plan) -> Layer:
         feed_forward=replace(forward, width=inner, fused_gate=forward.gated),
         parameters=tuple(parameters),
     )
+
+
+def _attention_parameters(local: Attention, norm: NormKind, hidden_size: int) -> Iterator[Parameter]:
+    yield from _product("self_attention.linear_proj", hidden_size, local.query_width, local.output_bias)
+    yield from _norm("self_attention.linear_qkv.layer_norm", norm, hidden_size)
+    fused_width = local.query_width + 2 * local.key_value_width
+    yield from _product("self_attention.linear_qkv", fused_width, hidden_size, local.bias)
+    if local.query_key_norm == "per-head":
+        for name in ("q_layernorm", "k_layernorm"):
+            yield from _norm(f"self_attention.{name}", norm, local.head_dim, joint=".")
+
+
+def _latent_parameters(local: Attention, norm: NormKind, hidden_size: int) -> Iterator[Parameter]:
+    """The projections to low rank are whole on every rank."""
+    latent, own = local.latent, "self_attention."
+    assert latent
+    yield from _norm("input_layernorm", norm, hidden_size, joint=".")
+    yield from _product(f"{own}linear_proj", hidden_size, local.heads * latent.value_head_dim, False)
+    if latent.query_rank is None:
+        yield from _product(f"{own}linear_q_proj", local.query_width, hidden_size, False)
+    else:
+        yield from _product(f"{own}linear_q_down_proj", latent.query_rank, hidden_size, False)
+        yield from _norm(f"{own}linear_q_up_proj.layer_norm", norm, latent.query_rank)
+        yield from _product(f"{own}linear_q_up_proj", local.query_width, latent.query_rank, False)
+    yield from _product(f"{own}linear_kv_down_proj", latent.key_value_rank + latent.rotary_head_dim, hidden_size, False)
+    yield from _norm(f"{own}linear_kv_up_proj.layer_norm", norm, latent.key_value_rank)
+    expanded = local.heads * (latent.plain_head_dim + latent.value_head_dim)
+    yield from _product(f"{own}linear_kv_up_proj", expanded, latent.key_value_rank, False)
+
+
+def _expert_parameters(experts: Experts, norm: NormKind, hidden_size: int, plan: Plan) -> Iterator[Parameter]:
+    """Matrices of one rank's experts are one tensor here, of which each is one of its own in megatron-core."""
+    count, inner = experts.count // plan.expert_parallel, experts.width // plan.expert_tensor_parallel
+    yield from _norm("pre_mlp_layernorm", norm, hidden_size, joint=".")
+    yield Parameter("mlp.router.weight", (experts.count, hidden_size))
+    yield Parameter(f"{EXPERTS}linear_fc1.weight", (count, inner * (2 if experts.gated else 1), hidden_size))
+    yield Parameter(f"{EXPERTS}linear_fc2.weight", (count, hidden_size, inner))
+    if experts.shared:
+        if experts.shared_gate:
+            yield Parameter("mlp.shared_experts.gate_weight", (1, hidden_size))
+        width = experts.shared.width // plan.tensor_parallel
+        yield from _product("mlp.shared_experts.linear_fc1", 2 * width, hidden_size, False)
+        yield from _product("mlp.shared_experts.linear_fc2", hidden_size, width, False)
 
 
 def _embedding(model: ModelSpec, plan: Plan) -> tuple[Parameter, ...]:

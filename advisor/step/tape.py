@@ -191,6 +191,8 @@ class Tape:
     """Outputs that selective checkpointing keeps, in the order in which they are made; None where it keeps none."""
     recalled: list[Tensor] = field(default_factory=list)
     """Kept outputs that a second run takes instead of making them again, the next one last."""
+    left: list[Tensor] = field(default_factory=list)
+    """What modules refer to until they run again."""
     taken: dict[int, int] = field(default_factory=dict)
     """At which event a kept output was taken again, by its storage."""
     events: list[Event] = field(default_factory=list)

@@ -21,8 +21,9 @@ from advisor.catalog.profiles import profiles_folder
 from advisor.catalog.request import DEFAULT_NETWORK, usual_cluster
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
-from advisor.specs.model import Attention, FeedForward, Layer, ModelSpec, Parameter, Run
-from advisor.specs.plan import Checkpointing, FsdpSettings, MegatronSettings, Offload, Plan, Strategy, ZeroSettings
+from advisor.specs.megatron import MegatronSettings
+from advisor.specs.model import Attention, Experts, FeedForward, Layer, ModelSpec, Parameter, Run
+from advisor.specs.plan import Checkpointing, FsdpSettings, Offload, Plan, Strategy, ZeroSettings
 
 Row = Mapping[str, str]
 
@@ -60,16 +61,14 @@ def published(row: Row) -> Published:
         sequence_parallel=row["sequence_parallel"] == "yes",
         pipeline_parallel=int(row["pipeline_parallel"] or 1),
         virtual_stages=int(row["virtual_stages"] or 1),
+        expert_parallel=int(row.get("expert_parallel") or 1),
+        expert_tensor_parallel=int(row.get("expert_tensor_parallel") or 1),
         # llm-foundry's composer reduces in every micro-batch (mosaicml 0.16.4, trainer.py ``_train_microbatch``).
         fsdp=FsdpSettings(
             syncs_each_micro_batch=row["model"].startswith("MPT"),
             shard_ranks=gpus // nodes if strategy is Strategy.HSDP else None,
         ),
-        megatron=MegatronSettings(
-            distributed_optimizer=row["distributed_optimizer"] != "no",
-            overlaps_weights=row["distributed_optimizer"] != "no",
-            fuses_gradient_sums=row["fuses_gradient_sums"] != "no",
-        ),
+        megatron=_megatron(row),
     )
     kernel = "eager" if row.get("attention_kernel") == SCORES else "sdpa"
     job = Job(
@@ -83,6 +82,19 @@ def published(row: Row) -> Published:
         **_adapters(row),
     )
     return Published(as_trained(_model(row), job), job, plan, _cluster(row, gpus, nodes))
+
+
+def _megatron(row: Row) -> MegatronSettings:
+    """What a row leaves out is off, or as the usual plan has it."""
+    return MegatronSettings(
+        distributed_optimizer=row["distributed_optimizer"] != "no",
+        overlaps_weights=row["distributed_optimizer"] != "no",
+        fuses_gradient_sums=row["fuses_gradient_sums"] != "no",
+        token_dispatcher=row.get("token_dispatcher") or "alltoall",  # type: ignore[arg-type]
+        fuses_permutation=not row.get("token_dispatcher"),
+        groups_experts=row.get("groups_experts") != "no",
+        optimizer_instances=int(row.get("optimizer_instances") or 1),
+    )
 
 
 def _adapters(row: Row) -> dict[str, Any]:
@@ -116,22 +128,26 @@ def _rows(table: str) -> list[Row]:
 
 
 def gpt(row: Row) -> ModelSpec:
-    """A GPT model as Megatron-LM's arguments make it: learned positions, LayerNorm, biases, GELU."""
+    """A GPT model as Megatron-LM's arguments make it: learned positions, LayerNorm, GELU, and biases where not off."""
     width, heads, shared = int(row["hidden"]), int(row["heads"]), int(row["key_value_heads"])
     inner, vocabulary, dropout = int(row["feed_forward"]), int(row["vocabulary"]), float(row["dropout"])
-    head_dim, tied = width // heads, row["tied"] == "yes"
+    head_dim, tied, biased = width // heads, row["tied"] == "yes", row.get("biased") != "no"
     layer = Layer(
         attention=Attention(
             heads=heads,
             key_value_heads=shared,
             head_dim=head_dim,
-            bias=True,
-            output_bias=True,
+            bias=biased,
+            output_bias=biased,
             fused_projection=True,
             rotary_fraction=0.0,
             dropout=dropout,
         ),
-        feed_forward=FeedForward(width=inner, gated=False, activation="gelu", bias=True),
+        feed_forward=Experts(
+            count=int(row["experts"]), active=int(row["active"]), width=inner, gated=False, activation="gelu"
+        )
+        if row.get("experts")
+        else FeedForward(width=inner, gated=False, activation="gelu", bias=biased),
         norm="layer",
         dropout=dropout,
         parameters=(

@@ -31,6 +31,7 @@ PLAN = Plan(strategy=Strategy.ZERO2, gpus=8, micro_batch=1)
 ROUND = replace(
     CALIBRATION,
     matmul_workspace_bytes={"default": 8 * MIB},
+    grouped_workspace_bytes={"default": 16 * MIB},
     context_bytes=100 * MIB,
     communicator_bytes=200 * MIB,
     process_host_bytes=1000 * MIB,

@@ -73,12 +73,13 @@ def test_liger_s_other_kernels_keep_as_much_less_as_long_runs_are_overestimated(
 
 # NVIDIA/Megatron-LM d98e8a6, golden values of its functional tests: GPT models of 64 M and 6.7 B parameters on 8 A100,
 # H100 or GB200, with tensor parallelism, pipelines, interleaved ones, full recomputation, with and without the
-# distributed optimizer: the bytes allocated on the last rank.
+# distributed optimizer and several instances of it, with 8 experts of GPT layers, top-1 and top-2, over 2 or 4 ranks,
+# whole or cut: the bytes allocated on the last rank. Tokens did not spread evenly, which takes up to 2 % more.
 def test_megatron_s_own_tests_are_predicted_within_three_per_cent(benchmark: dict[str, Any]) -> None:
     rows = [row for row in benchmark["rows"]() if row["strategy"] == "megatron"]
     errors = [abs(benchmark["Compared"](row, benchmark["predict"](row)).error) for row in rows]
 
-    assert len(errors) == 23
+    assert len(errors) == 34
     assert max(errors) < 0.03
     assert sum(errors) / len(errors) < 0.01
 

@@ -12,6 +12,7 @@ from advisor.catalog.gpus import find_gpu
 CALIBRATION = replace(
     find_calibration(),
     matmul_workspace_bytes={"9": 32, "default": 8},
+    grouped_workspace_bytes={"9": 128, "default": 16},
     matmul_efficiency={"9.0": 0.5, "default": 0.25},
     attention_efficiency={
         "sdpa, 8.6": (0.75, 0.5),

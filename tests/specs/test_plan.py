@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from advisor.errors import SpecError
+from advisor.specs.megatron import MegatronSettings
 from advisor.specs.plan import (
     Checkpointing,
     FsdpSettings,
     Group,
     GroupName,
-    MegatronSettings,
     Offload,
     OffloadSettings,
     Plan,

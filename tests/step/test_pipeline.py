@@ -10,7 +10,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from advisor.errors import SpecError
-from advisor.specs.plan import MegatronSettings, Plan, Strategy
+from advisor.specs.megatron import MegatronSettings
+from advisor.specs.plan import Plan, Strategy
 from advisor.step.pipeline import Passes, bubble_share, schedule, warm_up
 from advisor.step.program import Block, Node, expand, fold
 

@@ -28,6 +28,7 @@ def deepseek_v2(config: Configuration) -> ModelSpec:
         width=width,
         activation=activation,
         shared=FeedForward(width=shared_count * width, activation=activation, bias=bias),
+        scores_add_up=False,
         router_in_fp32=True,
     )
     dense = FeedForward(width=config.integer("intermediate_size", default=11008), activation=activation, bias=bias)

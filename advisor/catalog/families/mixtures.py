@@ -91,6 +91,7 @@ def qwen2_moe(config: Configuration) -> ModelSpec:
         activation=activation,
         shared=shared,
         shared_gate=True,
+        scores_add_up=config.flag("norm_topk_prob", default=False),
     )
     of_experts = (
         *weight("mlp.gate", experts.count, hidden_size),
@@ -156,6 +157,7 @@ def qwen3_moe(config: Configuration) -> ModelSpec:
         active=config.integer("num_experts_per_tok", default=8),
         width=config.integer("moe_intermediate_size", default=768),
         activation=activation,
+        scores_add_up=config.flag("norm_topk_prob", default=False),
     )
     of_experts = (
         *stacked_experts(experts.count, hidden_size, experts.width),

@@ -11,7 +11,8 @@ from advisor.catalog import trainers
 from advisor.errors import SpecError
 from advisor.launch.files import render
 from advisor.specs.job import Job, Trainer
-from advisor.specs.plan import Checkpointing, FsdpSettings, MegatronSettings, Offload, Strategy
+from advisor.specs.megatron import MegatronSettings
+from advisor.specs.plan import Checkpointing, FsdpSettings, Offload, Strategy
 from launch.examples import PLANS_OF_EVERY_KIND, cluster, model, plan
 from launch.started import Started
 from launch.trainers.told import command_of, launch_for, text_of, told
