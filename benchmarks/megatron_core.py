@@ -105,6 +105,7 @@ CASES = [
         experts=8,
         expert_parallel=2,
         expert_tensor_parallel=2,
+        sequence_length=128,
     ),
     Case(
         key_value_heads=4,
