@@ -1,11 +1,11 @@
-"""Runs Megatron-LM's own model on a CPU, one rank of one or two, and compares what it holds with the step program.
+"""Runs Megatron-LM's own model on a CPU, one rank of one to eight, and compares what it holds with the step program.
 
     pip install megatron-core==0.16.1
     python benchmarks/megatron_core.py [--write]
 
 The model has megatron-core's local layers, which need neither TransformerEngine nor apex; collectives do nothing (a
-fake process group), random-number states of CUDA are left out, and dropout is off, whose mask a CPU keeps in another
-format. ``--write`` keeps the counts in profiles/measured/megatron_core.csv, which the tests hold the model against.
+fake process group), random-number states of CUDA are left out, dropout is off, whose mask a CPU keeps in another
+format, and experts take turns, so that all get equally many tokens. ``--write`` keeps the counts in profiles/measured/megatron_core.csv, which the tests hold the model against.
 """
 
 from __future__ import annotations

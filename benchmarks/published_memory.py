@@ -47,10 +47,10 @@ class Compared:
 
 def main() -> None:
     compared = [Compared(row, predict(row)) for row in rows() if not row["not_covered"]]
-    print(f"{'run':92} {'counter':>9} {'published':>10} {'predicted':>10} {'error':>8}")
+    print(f"{'run':106} {'counter':>9} {'published':>10} {'predicted':>10} {'error':>8}")
     for each in compared:
         print(
-            f"{title(each.row):92} {each.row['counter']:>9} {each.published_bytes / GIB:8.1f}   "
+            f"{title(each.row):106} {each.row['counter']:>9} {each.published_bytes / GIB:8.1f}   "
             f"{each.predicted_bytes / GIB:8.1f}   {100 * each.error:+6.1f} %"
         )
     for remark in dict.fromkeys(each.row["remark"] for each in compared if each.row["remark"]):
@@ -73,6 +73,7 @@ def title(row: Row) -> str:
     how = [] if row["checkpointing"] == "none" else [f"checkpointing {row['checkpointing']}"]
     how += ["distributed optimizer"] if row["distributed_optimizer"] == "yes" else []
     cut = f"tp {row['tensor_parallel']}, pp {row['pipeline_parallel']} x {row['virtual_stages']}"
+    cut += f", ep {row['expert_parallel']}, etp {row['expert_tensor_parallel']}" if row["expert_parallel"] else ""
     return ", ".join([start, row["gpu"].partition("-")[0], cut, *how])
 
 

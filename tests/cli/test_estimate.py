@@ -54,7 +54,7 @@ def test_every_word_of_a_plan_reaches_the_estimate(api: Api, run: Run) -> None:
 
 
 def test_megatron_s_words_reach_the_estimate(api: Api, run: Run) -> None:
-    words = "--trainer megatron --tp 2 --pp 2 --vpp 7 --cp 1 --sequence-parallel"
+    words = "--trainer megatron --tp 2 --pp 2 --vpp 7 --cp 1 --cp-comm-type a2a --ep 2 --etp 1 --sequence-parallel"
 
     run(*ONE_PLAN[:5], *words.split())
 
@@ -67,6 +67,9 @@ def test_megatron_s_words_reach_the_estimate(api: Api, run: Run) -> None:
             "pp": 2,
             "vpp": 7,
             "cp": 1,
+            "cp_comm_type": "a2a",
+            "ep": 2,
+            "etp": 1,
             "sequence_parallel": True,
         }
     ]

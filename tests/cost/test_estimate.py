@@ -239,6 +239,23 @@ def test_hsdp_without_a_second_copy_is_refused_as_fsdp(words: dict[str, Any]) ->
         estimate("Qwen2.5-0.5B", strategy="hsdp", **FOUR_A100, **words)
 
 
+@pytest.mark.parametrize(("words", "slices"), [({}, 2), ({"etp": 1}, 1)])
+def test_experts_are_cut_as_the_rest_unless_said_otherwise(words: Any, slices: int) -> None:
+    shape = {
+        "tp": 2,
+        "ep": 4,
+        "cp": 2,
+        "cp_comm_type": "a2a",
+        "sequence_parallel": True,
+        "gpus": 16,
+        "gpu": "A100-80GB",
+    }
+    _, plan = plan_of("Mixtral-8x7B-v0.1", trainer="megatron", **shape, **words)
+
+    assert (plan.expert_parallel, plan.expert_tensor_parallel) == (4, slices)
+    assert plan.megatron.context_exchange == "a2a"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -247,6 +264,9 @@ def test_hsdp_without_a_second_copy_is_refused_as_fsdp(words: dict[str, Any]) ->
             "--tp: trainer advisor runs models that no pipeline or tensor-parallel group can cut",
         ),
         ({"trainer": "advisor", "strategy": "ddp", "sequence_parallel": True}, "--sequence-parallel: trainer advisor"),
+        ({"cp_comm_type": "ring"}, "--cp-comm-type must be one of p2p, a2a, got 'ring'"),
+        ({"ep": 2}, "Megatron ep 2 cannot train Qwen2.5-0.5B: it has no experts to spread"),
+        ({"trainer": "advisor", "strategy": "ddp", "ep": 2}, "--ep: trainer advisor"),
         ({"trainer": "nemo", "strategy": "ddp"}, "--trainer must be one of advisor, hf, trl"),
         ({"strategy": "zero2"}, "--trainer megatron has a plan of its own"),
         ({"offload": "optimizer"}, "--offload is not for --trainer megatron"),

@@ -121,12 +121,17 @@ def test_megatron_s_plan_says_what_each_group_cuts() -> None:
         sequence_parallel=True,
         pipeline_parallel=2,
         virtual_stages=2,
+        expert_parallel=8,
+        expert_tensor_parallel=2,
     )
 
     found = plan_object(plan)
 
-    assert {name: found[name] for name in ("dp", "tp", "pp", "vpp", "cp", "sequence_parallel", "global_batch")} == {
+    cuts = ("dp", "tp", "pp", "vpp", "cp", "ep", "etp", "sequence_parallel", "global_batch")
+    assert {name: found[name] for name in cuts} == {
         "dp": 4,
+        "ep": 8,
+        "etp": 2,
         "tp": 4,
         "pp": 2,
         "vpp": 2,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from advisor.catalog import trainers
+from advisor.catalog.models import find_model
 from advisor.errors import SpecError
 from advisor.launch.files import render
 from advisor.specs.job import Job, Trainer
@@ -15,7 +16,7 @@ from advisor.specs.megatron import MegatronSettings
 from advisor.specs.plan import Checkpointing, FsdpSettings, Offload, Strategy
 from launch.examples import PLANS_OF_EVERY_KIND, cluster, model, plan
 from launch.started import Started
-from launch.trainers.told import command_of, launch_for, text_of, told
+from launch.trainers.told import ARGUMENTS, command_of, launch_for, text_of, told
 
 
 @pytest.mark.parametrize(
@@ -179,6 +180,42 @@ def test_megatron_is_told_how_the_model_is_cut() -> None:
         # 16 GPUs / 4 = 4 copies of the model x micro-batch 2 x 2 accumulation steps.
         "--global-batch-size=16",
     } <= words
+
+
+def test_megatron_is_told_of_experts_and_latent_attention() -> None:
+    spread = plan(Strategy.MEGATRON, gpus=8, expert_parallel=4, micro_batch=1)
+    words = set(command_of(render(find_model("DeepSeek-V2-Lite").model, Job(trainer="megatron"), spread, cluster(8))))
+
+    assert {each.removeprefix("--").partition("=")[0] for each in words if each.startswith("--")} <= ARGUMENTS[
+        "megatron"
+    ]
+    assert {
+        "--expert-model-parallel-size=4",
+        "--expert-tensor-parallel-size=1",
+        "--num-experts=64",
+        "--moe-router-topk=6",
+        "--moe-ffn-hidden-size=1408",
+        "--moe-shared-expert-intermediate-size=2816",
+        # Its first layer is dense.
+        "--moe-layer-freq=([0]*1+[1]*26)",
+        "--moe-router-pre-softmax",
+        "--moe-router-dtype=fp32",
+        "--moe-token-dispatcher-type=alltoall",
+        "--moe-grouped-gemm",
+        "--moe-permute-fusion",
+        "--multi-latent-attention",
+        "--kv-lora-rank=512",
+    } <= words
+    assert not any("q-lora-rank" in each or "query-groups" in each for each in words)
+
+
+def test_megatron_is_told_how_heads_are_exchanged() -> None:
+    own = MegatronSettings(context_exchange="a2a", optimizer_instances=2)
+    exchanged = plan(Strategy.MEGATRON, gpus=8, context_parallel=2, megatron=own)
+
+    assert {"--cp-comm-type=a2a", "--num-distributed-optimizer-instances=2"} <= set(
+        command_of(launch_for("megatron", exchanged))
+    )
 
 
 def test_megatrons_virtual_stages_are_told_by_their_layers() -> None:
