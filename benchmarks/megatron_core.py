@@ -5,7 +5,8 @@
 
 The model has megatron-core's local layers, which need neither TransformerEngine nor apex; collectives do nothing (a
 fake process group), random-number states of CUDA are left out, dropout is off, whose mask a CPU keeps in another
-format, and experts take turns, so that all get equally many tokens. ``--write`` keeps the counts in profiles/measured/megatron_core.csv, which the tests hold the model against.
+format, and experts take turns, so that all get equally many tokens. ``--write`` keeps the counts in
+profiles/measured/megatron_core.csv, which the tests hold the model against.
 """
 
 from __future__ import annotations
