@@ -30,7 +30,7 @@ from pathlib import Path
 
 import click
 import time_scores
-from cases import adapters, deepspeed, gloo, one_rank, sharded
+from cases import adapters, deepspeed, gloo, one_rank, optimizers, sharded
 
 from advisor.catalog.calibrations import find_calibration
 from advisor.catalog.gpus import find_gpu
@@ -109,6 +109,13 @@ def with_adapters(seed: int, count: int) -> Iterator[Record]:
     yield from one_by_one("Adapters, DeepSpeed, real tensors", adapters.under_deepspeed(seed, count // 3))
 
 
+def with_optimizers(seed: int, count: int) -> Iterator[Record]:
+    """Two in three traced, the others under DeepSpeed."""
+    title = "Other optimizers, one GPU, DDP and FSDP, traced"
+    yield from traced(title, optimizers.traced)(seed, count - count // 3)
+    yield from one_by_one("Other optimizers, DeepSpeed, real tensors", optimizers.under_deepspeed(seed, count // 3))
+
+
 def for_real(seed: int, count: int) -> Iterator[Record]:
     """Real ranks through the real launchers; the fullest is recorded."""
     for case, launcher in gloo.cases(seed, count):
@@ -136,6 +143,7 @@ TRUTHS = {
     "zero-plus": Truth(zero_plus, 20),
     "real-runs": Truth(for_real, 60),
     "adapters": Truth(with_adapters, 42),
+    "optimizers": Truth(with_optimizers, 60),
 }
 
 

@@ -18,7 +18,7 @@ from advisor.catalog.huggingface import model_from_config
 from advisor.catalog.request import usual_cluster
 from advisor.cost.memory import memory
 from advisor.cost.schedule import step_time
-from advisor.specs.job import Job
+from advisor.specs.job import Job, Optimizer
 from advisor.specs.model import AnyLayer, FeedForward, Layer, ModelSpec, Run
 from advisor.specs.plan import Plan
 from advisor.step.build import StepProgram, build
@@ -73,6 +73,7 @@ class Case:
         kernels = f", {job.attention}" if job.attention != "sdpa" else ""
         kernels += ", padded" if job.padded else ""
         kernels += f", {job.loss} loss" if job.loss != "full" else ""
+        kernels += f", {job.optimizer}" if job.optimizer not in get_args(Optimizer)[:3] else ""
         targets = "+".join(job.lora_targets) or "usual targets"
         kernels += f", {job.method} of rank {job.lora_rank} on {targets}" if job.method != "full" else ""
         return (

@@ -97,7 +97,7 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for name in ("torch", "transformers", "accelerate", "deepspeed", "peft"):
+    for name in ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "galore-torch"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

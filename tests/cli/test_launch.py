@@ -52,6 +52,7 @@ def test_json_is_one_object_with_every_file(api: Api, run: Run) -> None:
         "ds_config.json",
         "train.py",
         "train_data.py",
+        "train_optimizers.py",
         "train_checkpoint.py",
         "prediction.json",
         "run.sh",

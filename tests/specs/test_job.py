@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from advisor.errors import SpecError
-from advisor.specs.job import Job
+from advisor.specs.job import Job, Optimizer
 
 
 @pytest.mark.parametrize("name", ["sequence_length", "global_batch"])
@@ -22,7 +22,7 @@ def test_nothing_to_train_on_is_refused(name: str, value: int) -> None:
     [
         ("precision", "fp8", "precision must be one of bf16, fp16, fp32, got 'fp8'"),
         ("parameter_format", "fp16", "parameter format must be one of fp32, bf16, got 'fp16'"),
-        ("optimizer", "adam", "optimizer must be one of adamw-fused, adamw-foreach, adamw-loop, got 'adam'"),
+        ("optimizer", "adam", f"optimizer must be one of {', '.join(get_args(Optimizer))}, got 'adam'"),
         ("attention", "paged", "attention must be one of sdpa, flash, eager, got 'paged'"),
         ("loss", "none", "loss must be one of full, chunked, fused, tiled, got 'none'"),
     ],

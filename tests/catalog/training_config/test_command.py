@@ -122,7 +122,7 @@ def test_flags_win_over_a_command(tmp_path: Path) -> None:
     assert "--gpus 4 wins over 2 of go.sh: --nproc_per_node" in question.warnings
 
 
-@pytest.mark.parametrize("argument", ["--torch_compile", "--use_liger_kernel True", "--use_peft", "--optim adamw_8bit"])
+@pytest.mark.parametrize("argument", ["--torch_compile", "--use_liger_kernel True", "--use_peft", "--optim ademamix"])
 def test_what_changes_memory_and_is_not_modelled_is_named(argument: str, tmp_path: Path) -> None:
     question, _ = planned(tmp_path, f"torchrun --nproc_per_node 2 t.py {argument}")
 

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from advisor.catalog.optimizers import optimizer_called
+from advisor.catalog.trainers import trainer_profiles
 from advisor.launch.files import Launch
 from advisor.specs.job import Trainer
 from advisor.specs.plan import Checkpointing, Offload, Plan, Strategy
@@ -27,7 +29,7 @@ def by_transformers(given_: Told, length: str) -> dict[str, Any]:
         "length": given_[length],
         "checkpoints": given_.get("activation_checkpointing", given_.get("gradient_checkpointing")),
         "precision": precisions[given_["bf16"], given_["fp16"]],
-        "optimizer": {"adamw_torch_fused": "adamw-fused", "adamw_torch": "adamw-foreach"}[given_["optim"]],
+        "optimizer": optimizer_called(given_["optim"]),
     }
 
 
@@ -169,3 +171,13 @@ def test_the_attention_kernel_has_each_trainers_name(trainer: Trainer, name: str
     found = {each: told(trainer, launch_for(trainer, chosen, attention=each))[name] for each in kernels}
 
     assert found == kernels
+
+
+@pytest.mark.parametrize("trainer", ["hf", "trl", "open-r1", "llama-factory", "axolotl"])
+def test_every_optimizer_of_a_trainer_has_the_name_that_transformers_gives_it(trainer: Trainer) -> None:
+    known = trainer_profiles()[trainer].optimizers
+    key = "optimizer" if trainer == "axolotl" else "optim"
+
+    found = [told(trainer, launch_for(trainer, plan(Strategy.ZERO1), optimizer=each))[key] for each in known]
+
+    assert tuple(map(optimizer_called, found)) == known
