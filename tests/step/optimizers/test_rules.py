@@ -35,7 +35,7 @@ def host_bytes(name: Any, given_: Given) -> int:
 
 
 # bitsandbytes 0.50.2, optim/optimizer.py ``init_state``: below 4,096 elements fp32; else a byte an element, fp32 for
-# each block of 256 and, once, tables of 1,024 bytes. galore-torch 1.0: rank 128; in fp32 the smaller square stays whole.
+# each block of 256 and, once, tables of 1,024 bytes. galore-torch 1.0: rank 128; in fp32 the smaller square stays.
 @pytest.mark.parametrize(
     ("name", "shape", "element_bytes", "kept"),
     [
