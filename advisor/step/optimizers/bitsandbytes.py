@@ -62,10 +62,11 @@ class Blockwise(Rule):
         return self.setting.name
 
     def kept(self, given: Given) -> Sequence[Node]:
-        return (
-            tuple(hold(label, "optimizer", given.sum_of(amount)) for label, amount in self._held(given).items())
-            + (self._maps(given),) * self.setting.in_eight_bits
-        )
+        kept = [hold(label, "optimizer", given.sum_of(amount)) for label, amount in self._held(given).items()]
+        if self.setting.in_eight_bits:
+            tables = np.minimum(given.sum_of(self._in_eight_bits), 1)
+            kept.append(hold(TABLES, "optimizer", self.setting.moments * MAP_BYTES * tables))
+        return kept
 
     def host(self, given: Given) -> Sequence[Node]:
         if not self.job.pages_moments:
@@ -108,10 +109,6 @@ class Blockwise(Rule):
             held[f"8-bit {self.name} moments{given.where}"] = self._codes
             held[f"scales of 8-bit moments{given.where}"] = self._scales
         return held
-
-    def _maps(self, given: Given) -> Node:
-        some = given.sum_of(self._in_eight_bits)
-        return hold(TABLES, "optimizer", self.setting.moments * MAP_BYTES * np.minimum(some, 1))
 
     def _in_eight_bits(self, piece: Piece) -> Amount:
         """1 where the moments are in eight bits, else 0."""
