@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from advisor.catalog.profiles import profiles_folder
 from advisor.catalog.table import Row, read_rows
-from advisor.catalog.trainers import installed, older_than
+from advisor.catalog.trainers import fsdp_versions, installed, older_than
 from advisor.specs.hardware import Gpu
 from advisor.specs.job import Job
 from advisor.specs.model import Experts, ModelSpec
@@ -17,6 +17,7 @@ from advisor.specs.plan import Offload, Strategy
 
 CONDITIONS = (
     "strategy",
+    "fsdp",
     "offload",
     "method",
     "optimizer",
@@ -57,10 +58,10 @@ class Rule:
     def text(self) -> str:
         return f"{self.reason}; {self.instead}" if self.instead else self.reason
 
-    def speaks_of(self, facts: Facts, gpu: Gpu) -> bool:
-        """Whether *facts* on *gpu* meet its conditions."""
+    def speaks_of(self, facts: Facts, gpu: Gpu | None) -> bool:
+        """Whether *facts* on *gpu*, where one is known, meet its conditions."""
         if self.below_capability is not None:
-            capability = _capability(gpu)
+            capability = _capability(gpu) if gpu else None
             if capability is None or capability >= self.below_capability:
                 return False
         return all(self.matches(column, facts[column]) for column in self.conditions)
@@ -100,11 +101,10 @@ def refusal(
 ) -> str | None:
     """Why *job* does not run on *gpu*, in words, or None.
 
-    Rules about models, strategies or offloads speak only where those are given.
+    Rules about models, strategies or offloads speak only where those are given, and those about versions of FSDP in
+    :func:`refusal_of_optimizer`.
     """
-    facts = facts_of(job, gpu, model, strategy, offload)
-    spoken = (rule for rule in rules() if rule.speaks_of(facts, gpu))
-    broken = next((rule for rule in spoken if rule.holds_in(_version(rule.package))), None)
+    broken = _broken(rules(), facts_of(job, gpu, model, strategy, offload), gpu)
     if broken is None:
         return None
     return broken.text.format(
@@ -118,6 +118,33 @@ def refusal(
     )
 
 
+def refusal_of_optimizer(job: Job, strategy: Strategy, offload: Offload, fsdp_version: int) -> str | None:
+    """Why the job's optimizer does not go with the rest, in words, or None."""
+    facts = {name: frozenset({value}) for name, value in _words(job, strategy, offload).items()}
+    facts["fsdp"] = frozenset({f"fsdp{fsdp_version}"} if strategy.is_fsdp else ())
+    about = (rule for rule in rules() if "optimizer" in rule.conditions and rule.conditions.keys() <= facts.keys())
+    broken = _broken(about, facts, None)
+    return broken.text.format(strategy=strategy.title, optimizer=job.optimizer) if broken else None
+
+
+def usual_fsdp_version(job: Job, strategy: Strategy = Strategy.FSDP) -> int:
+    """PyTorch's FSDP of the newest version that the job's trainer can be told to run and its optimizer goes with.
+
+    HSDP is modelled for the second alone.
+    """
+    if strategy is Strategy.HSDP:
+        return 2
+    known = fsdp_versions(job)
+    fitting = (each for each in known if refusal_of_optimizer(job, strategy, Offload.NONE, each) is None)
+    return next(fitting, known[0])
+
+
+def _broken(about: Iterable[Rule], facts: Facts, gpu: Gpu | None) -> Rule | None:
+    """The first of the rules *about* that *facts* meet in the versions that are installed."""
+    spoken = (rule for rule in about if rule.speaks_of(facts, gpu))
+    return next((rule for rule in spoken if rule.holds_in(_version(rule.package))), None)
+
+
 @lru_cache(maxsize=64)
 def _version(package: str) -> str | None:
     return installed(package) if package else None
@@ -125,19 +152,26 @@ def _version(package: str) -> str | None:
 
 def facts_of(job: Job, gpu: Gpu, model: ModelSpec | None, strategy: Strategy | None, offload: Offload | None) -> Facts:
     """What rules may ask about."""
-    found: dict[str, set[str]] = {
-        "method": {job.method},
-        "optimizer": {job.optimizer},
-        "precision": {job.precision},
-        "attention": {job.attention},
-        "compile": {"yes" if job.compile else "no"},
-        "trainer": {job.trainer},
+    found: dict[str, set[str]] = {name: {value} for name, value in _words(job, strategy, offload).items()}
+    found |= {
         "gpu_lacks": set(FORMATS) - gpu.peak_flop_per_s.keys(),
         "model": set(_traits(model)) if model else set(),
-        "strategy": {strategy.value} if strategy else set(),
-        "offload": {offload.value} if offload else set(),
     }
-    return {column: frozenset(values) for column, values in found.items()}
+    return {column: frozenset(found.get(column, ())) for column in CONDITIONS}
+
+
+def _words(job: Job, strategy: Strategy | None, offload: Offload | None) -> dict[str, str]:
+    """What is asked, by the columns of conditions."""
+    found = {
+        "method": job.method,
+        "optimizer": job.optimizer,
+        "precision": job.precision,
+        "attention": job.attention,
+        "compile": "yes" if job.compile else "no",
+        "trainer": job.trainer,
+    }
+    found |= {"strategy": strategy.value} if strategy else {}
+    return found | ({"offload": offload.value} if offload else {})
 
 
 def _traits(model: ModelSpec) -> Iterator[str]:

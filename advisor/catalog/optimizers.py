@@ -1,8 +1,8 @@
-"""What each optimizer is, and what it cannot be used with."""
+"""What each optimizer is, and what others call it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
@@ -10,7 +10,6 @@ from types import MappingProxyType
 from advisor.catalog.profiles import profiles_folder
 from advisor.catalog.table import read_rows
 from advisor.specs.job import Job
-from advisor.specs.plan import Offload, Plan, Strategy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,35 +60,3 @@ def packages_of(job: Job) -> str:
     """What is installed for the optimizer beside torch and transformers, after a space; empty for nothing."""
     package = optimizer_profiles()[job.optimizer].package
     return "" if package in ("torch", "transformers") else f" {package}"
-
-
-@lru_cache(maxsize=1)
-def optimizer_refusals() -> Mapping[tuple[str, str], str]:
-    """Why an optimizer does not go with a circumstance: ``profiles/optimizer_refusals.csv``."""
-    rows = (row.cells for row in read_rows(profiles_folder() / "optimizer_refusals.csv"))
-    return MappingProxyType({(each["name"], each["with"]): f"{each['why']} ({each['source']})" for each in rows})
-
-
-def refusal_of_optimizer(job: Job, plan: Plan) -> str | None:
-    """Why *plan* does not go with the job's optimizer, or None."""
-    return refusal_with(job, plan.strategy, plan.fsdp.version, plan.offload)
-
-
-def refusal_with(job: Job, strategy: Strategy, fsdp_version: int, offload: Offload) -> str | None:
-    """The same, of what the plan would be."""
-    for circumstance, named in _circumstances(job, strategy, fsdp_version, offload):
-        if reason := optimizer_refusals().get((job.optimizer, circumstance)):
-            return f"{job.optimizer} with {named}: {reason}"
-    return None
-
-
-def _circumstances(job: Job, strategy: Strategy, fsdp_version: int, offload: Offload) -> Iterator[tuple[str, str]]:
-    """What the table calls them, and what a message does."""
-    if job.method != "full":
-        yield "adapters", f"--method {job.method}"
-    if strategy.is_fsdp:
-        yield f"fsdp{fsdp_version}", "HSDP" if strategy is Strategy.HSDP else f"FSDP{fsdp_version}"
-    if strategy.zero_stage:
-        yield "cut zero", strategy.title
-    if offload.optimizer:
-        yield "offload", "its states on the host"

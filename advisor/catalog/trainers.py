@@ -10,12 +10,11 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
-from advisor.catalog.optimizers import refusal_of_optimizer, refusal_with
 from advisor.catalog.profiles import profiles_folder
 from advisor.catalog.table import read_rows
 from advisor.errors import SpecError
 from advisor.specs.job import Job, Trainer
-from advisor.specs.plan import Checkpointing, Offload, Plan, Strategy
+from advisor.specs.plan import Checkpointing, Plan, Strategy
 
 Versions = Mapping[str, str]
 """Version by package."""
@@ -151,9 +150,7 @@ def refusal_of_strategy(job: Job, strategy: Strategy) -> str | None:
 
 
 def refusal_of_plan(job: Job, plan: Plan) -> str | None:
-    """Why the job's trainer or its optimizer does not run *plan*, or None."""
-    if reason := refusal_of_optimizer(job, plan):
-        return reason
+    """Why the job's trainer does not run *plan*, or None."""
     if job.trainer == "advisor":
         return None
     if reason := refusal_of_strategy(job, plan.strategy):
@@ -171,17 +168,10 @@ def refusal_of_plan(job: Job, plan: Plan) -> str | None:
     return None
 
 
-def usual_fsdp_version(job: Job, strategy: Strategy = Strategy.FSDP) -> int:
-    """PyTorch's FSDP of the newest version that the job's trainer can be told to run and its optimizer goes with.
-
-    HSDP is modelled for the second alone.
-    """
-    if strategy is Strategy.HSDP:
-        return 2
+def fsdp_versions(job: Job) -> tuple[int, ...]:
+    """PyTorch's FSDPs that the job's trainer can be told to run, the newest first."""
     versions, _ = versions_of(job.trainer)
-    known = sorted(profile_of(job.trainer, versions).fsdp_versions, reverse=True)
-    fitting = (each for each in known if refusal_with(job, Strategy.FSDP, each, Offload.NONE) is None)
-    return next(fitting, known[0])
+    return tuple(sorted(profile_of(job.trainer, versions).fsdp_versions, reverse=True))
 
 
 def _named(trainer: Trainer, versions: Versions) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
 from advisor.catalog import legality
 from advisor.catalog.request import Describe, Words, by_formulas, with_nvme
-from advisor.catalog.trainers import refusal_of_plan, refusal_of_strategy, usual_fsdp_version
+from advisor.catalog.trainers import refusal_of_plan, refusal_of_strategy
 from advisor.cost.memory import memory, short_by
 from advisor.cost.money import beyond_limits, training_cost
 from advisor.cost.question import ask, program
@@ -141,7 +141,7 @@ def plan_of(
         offload_settings=_offload_settings(question.model, question.cluster.gpus, nvme),
         zero=_on_machines(zero, kind, question),
         fsdp=FsdpSettings(
-            version=words.get("fsdp_version") or usual_fsdp_version(question.job, kind),
+            version=words.get("fsdp_version") or legality.usual_fsdp_version(question.job, kind),
             shard_ranks=_shard_ranks(kind, words.get("shard_ranks"), question.cluster),
         ),
     )
@@ -368,9 +368,11 @@ def _choices(kind: type[Enum]) -> str:
 def price(question: Question, plan: Plan, rank: int | None = None) -> Estimate:
     """All readings of a single plan, for *rank* or the rank that holds most.
 
-    Raises SpecError for a plan that the job's trainer does not run.
+    Raises SpecError for a plan that the job's trainer or its optimizer does not run.
     """
-    if reason := refusal_of_plan(question.job, plan):
+    job = question.job
+    unfit = legality.refusal_of_optimizer(job, plan.strategy, plan.offload, plan.fsdp.version)
+    if reason := unfit or refusal_of_plan(job, plan):
         raise SpecError(reason)
     step = program(question, plan, rank)
     held = memory(step, plan, question.cluster, question.calibration, fullest=rank is None, squeezed=True)

@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from advisor.catalog.legality import refusal_of_optimizer
 from advisor.catalog.trainers import profile_of, refusal_of_plan, versions_of
 from advisor.cost.estimate import plan_of
 from advisor.errors import SpecError, WriteError
@@ -157,7 +158,8 @@ def _refuse_what_cannot_start(model: ModelSpec, job: Job, plan: Plan, cluster: C
         raise SpecError(f"the plan uses {plan.gpus} GPUs, but the cluster has {cluster.gpus}: plan for all of them")
     if job.precision == "bf16" and not cluster.gpu.has_bf16:
         raise SpecError(f"{cluster.gpu.name} has no bf16, so this job would not start on it; give --precision fp16")
-    if reason := refusal_of_plan(job, plan):
+    unfit = refusal_of_optimizer(job, plan.strategy, plan.offload, plan.fsdp.version)
+    if reason := unfit or refusal_of_plan(job, plan):
         raise SpecError(reason)
     if plan.strategy.is_fsdp and model.family in FSDP_REFUSES:
         raise SpecError(

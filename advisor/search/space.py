@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from advisor.catalog.optimizers import refusal_with
-from advisor.catalog.trainers import usual_fsdp_version
+from advisor.catalog.legality import refusal_of_optimizer, usual_fsdp_version
 from advisor.cost.estimate import unsupported
 from advisor.errors import SpecError
 from advisor.specs.job import Job
@@ -170,7 +169,7 @@ def bar(question: Question, strategy: Strategy, offload: Offload) -> str | None:
     if question.job.method == "qlora" and strategy is not Strategy.DDP:
         return "cutting or joining weights in four bits is not modelled"
     version = fsdp_settings(strategy, question).version
-    if reason := refusal_with(question.job, strategy, version, offload):
+    if reason := refusal_of_optimizer(question.job, strategy, offload, version):
         return reason
     if strategy is Strategy.ZERO3_PLUS:
         plan = Plan(strategy=strategy, gpus=gpus, micro_batch=1, zero=searched_zero_settings(strategy, question))

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import get_args
 
-from advisor.catalog.optimizers import refusal_of_optimizer
+from advisor.catalog.legality import refusal_of_optimizer
 from advisor.specs.job import Optimizer
 from advisor.specs.plan import Strategy
 from advisor.validation.accuracy import Case, with_fewer_layers
@@ -54,7 +54,8 @@ def _with_optimizers(seed: int, cases: Iterator[Case] | Sequence[Case], count: i
             break
         for optimizer in waiting[:WAITING]:
             job = replace(case.job, optimizer=optimizer)
-            if refusal_of_optimizer(job, case.plan) is None:
+            plan = case.plan
+            if refusal_of_optimizer(job, plan.strategy, plan.offload, plan.fsdp.version) is None:
                 rank = draw.choice(RANKS) if optimizer == "galore" else job.galore_rank
                 found.append(replace(case, job=replace(job, galore_rank=rank)))
                 waiting.remove(optimizer)

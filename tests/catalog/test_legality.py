@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
 from advisor.catalog import legality
 from advisor.catalog.gpus import all_gpus, find_gpu
-from advisor.catalog.legality import CONDITIONS, Rule, facts_of, refusal, rules
+from advisor.catalog.legality import (
+    CONDITIONS,
+    Rule,
+    facts_of,
+    refusal,
+    refusal_of_optimizer,
+    rules,
+    usual_fsdp_version,
+)
 from advisor.catalog.models import find_model
 from advisor.specs.job import AttentionKernel, Job, Method, Optimizer, Precision, Trainer
 from advisor.specs.plan import Offload, Strategy
@@ -31,6 +39,7 @@ def test_every_rule_has_a_name_of_its_own_a_source_and_some_condition() -> None:
 def test_every_pattern_names_something_that_there_is() -> None:
     names: dict[str, set[str]] = {
         "strategy": {each.value for each in Strategy},
+        "fsdp": {"fsdp1", "fsdp2"},
         "offload": {each.value for each in Offload},
         "method": set(get_args(Method)),
         "optimizer": set(get_args(Optimizer)),
@@ -91,3 +100,38 @@ def test_a_rule_holds_from_a_version_to_before_another(version: str | None, hold
 
 def test_the_facts_have_all_columns() -> None:
     assert facts_of(Job(), A100, GPT2, Strategy.DDP, Offload.NONE).keys() == set(CONDITIONS)
+
+
+@pytest.mark.parametrize("name", get_args(Optimizer))
+@pytest.mark.parametrize("strategy", [Strategy.DDP, Strategy.ZERO0])
+def test_whole_states_go_with_every_optimizer(name: Any, strategy: Strategy) -> None:
+    assert refusal_of_optimizer(Job(optimizer=name), strategy, Offload.NONE, 2) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy", "version", "offload", "said"),
+    [
+        ("muon", Strategy.ZERO2, 2, Offload.NONE, "muon takes whole matrices, and ZeRO-2 hands it flat partitions"),
+        ("galore", Strategy.FSDP, 1, Offload.NONE, "galore takes whole matrices, and FSDP1 hands it flat shards"),
+        ("adamw-8bit", Strategy.FSDP, 2, Offload.NONE, "adamw-8bit takes no sharded tensors (DTensor)"),
+        ("adafactor", Strategy.HSDP, 2, Offload.NONE, "adafactor keeps mean squares in plain tensors"),
+        ("lion", Strategy.ZERO3, 2, Offload.OPTIMIZER, "of the optimizers that DeepSpeed runs on the CPU Adam"),
+    ],
+)
+def test_optimizers_are_refused_where_they_do_not_run(
+    name: Any, strategy: Strategy, version: int, offload: Offload, said: str
+) -> None:
+    assert str(refusal_of_optimizer(Job(optimizer=name), strategy, offload, version)).startswith(said)
+
+
+def test_gradients_of_adapters_are_not_projected() -> None:
+    job = Job(optimizer="galore", method="lora")
+
+    assert "low rank already" in str(refusal_of_optimizer(job, Strategy.DDP, Offload.NONE, 2))
+
+
+@pytest.mark.parametrize(("name", "version"), [("adamw-fused", 2), ("sgd", 2), ("lion-8bit", 1), ("adafactor", 1)])
+def test_fsdp_is_the_newest_that_the_optimizer_goes_with(name: Any, version: int) -> None:
+    job = Job(optimizer=name)
+
+    assert (usual_fsdp_version(job), usual_fsdp_version(job, Strategy.HSDP)) == (version, 2)

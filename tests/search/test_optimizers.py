@@ -18,7 +18,7 @@ def test_every_optimizer_gets_a_plan_or_a_reason_for_each_strategy(name: Any) ->
 
     assert len(considered) == 9
     assert found.plans
-    assert all(each.why.startswith(f"{name} with ") for each in found.rejected)
+    assert all(name in each.why for each in found.rejected)
 
 
 def test_optimizers_that_shards_of_dtensor_are_not_for_are_searched_with_fsdp_of_version_1() -> None:

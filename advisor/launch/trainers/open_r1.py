@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from advisor.catalog.trainers import Versions, usual_fsdp_version
+from advisor.catalog.legality import usual_fsdp_version
+from advisor.catalog.trainers import Versions
 from advisor.launch.trainers.hugging_face import command_line, refuse_a_bare_configuration, refuse_what_is_gone
 from advisor.launch.trainers.trl import sft_arguments
 from advisor.launch.trainers.words import packages_beside
