@@ -93,7 +93,7 @@ def launch(
     from advisor.cost.estimate import estimate as price
     from advisor.launch.files import launch_of, write
 
-    _refuse_what_cannot_be_meant(out, run, as_json, arguments)
+    _refuse_what_cannot_be_meant(out, run, as_json, question["trainer"], arguments)
     with traced_first(question["trace"]):
         answer = price(**given(context, question))
     day = date.date() if date else _today()
@@ -124,7 +124,11 @@ def _today() -> datetime.date:
         raise click.UsageError(f"SOURCE_DATE_EPOCH is {said!r}, which is no time in seconds; unset it") from None
 
 
-def _refuse_what_cannot_be_meant(out: Path | None, run: bool, as_json: bool, arguments: tuple[str, ...]) -> None:
+def _refuse_what_cannot_be_meant(
+    out: Path | None, run: bool, as_json: bool, trainer: str, arguments: tuple[str, ...]
+) -> None:
+    from advisor.launch.trainers.own import names_a_script
+
     if run and not out:
         raise click.UsageError("--run starts what lies in a folder; give --out FOLDER too")
     if run and as_json:
@@ -133,7 +137,8 @@ def _refuse_what_cannot_be_meant(out: Path | None, run: bool, as_json: bool, arg
         raise click.UsageError(
             f"{arguments[0]!r} is no argument and no script; arguments of train.py follow --, such as -- --steps=20"
         )
-    if run and any(word.partition("=")[0] == "--log" for word in arguments):
+    by_train_py = trainer == "advisor" and not names_a_script(arguments)
+    if run and by_train_py and any(word.partition("=")[0] == "--log" for word in arguments):
         raise click.UsageError("--run keeps the log itself, in log.jsonl; leave --log out")
 
 
@@ -146,8 +151,10 @@ def _run(answer: Estimate, started: Launch, folder: Path) -> int:
     if measured:
         console = results()
         show(comparison_report(answer, measured), console)
-    elif not started.submits:
+    elif started.keeps_log and not started.submits:
         note("Nothing to compare with the prediction: no step was logged.")
+    elif not started.submits:
+        note("Nothing to compare with the prediction: only train.py logs what its steps take.")
     return code
 
 

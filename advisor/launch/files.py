@@ -146,7 +146,7 @@ def render(
         raise SpecError(f"{job.trainer} spreads the model itself; take the target torchrun or slurm, not {target}")
     launch = import_module(f"advisor.launch.{TARGETS[target]}").launch(Training(task, program, image))
     assert isinstance(launch, Launch)
-    return replace(launch, notes=program.notes)
+    return replace(launch, notes=program.notes, keeps_log=program.keeps_log)
 
 
 def _refuse_what_cannot_start(model: ModelSpec, job: Job, plan: Plan, cluster: Cluster, weights_from: str) -> None:

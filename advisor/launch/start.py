@@ -37,7 +37,7 @@ def start(launch: Launch, folder: Path) -> tuple[int, Measured | None]:
     Raises RunError where the program is not there.
     """
     before = len(_lines(folder))
-    arguments = [] if launch.submits else [f"--log={LOG}"]
+    arguments = [f"--log={LOG}"] if launch.keeps_log and not launch.submits else []
     program, *words = launch.command_in_place
     try:
         process = subprocess.Popen([program, *words, *arguments], cwd=folder, env=os.environ | {"PATH": _path()})

@@ -91,6 +91,8 @@ class Program:
     """Whether it completes a DeepSpeed JSON as transformers' Trainer does."""
     own_parallelism: bool = False
     """Whether it spreads the model over the ranks itself, and so wants no launcher but torchrun."""
+    keeps_log: bool = False
+    """Whether it takes ``--log=FILE``, and writes there what it measures of its steps."""
 
     @property
     def module_flag(self) -> tuple[str, ...]:
@@ -160,6 +162,8 @@ class Launch:
     """What its user has to know besides."""
     submits: bool = False
     """Whether the command is given once and hands the job to a scheduler, which starts the machines."""
+    keeps_log: bool = False
+    """Whether its program takes ``--log=FILE``."""
 
     @property
     def command_in_place(self) -> tuple[str, ...]:

@@ -54,7 +54,7 @@ def _start(launch: Launch, nodes: int, width: int, out: Path | None) -> list[Ren
         explanation = f"Give --out FOLDER to write {names}. In that folder{where}:"
         command = shell_lines(launch, width - INDENT)
     else:
-        explanation = f"{names} are in {out}. Type{where}:"
+        explanation = f"{names} {'is' if len(launch.files) == 1 else 'are'} in {out}. Type{where}:"
         command = f"cd {shlex.quote(str(out))} && {shlex.join(launch.command_in_place)}"
     return [*section("To start it", Text(explanation), Text()), verbatim(command)]
 

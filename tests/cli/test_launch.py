@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,16 +122,18 @@ STEPS = [
 
 
 @pytest.mark.parametrize(
-    ("records", "code", "said"),
+    ("records", "keeps_log", "code", "said"),
     [
-        ([{"processes": 2}, *STEPS], 0, "beside measured without a GPU over 2 steps"),
-        ([], 5, "Nothing to compare with the prediction: no step was logged."),
+        ([{"processes": 2}, *STEPS], True, 0, "beside measured without a GPU over 2 steps"),
+        ([], True, 5, "Nothing to compare with the prediction: no step was logged."),
+        ([], False, 0, "Nothing to compare with the prediction: only train.py logs what its steps take."),
     ],
 )
 def test_a_run_is_compared_and_its_exit_code_is_passed_on(
     api: Api,
     run: Run,
     records: list[dict[str, Any]],
+    keeps_log: bool,
     code: int,
     said: str,
     tmp_path: Path,
@@ -138,12 +141,28 @@ def test_a_run_is_compared_and_its_exit_code_is_passed_on(
 ) -> None:
     (tmp_path / "steps").write_text("".join(json.dumps(record) + "\n" for record in records))
     script = LaunchFile("run.sh", lambda: f"cat steps >> log.jsonl; exit {code}\n")
-    monkeypatch.setattr("advisor.launch.files.launch_of", lambda *_, **__: Launch((), {}, (script,)))
+    launch = Launch((), {}, (script,), keeps_log=keeps_log)
+    monkeypatch.setattr("advisor.launch.files.launch_of", lambda *_, **__: launch)
 
     result = run(*ONE_PLAN, "--out", str(tmp_path), "--run")
 
     assert result.exit_code == code
     assert said in result.output
+
+
+def test_a_script_of_ones_own_gets_its_own_arguments_and_no_more(
+    api: Api, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accelerate = tmp_path / "tools" / "accelerate"
+    accelerate.parent.mkdir()
+    accelerate.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\" > told\n")
+    accelerate.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{accelerate.parent}{os.pathsep}{os.environ['PATH']}")
+
+    result = run(*ONE_PLAN, "--out", str(tmp_path / "run"), "--run", "--", "my.py", "--log=mine")
+
+    assert result.exit_code == 0
+    assert (tmp_path / "run" / "told").read_text().splitlines()[-2:] == ["my.py", "--log=mine"]
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from advisor.launch.files import Launch
 from advisor.launch.start import LOG, Measured, start
 
 
-def lies_in(folder: Path, program: str) -> Launch:
+def lies_in(folder: Path, program: str, keeps_log: bool = True) -> Launch:
     """A launch that runs *program*, in Python, and whose script lies in *folder*."""
     (folder / "run.sh").write_text(f'exec {sys.executable} -c {shlex.quote(program)} "$@"\n')
-    return Launch(("not", "this"), {}, ())
+    return Launch(("not", "this"), {}, (), keeps_log=keeps_log)
 
 
 def step(number: int, **changed: float) -> dict[str, Any]:
@@ -39,6 +39,12 @@ RECORD = "import sys, os, json; json.dump([os.getcwd(), *sys.argv[1:]], open('to
 def test_it_runs_in_the_folder_and_is_told_to_keep_a_log(tmp_path: Path) -> None:
     assert start(lies_in(tmp_path, RECORD), tmp_path) == (0, None)
     assert json.loads((tmp_path / "told").read_text()) == [str(tmp_path), "--log=log.jsonl"]
+
+
+def test_a_program_that_knows_no_log_is_told_of_none(tmp_path: Path) -> None:
+    start(lies_in(tmp_path, RECORD, keeps_log=False), tmp_path)
+
+    assert json.loads((tmp_path / "told").read_text()) == [str(tmp_path)]
 
 
 def test_what_is_submitted_is_the_command_itself(tmp_path: Path) -> None:

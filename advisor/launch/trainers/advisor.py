@@ -24,6 +24,7 @@ def program(task: Task, versions: Versions, more_arguments: Sequence[str]) -> Pr
         arguments=(*train_arguments(task.model, task.job, task.plan, task.weights_from), *more_arguments),
         files=(*map(_file, FILES), *([task.prediction] if task.prediction else [])),
         fills_auto=False,
+        keeps_log=True,
         usage="more arguments of train.py, such as --dataset=FILE --steps=1000 --output=FOLDER --resume=auto",
         install=f"torch transformers accelerate deepspeed{packages_beside(task.job)}",
     )
