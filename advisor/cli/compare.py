@@ -13,6 +13,7 @@ from advisor.cli.options import (
     form_options,
     given,
     job_options,
+    layout_options,
     option,
     search_options,
     training_options,
@@ -61,6 +62,7 @@ def counts(text: str) -> tuple[int, ...]:
     help="One global batch for all counts, or that of the fewest GPUs growing with the count.",
 )
 @search_options
+@layout_options
 @training_options
 @form_options
 @click.pass_context

@@ -291,6 +291,27 @@ search_options = options(
 )
 """What a search is kept to."""
 
+layout_options = options(
+    option(_SEARCH, "--tp", type=int, help="GPUs that cut each layer (tensor), with --trainer megatron."),
+    option(
+        _SEARCH,
+        "--sequence-parallel/--no-sequence-parallel",
+        default=None,
+        help="Whether they cut what they would hold alike, too.  [default: what is faster]",
+    ),
+    option(_SEARCH, "--pp", type=int, help="Stages of layers (pipeline)."),
+    option(_SEARCH, "--vpp", type=int, help="Runs of layers a stage (interleaved)."),
+    option(_SEARCH, "--cp", type=int, help="GPUs that cut a sequence (context)."),
+    option(_SEARCH, "--micro-batch", type=int, help="Sequences a GPU takes at once."),
+    option(
+        _SEARCH,
+        "--checkpointing",
+        type=click.Choice(["none", "selective", "full"]),
+        help="Which activations are computed again in backward.",
+    ),
+)
+"""The same of ``--trainer megatron``, whose plans else go over all of these."""
+
 training_options = options(
     option(_WHOLE, "--tokens", type=amount, metavar="NUMBER", help="Tokens to train on, such as 1e9 or 300B."),
     option(_WHOLE, "--samples", type=amount, metavar="NUMBER", help="The same in sequences."),

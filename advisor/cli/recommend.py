@@ -13,6 +13,7 @@ from advisor.cli.options import (
     SectionCommand,
     form_options,
     given,
+    layout_options,
     option,
     question_options,
     search_options,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 @question_options
 @trace_options
 @search_options
+@layout_options
 @training_options
 @option(
     "The answer",
@@ -82,6 +84,8 @@ def recommend(
         page=lambda width: _page(answer, launch, width, written),
     )
     if form == "table":
+        if text := _elsewhere(answer):
+            note(text)
         note(f"Compared {answer.considered:,} plans in {answer.seconds:.2f} s.")
     if not answer.best:
         if form != "table":
@@ -100,6 +104,28 @@ def _answer(words: dict[str, Any]) -> Recommendation | GpuRanking:
     from advisor.search.recommend import recommend as search
 
     return search(**words)
+
+
+MANY_GPUS = 64
+"""From which on the layouts of Megatron are worth a look, whatever fits."""
+
+
+def _elsewhere(answer: Recommendation | GpuRanking) -> str:
+    """Where else to look, if what data-parallel plans do is not the end of it."""
+    from advisor.search.results import Recommendation
+
+    if not isinstance(answer, Recommendation) or answer.job.trainer != "advisor":
+        return ""
+    if (answer.best and answer.cluster.gpus < MANY_GPUS) or answer.cluster.gpus == 1:
+        return ""
+    from advisor.step.megatron_shard import refusal_of_job  # of use here alone
+
+    if refusal_of_job(answer.model, answer.job):
+        return ""
+    return (
+        "Only data-parallel plans were searched. The same command with --trainer megatron searches tensor, pipeline "
+        "and context parallelism."
+    )
 
 
 def _headline(answer: Recommendation | GpuRanking) -> str:

@@ -9,7 +9,7 @@ A pipeline goes at the pace of its slowest stage (:attr:`StepProgram.pace`), and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -17,9 +17,10 @@ from typing import NamedTuple
 import numpy as np
 
 from advisor.cost.compute import busy_seconds, kernels, rates, work
+from advisor.cost.kernels import Rates
 from advisor.cost.results import StepTime, TrafficLine
 from advisor.cost.streams import LAUNCHES, Costs, waits
-from advisor.cost.traffic import Flow, Ways, flows
+from advisor.cost.traffic import Flow, Ways, flows, transfers
 from advisor.specs.calibration import Calibration, Range, likeness
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
@@ -113,17 +114,8 @@ def step_time(
     of a GPU on average."""
     at, ways = rates(cluster.gpu, job.precision, calibration), Ways(cluster, plan)
     host = partial(_host_update_seconds, plan.gpus, cluster, calibration)
-    compute: Amount = 0.0
-    optimizer: Amount = 0.0
-    model_flop: Amount = 0.0
-    for phase, times in _phases(step, 1):
-        if phase.phase == "step":
-            optimizer = optimizer + times * (busy_seconds(phase, at) + host(phase))
-        else:
-            compute = compute + times * busy_seconds(phase, at)
-        if phase.phase == "forward":
-            needed = MODEL_FLOP_PER_FORWARD if job.method == "full" else FROZEN_FLOP_PER_FORWARD
-            model_flop = model_flop + times * needed * work(phase).whole_flop
+    compute, optimizer, forward_flop = _busy(step, at, host)
+    needed = MODEL_FLOP_PER_FORWARD if job.method == "full" else FROZEN_FLOP_PER_FORWARD
     waited = waits(
         step,
         Costs(
@@ -146,13 +138,41 @@ def step_time(
         exposed_communication_s=exposed,
         bubble_s=bubble_share(plan) * (compute + launching + exposed),
         optimizer_s=optimizer,
-        model_flop=model_flop / excess,
+        model_flop=needed * forward_flop / excess,
         peak_flop_per_s=at.peak_flop_per_s,
         timed_flows=timed,
         gpus=plan.gpus,
         ways=ways,
         range=calibration.time_range(likeness(plan, cluster.gpu.compute_capability)),
     )
+
+
+def least_step_s(step: Node, job: Job, plan: Plan, ways: Ways, calibration: Calibration) -> Amount:
+    """What a step takes at least: with launches, and all that compute does not have to wait for, hidden in full."""
+    cluster = ways.cluster
+    at = rates(cluster.gpu, job.precision, calibration)
+    compute, optimizer, _ = _busy(step, at, partial(_host_update_seconds, plan.gpus, cluster, calibration))
+    serial = 1 - calibration.overlap_share
+    exposed = total(
+        runs * ways.seconds(each) * (1.0 if each.waits and _is_zero(each.ahead) else serial)
+        for each, runs in transfers(step)
+    )
+    return (1 + bubble_share(plan)) * (compute + exposed) + optimizer
+
+
+def _busy(step: Node, at: Rates, host: Callable[[Node], Amount]) -> tuple[Amount, Amount, Amount]:
+    """Seconds of compute and of the update, and products of forward passes with whole scores matrices."""
+    compute: Amount = 0.0
+    optimizer: Amount = 0.0
+    forward_flop: Amount = 0.0
+    for phase, times in _phases(step, 1):
+        if phase.phase == "step":
+            optimizer = optimizer + times * (busy_seconds(phase, at) + host(phase))
+        else:
+            compute = compute + times * busy_seconds(phase, at)
+        if phase.phase == "forward":
+            forward_flop = forward_flop + times * work(phase).whole_flop
+    return compute, optimizer, forward_flop
 
 
 def _host_update_seconds(gpus: Count, cluster: Cluster, calibration: Calibration, node: Node) -> Amount:
@@ -190,3 +210,7 @@ def _phases(node: Node, times: Amount) -> Iterator[tuple[Sequence, Amount]]:
 
 def _pick(amount: Amount, index: int) -> float:
     return float(np.asarray(amount).reshape(-1)[index if np.ndim(amount) else 0])
+
+
+def _is_zero(amount: Amount) -> bool:
+    return np.ndim(amount) == 0 and amount == 0

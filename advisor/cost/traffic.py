@@ -8,7 +8,7 @@ import numpy as np
 
 from advisor.cost.collectives import Path, collective_seconds, copy_seconds, nvme_seconds, path, sent_bytes
 from advisor.specs.hardware import Cluster
-from advisor.specs.plan import GroupName, Plan
+from advisor.specs.plan import Group, GroupName, Plan
 from advisor.step.program import (
     Amount,
     Block,
@@ -38,18 +38,36 @@ class Flow(NamedTuple):
     """Time on an idle link."""
 
 
+class Routes:
+    """Ways through a cluster that are known, for plans some of whose groups of ranks are the same."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self._paths: dict[tuple[object, ...], Path] = {}
+        # What is timed is kept beside its time, so that nothing else takes its identity.
+        self.known: dict[tuple[int, int], tuple[Transfer, Amount]] = {}
+
+    def path(self, group: Group) -> Path:
+        """What the messages of each *group* go over."""
+        size, stride = (np.asarray(each) for each in group)
+        key = (size.shape, size.tobytes(), stride.shape, stride.tobytes())
+        if key not in self._paths:
+            self._paths[key] = path(self.cluster, group)
+        return self._paths[key]
+
+
 class Ways:
     """What the transfers of a plan go over on a cluster, and how long each takes there."""
 
-    def __init__(self, cluster: Cluster, plan: Plan) -> None:
+    def __init__(self, cluster: Cluster, plan: Plan, routes: Routes | None = None) -> None:
         self.cluster, self.plan = cluster, plan
+        self._routes = routes or Routes(cluster)
         self._paths: dict[GroupName, Path] = {}
-        self._known: dict[int, tuple[Transfer, Amount]] = {}
 
     def path(self, group: GroupName) -> Path:
         """What the messages of each *group* go over."""
         if group not in self._paths:
-            self._paths[group] = path(self.cluster, self.plan.group(group))
+            self._paths[group] = self._routes.path(self.plan.group(group))
         return self._paths[group]
 
     def link(self, flow: Flow, index: int) -> str:
@@ -60,9 +78,11 @@ class Ways:
 
     def seconds(self, transfer: Transfer) -> Amount:
         """Time of *transfer* on an idle link."""
-        if id(transfer) not in self._known:
-            self._known[id(transfer)] = transfer, self._seconds(transfer)
-        return self._known[id(transfer)][1]
+        key = id(transfer), id(self.path(transfer.group)) if isinstance(transfer, Collective) else 0
+        known = self._routes.known
+        if key not in known:
+            known[key] = transfer, self._seconds(transfer)
+        return known[key][1]
 
     def _seconds(self, transfer: Transfer) -> Amount:
         if isinstance(transfer, Collective):
@@ -82,7 +102,7 @@ class Ways:
 def flows(node: Node, ways: Ways) -> tuple[Flow, ...]:
     """Everything that one rank sends and copies while *node* runs once, outside of its init phase."""
     found: dict[tuple[str, str], Flow] = {}
-    for each, runs in _transfers(node):
+    for each, runs in transfers(node):
         group = each.group if isinstance(each, Collective) else None
         before = found.get((each.what, each.kind), Flow(each.what, each.kind, group, 0.0, 0.0))
         found[each.what, each.kind] = before._replace(
@@ -93,16 +113,16 @@ def flows(node: Node, ways: Ways) -> tuple[Flow, ...]:
 
 
 @read_once
-def _transfers(node: Node) -> tuple[tuple[Transfer, Amount], ...]:
+def transfers(node: Node) -> tuple[tuple[Transfer, Amount], ...]:
     """The transfers of *node* outside of its init phase, each with how often it runs."""
     if isinstance(node, Block):
         return tuple((each, 1) for each in node.transfers)
     if isinstance(node, Repeat):
-        return tuple((each, node.times * runs) for each, runs in _transfers(node.body))
+        return tuple((each, node.times * runs) for each, runs in transfers(node.body))
     if node.phase == "init":
         return ()
     found: dict[int, tuple[Transfer, Amount]] = {}
     for step in node.steps:
-        for each, runs in _transfers(step):
+        for each, runs in transfers(step):
             found[id(each)] = each, runs + found[id(each)][1] if id(each) in found else runs
     return tuple(found.values())

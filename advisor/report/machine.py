@@ -16,7 +16,7 @@ from advisor.search.gpu_types import GpuRanking
 from advisor.search.results import Recommendation, row, training_columns
 from advisor.specs.hardware import Gpu
 from advisor.specs.model import ModelSpec
-from advisor.specs.plan import Plan
+from advisor.specs.plan import Plan, Strategy
 from advisor.specs.question import Input
 
 if TYPE_CHECKING:
@@ -242,10 +242,11 @@ def plan_object(plan: Plan) -> Json:
         "gpus": int(plan.gpus),
         "dp": int(plan.data_parallel),
         "tp": plan.tensor_parallel,
-        "pp": plan.pipeline_parallel,
-        "vpp": plan.virtual_stages,
+        "pp": int(plan.pipeline_parallel),
+        "vpp": int(plan.virtual_stages),
         "cp": plan.context_parallel,
         "sequence_parallel": plan.sequence_parallel,
+        "distributed_optimizer": plan.megatron.distributed_optimizer if plan.strategy is Strategy.MEGATRON else None,
         "ep": plan.expert_parallel,
         "etp": plan.expert_tensor_parallel,
         "micro_batch": int(plan.micro_batch),

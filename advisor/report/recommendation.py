@@ -28,7 +28,7 @@ from advisor.report.tables import (
 from advisor.report.training import training_columns, training_section
 from advisor.search.pareto import NEAR_SHARE, thinned
 from advisor.search.results import Recommendation, Rejected
-from advisor.specs.plan import Plan
+from advisor.specs.plan import Plan, Strategy
 
 if TYPE_CHECKING:
     from advisor.launch.files import Launch
@@ -38,12 +38,20 @@ LEGEND = (
     "real run may end up. Sent: by one GPU in a step."
 )
 
+LAYOUT_LEGEND = (
+    "TP, PP, VPP, CP, DP: tensor parallel (sp: sequence parallel, too), pipeline stages, virtual stages of each, "
+    "context parallel, data parallel."
+)
+
 LEFT_OUT_OF_FRONT = (
     f"Left out: what is within {100 * NEAR_SHARE:.0f} % of a plan above it in every respect; --json has all."
 )
 
 FOLDED_WIDTH = 18
 """Characters of a line of a strategy's name where the page is narrow; ``ZeRO-2 + optimizer`` just fits."""
+
+TOLD_MISSES = 3
+"""Of layouts that do not fit."""
 
 WIDE = 120
 """Columns of a page on which a strategy's whole name leaves enough room for the reason beside it."""
@@ -75,7 +83,10 @@ def recommendation_report(
     if others:
         parts += section("Why not the others", list_of(_losses(others, width)))
     if recommendation.rejected:
-        parts += section("What is ruled out", list_of(_rejections(recommendation.rejected, width)))
+        told = _told(recommendation.rejected)
+        more = len(recommendation.rejected) - len(told)
+        rest = [faint(f"{more} more layouts are ruled out; --json has all.")] * (more > 0)
+        parts += section("What is ruled out", list_of(_rejections(told, width)), *rest)
     if launch:
         parts += launch_section(launch, recommendation.cluster.nodes, width, written)
     return parts
@@ -85,7 +96,8 @@ def _plans(plans: Sequence[Estimate], width: int) -> list[RenderableType]:
     columns = _columns(plans, [each.plan.title for each in plans])
     if natural_width(columns) > width:
         columns = _columns(plans, [folded(each.plan.title) for each in plans])
-    return fitted_table(columns, width, legend=LEGEND, strong=True)
+    layouts = plans[0].plan.strategy is Strategy.MEGATRON
+    return fitted_table(columns, width, legend=f"{LAYOUT_LEGEND} {LEGEND}" if layouts else LEGEND, strong=True)
 
 
 def _front(plans: Sequence[Estimate], width: int) -> list[RenderableType]:
@@ -113,7 +125,7 @@ def _columns(plans: Sequence[Estimate], titles: Sequence[str]) -> list[Column]:
     ends = aligned([end / GIB for each in memory for end in (each.low_bytes, each.high_bytes)], significant=2)
     ranges = [f"{low}–{high}" for low, high in zip(ends[::2], ends[1::2], strict=True)]
     columns = [
-        Column(header="Strategy", cells=titles, justify="left"),
+        *(_layout_columns(plans) or [Column(header="Strategy", cells=titles, justify="left")]),
         Column(header="Batch", cells=batches(plans)),
         Column(header="Check-\npoints", cells=[each.plan.checkpointing.value for each in plans], rank=1),
         Column(header="Peak\nGiB", cells=aligned([each.device_used_bytes / GIB for each in memory], most_decimals=1)),
@@ -130,8 +142,28 @@ def _columns(plans: Sequence[Estimate], titles: Sequence[str]) -> list[Column]:
         *training_columns(plans),
     ]
     if any(each.verdict == "tight" for each in plans):
-        columns.insert(4, Column(header="Fits", cells=["tight" if each.verdict == "tight" else "" for each in plans]))
+        fits = Column(header="Fits", cells=["tight" if each.verdict == "tight" else "" for each in plans])
+        columns.insert([column.header for column in columns].index("Peak\nGiB") + 1, fits)
     return columns
+
+
+def _layout_columns(estimates: Sequence[Estimate]) -> list[Column]:
+    """How many GPUs layouts cut what over; nothing of strategies that cut no layers."""
+    plans = [each.plan for each in estimates]
+    if any(plan.strategy is not Strategy.MEGATRON for plan in plans):
+        return []
+    tensor = [f"{plan.tensor_parallel}{' + sp' if plan.sequence_parallel else ''}" for plan in plans]
+    found = [
+        Column(header="TP", cells=tensor, justify="left"),
+        Column(header="PP", cells=[str(plan.pipeline_parallel) for plan in plans]),
+        Column(header="VPP", cells=[str(plan.virtual_stages) for plan in plans]),
+        Column(header="CP", cells=[str(plan.context_parallel) for plan in plans]),
+        Column(header="DP", cells=[str(plan.data_parallel) for plan in plans]),
+    ]
+    if not all(plan.megatron.distributed_optimizer for plan in plans):
+        held = ["cut" if plan.megatron.distributed_optimizer else "whole" for plan in plans]
+        found.append(Column(header="Opti-\nmizer", cells=held))
+    return found
 
 
 def batches(plans: Sequence[Estimate]) -> list[str]:
@@ -153,6 +185,19 @@ def _rejections(rejections: Sequence[Rejected], width: int) -> list[tuple[str, s
         )
         for each in rejections
     ]
+
+
+def _told(rejections: Sequence[Rejected]) -> list[Rejected]:
+    """All strategies; of layouts the nearest misses, and one for each kind of cut that does not divide."""
+    layouts = [each for each in rejections if each.plan.strategy is Strategy.MEGATRON]
+    misses = sorted((each for each in layouts if each.short_by_bytes), key=lambda each: each.short_by_bytes)
+    kinds = {_cuts(each.plan): each for each in reversed(layouts) if not each.short_by_bytes}
+    others = [each for each in rejections if each.plan.strategy is not Strategy.MEGATRON]
+    return [*others, *misses[:TOLD_MISSES], *kinds.values()]
+
+
+def _cuts(plan: Plan) -> tuple[bool, ...]:
+    return plan.tensor_parallel > 1, bool(plan.pipeline_parallel > 1), plan.context_parallel > 1
 
 
 def _title_in_list(plan: Plan, width: int) -> str:

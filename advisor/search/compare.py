@@ -12,8 +12,10 @@ from advisor.cost.results import Estimate
 from advisor.errors import SpecError
 from advisor.search.contenders import contenders, why_none
 from advisor.search.explain import fewest_that_would_do
+from advisor.search.layouts import kept_to_layout, layout_space
 from advisor.search.rank import ranked
 from advisor.search.space import kept_to, micro_batches, variants
+from advisor.search.words import parted
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from advisor.catalog.request import JobWords, Words
+    from advisor.search.words import CountedWords
 
 Scaling = Literal["strong", "weak"]
 """Strong: one global batch for all counts. Weak: it grows with the count, each GPU keeping its share."""
@@ -118,7 +121,7 @@ def compare(
     scaling: Scaling = "strong",
     strategy: str | None = None,
     offload: str | None = None,
-    **words: Unpack[JobWords],
+    **words: Unpack[CountedWords],
 ) -> Comparison:
     """The best plan of each strategy for *model* on each of the counts *gpus*.
 
@@ -128,6 +131,7 @@ def compare(
     UnknownNameError for words that make no sense.
     """
     started = clock.perf_counter()
+    layout, asked = parted(words)
     counts = sorted(set(gpus))
     if gpus_per_node < 1:
         raise SpecError(f"--gpus-per-node must be at least 1, got {gpus_per_node}")
@@ -135,15 +139,16 @@ def compare(
         raise SpecError(f"a comparison needs counts of at least one GPU, got {', '.join(map(str, counts)) or 'none'}")
     if scaling not in ("strong", "weak"):
         raise SpecError(f"--scaling must be strong or weak, got {scaling!r}")
-    first = _question(model, counts[0], gpus_per_node, words)
+    first = _question(model, counts[0], gpus_per_node, asked)
     batch = first.job.global_batch
-    if scaling == "weak":
+    if scaling == "weak" and first.job.trainer != "megatron":
         micro_batches(first.job, counts[0])
     scales, question = [], first
     for count in counts:
         if scaling == "weak":
-            words = {**words, "global_batch": batch * count // counts[0]}
-        question = kept_to(_question(model, count, gpus_per_node, words), strategy, offload)
+            asked = {**asked, "global_batch": batch * count // counts[0]}
+        question = kept_to(_question(model, count, gpus_per_node, asked), strategy, offload)
+        question = kept_to_layout(question, layout)
         scales.append(scale_of(question))
     fewest, way_out = None, ""
     if scales[-1].too_large and not any(scale.plans for scale in scales):
@@ -183,8 +188,11 @@ def _common_inputs(first: Question, largest: Question) -> tuple[Input, ...]:
 def scale_of(question: Question) -> Scale:
     """The best plan of each strategy for *question*, or why there is none."""
     try:
-        micro_batches(question.job, question.cluster.gpus)
-        variants(question)
+        if question.job.trainer == "megatron":
+            layout_space(question)
+        else:
+            micro_batches(question.job, question.cluster.gpus)
+            variants(question)
     except SpecError as error:
         return Scale(
             job=question.job,

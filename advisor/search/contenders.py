@@ -9,6 +9,7 @@ from advisor.cost.results import Estimate
 from advisor.errors import ConfigError
 from advisor.search.explain import nearest_beyond
 from advisor.search.rank import outdone, promise
+from advisor.search.results import Rejected
 from advisor.search.sheet import Sheet, fastest, held_by, leanest, nearest_miss, price_sheet
 from advisor.search.space import Barred, Variant, sheets
 from advisor.specs.question import Question
@@ -29,6 +30,8 @@ class Contenders:
     """Those that cannot run the job at all."""
     sheets: tuple[Sheet, ...]
     """All that were priced."""
+    refused: tuple[Rejected, ...] = ()
+    """Layouts that do not divide, or of which nothing fits."""
 
     @property
     def considered(self) -> int:
@@ -42,6 +45,8 @@ def contenders(question: Question, objective: Objective = "time", *, only_best: 
     On one cluster cost and energy go with time. With *only_best*, strategies are left out whose bounds say that none of
     their plans can come first. Raises ConfigError where a traced model runs in no way.
     """
+    if question.job.trainer == "megatron":
+        return _layouts(question, objective, only_best=only_best)
     priced, barred = _priced(question)
     best: list[Estimate] = []
     beyond: list[Estimate] = []
@@ -65,6 +70,21 @@ def contenders(question: Question, objective: Objective = "time", *, only_best: 
         too_large=tuple(too_large),
         barred=tuple(barred),
         sheets=tuple(sheet for variant in priced.values() for sheet in variant),
+    )
+
+
+def _layouts(question: Question, objective: Objective, *, only_best: bool) -> Contenders:
+    """The same of Megatron's layouts."""
+    from advisor.search.layout_search import SHOWN, search_layouts  # of use to no other trainer
+
+    found = search_layouts(question, objective, shown=1 if only_best else SHOWN)
+    return Contenders(
+        best=found.best,
+        beyond=found.beyond,
+        too_large=() if found.best or found.beyond else (found.sheets,),
+        barred=(),
+        sheets=found.sheets,
+        refused=found.refused,
     )
 
 

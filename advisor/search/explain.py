@@ -33,6 +33,8 @@ HELD_UP_SHARE = 0.25
 """Of a step, from where on it is said of the best plan what it waits for."""
 LEAST_SLOWER_SHARE = 0.005
 """Below which plans count as equally fast."""
+NAMED_COSTS, LEAST_NAMED_SHARE = 3, 0.01
+"""How many costs of a layout are named, and from which share of a step on."""
 SHORTEST_SEQUENCE = 256
 MOST_DOUBLINGS = 10
 NEAREST_MISSES = 3
@@ -46,11 +48,13 @@ def won(ranked: Sequence[Estimate]) -> str:
     best = ranked[0]
     held = best.memory
     room = f"{held.device_used_bytes / GIB:.1f} of {held.capacity_bytes / GIB:.1f} GiB per GPU"
+    if len(ranked) == 1 and _is_layout(best):
+        return f"the only one that fits: {room}{_cuts_cost(best)}"
     if len(ranked) == 1:
         return f"the only strategy that fits: {room}"
     second = max(ranked[1:], key=lambda estimate: estimate.time.tokens_per_s)
     gain = best.time.tokens_per_s / second.time.tokens_per_s - 1
-    room += _held_up(best)
+    room += _cuts_cost(best) if _is_layout(best) else _held_up(best)
     if gain < -LEAST_SLOWER_SHARE:
         return f"within {-100 * gain:.0f} % of {second.plan.title} and simpler to run; {room}"
     if gain < LEAST_SLOWER_SHARE:
@@ -71,6 +75,20 @@ def _held_up(estimate: Estimate) -> str:
     return f"; {100 * found[longest] / step_s:.0f} % of a step is waiting for {longest[0]} over {longest[1]}"
 
 
+def _is_layout(estimate: Estimate) -> bool:
+    return estimate.plan.strategy is Strategy.MEGATRON
+
+
+def _cuts_cost(estimate: Estimate) -> str:
+    """What of a step the cuts of a layout cost, most first."""
+    found = {f"waiting for {what} over {link}": seconds for (what, link), seconds in _waits(estimate).items()}
+    found["the pipeline's bubble"] = estimate.time.bubble_s
+    shares = {what: seconds / estimate.time.step_s for what, seconds in found.items()}
+    most = sorted(shares, key=lambda what: -shares[what])[:NAMED_COSTS]
+    named = [f"{100 * shares[what]:.0f} % {what}" for what in most if shares[what] >= LEAST_NAMED_SHARE]
+    return f"; of a step {', '.join(named)}" if named else ""
+
+
 def _takes_longer(best: Estimate, other: Estimate) -> str | None:
     """What *other* computes or waits for longer than *best*, where one thing is half of what makes its step longer."""
     slower_s = other.time.step_s - best.time.step_s
@@ -80,8 +98,11 @@ def _takes_longer(best: Estimate, other: Estimate) -> str | None:
     before, after = _waits(best), _waits(other)
     longest = max(after, key=lambda key: after[key] - before.get(key, 0.0), default=None)
     waiting_s = after[longest] - before.get(longest, 0.0) if longest else 0.0
-    if max(computing_s, waiting_s) < slower_s / 2:
+    bubble_s = other.time.bubble_s - best.time.bubble_s
+    if max(computing_s, waiting_s, bubble_s) < slower_s / 2:
         return None
+    if bubble_s > max(computing_s, waiting_s):
+        return f"its pipeline stands still {bubble_s:.2g} s longer"
     if longest is None or computing_s >= waiting_s:
         return f"computes {computing_s:.2g} s longer"
     return f"waits {waiting_s:.2g} s longer for {longest[0]} over {longest[1]}"
@@ -220,7 +241,12 @@ def _with_batch(question: Question, gpus: int) -> str:
 def fewest_that_would_do(question: Question, known: Leasts) -> tuple[int | None, str]:
     """Where nothing fits: the fewest GPUs on which something would, and the same in words; None and none if more never
     help."""
-    fewest = fewest_gpus(question, variants(question), known)
+    if question.job.trainer == "megatron":
+        from advisor.search.layout_search import fewest_gpus as fewest_for_layouts  # of use to no other trainer
+
+        fewest = fewest_for_layouts(question)
+    else:
+        fewest = fewest_gpus(question, variants(question), known)
     return fewest, f"the fewest that would do: {fewest} GPUs{_with_batch(question, fewest)}" if fewest else ""
 
 

@@ -13,9 +13,11 @@ from advisor.cost.question import ask
 from advisor.cost.results import Estimate
 from advisor.errors import SpecError
 from advisor.search.contenders import contenders, why_none
+from advisor.search.layouts import kept_to_layout
 from advisor.search.pareto import front, undominated
 from advisor.search.rank import ordered
 from advisor.search.space import kept_to
+from advisor.search.words import parted
 from advisor.specs.hardware import Cluster
 from advisor.specs.model import ModelSpec
 from advisor.specs.question import Input, Question
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from advisor.catalog.request import Words
+    from advisor.search.words import SearchWords
 
 ANY = "any"
 """The name that asks for all of them."""
@@ -82,7 +85,7 @@ def rank_gpus(
     offload: str | None = None,
     trace: bool = False,
     trust_remote_code: bool = False,
-    **words: Unpack[Words],
+    **words: Unpack[SearchWords],
 ) -> GpuRanking:
     """The GPUs of the price list, or of one provider's with ``price``, in the order of *objective*.
 
@@ -90,16 +93,17 @@ def rank_gpus(
     GPUs, or the objective is cost or energy of a training of unknown length.
     """
     started = time.perf_counter()
+    layout, asked = parted(words)
     provider = words.get("price")
     if provider is not None and not isinstance(provider, str):
         raise SpecError(f"--price {provider:g} cannot hold for every GPU; name a provider, or one GPU with --gpu")
     if objective in ("cost", "energy") and words.get("tokens") is None and words.get("samples") is None:
         raise SpecError(f"--objective {objective}: of how long a training? give --tokens, or --samples")
     questions = [
-        ask(model, trace=trace, trust_remote_code=trust_remote_code, **cast("Words", {**words, "gpu": name}))
+        ask(model, trace=trace, trust_remote_code=trust_remote_code, **cast("Words", {**asked, "gpu": name}))
         for name in priced_gpus(provider)
     ]
-    questions = [kept_to(question, strategy, offload) for question in questions]
+    questions = [kept_to_layout(kept_to(question, strategy, offload), layout) for question in questions]
     choices: list[GpuChoice] = []
     beaten_by_none: list[Estimate] = []
     considered = 0

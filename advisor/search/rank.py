@@ -10,7 +10,7 @@ from advisor.cost.results import Estimate
 from advisor.search.explain import leaner, lost, saves, won
 from advisor.search.sheet import Sheet, possible
 from advisor.search.space import VARIANTS
-from advisor.specs.plan import Plan
+from advisor.specs.plan import Plan, Strategy
 from advisor.specs.training import Objective
 
 TIE_SHARE = 0.03
@@ -80,4 +80,9 @@ def _credit(plan: Plan) -> float:
 
 
 def _simplicity(estimate: Estimate) -> int:
-    return VARIANTS.index((estimate.plan.strategy, estimate.plan.offload))
+    """Of strategies their order, of layouts how many kinds of cuts they have."""
+    plan = estimate.plan
+    if plan.strategy is Strategy.MEGATRON:
+        cuts = (plan.tensor_parallel, plan.pipeline_parallel, plan.virtual_stages, plan.context_parallel)
+        return sum(int(cut) > 1 for cut in cuts)
+    return VARIANTS.index((plan.strategy, plan.offload))

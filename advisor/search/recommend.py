@@ -6,21 +6,22 @@ import time
 from typing import TYPE_CHECKING
 
 from advisor.cost.question import ask
-from advisor.errors import SpecError
 from advisor.search.contenders import contenders
 from advisor.search.explain import Leasts, barred, headline, refused
+from advisor.search.layouts import kept_to_layout
 from advisor.search.pareto import front
 from advisor.search.rank import ranked
 from advisor.search.results import Recommendation, Rejected
 from advisor.search.sheet import nearest_miss
 from advisor.search.space import kept_to
+from advisor.search.words import parted
 from advisor.specs.question import Question
 from advisor.specs.training import Objective
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from advisor.catalog.request import Words
+    from advisor.search.words import SearchWords
 
 
 def recommend(
@@ -32,23 +33,24 @@ def recommend(
     offload: str | None = None,
     trace: bool = False,
     trust_remote_code: bool = False,
-    **words: Unpack[Words],
+    **words: Unpack[SearchWords],
 ) -> Recommendation:
     """The best plan for *model* on a cluster, the best of each strategy, and why each other lost.
 
     Words: ``cluster``, ``gpus``, ``nodes``, ``gpu``, ``link``, ``network``, ``host_memory`` (GiB per machine),
     ``seq_len``, ``global_batch``, ``precision``, ``param_dtype``, ``optimizer``, ``attention``, ``loss``, ``trainer``,
     ``margin``; of a whole training ``tokens`` or ``samples``, ``epochs``, ``price``, ``max_hours``, ``max_cost``.
+    Trainer ``megatron`` has layouts searched; ``tp``, ``sequence_parallel``, ``pp``, ``vpp``, ``cp``, ``micro_batch``
+    and ``checkpointing`` keep that search to theirs.
     *strategy* keeps the search to names or patterns such as ``zero*``, joined by commas, and *offload* to one choice.
     *objective* says what the best plan has least of; *pareto* asks for all plans that none beats in time and memory.
     With *trace*, transformers' own code on tensors without memory stands in for formulas, which takes any causal
     language model and the extra ``run``; *trust_remote_code* lets that code come from the model's repository. Raises
     SpecError or UnknownNameError for words that make no sense, ConfigError for a model that cannot be read.
     """
-    if words.get("trainer") == "megatron":
-        raise SpecError("Megatron's plans are not searched; price one by estimate --trainer megatron --tp N --pp N")
-    asked = ask(model, trace=trace, trust_remote_code=trust_remote_code, **words)
-    question = kept_to(asked, strategy, offload)
+    layout, asked = parted(words)
+    question = kept_to(ask(model, trace=trace, trust_remote_code=trust_remote_code, **asked), strategy, offload)
+    question = kept_to_layout(question, layout)
     return search(question, objective=objective, pareto=pareto)
 
 
@@ -60,7 +62,7 @@ def search(question: Question, *, objective: Objective = "time", pareto: bool = 
     ruled_out = [
         *(barred(question, each) for each in found.barred),
         *(Rejected(plan=each.plan, why=each.why, short_by_bytes=0, remedy=None) for each in found.beyond),
-        *(refused(question, nearest_miss(each), known) for each in found.too_large),
+        *(found.refused or (refused(question, nearest_miss(each), known) for each in found.too_large)),
     ]
     plans = ranked(found.best, objective)
     text, fewest = headline(question, plans, ruled_out, found.beyond, known)

@@ -34,7 +34,7 @@ class Sheet:
     rank: NDArray[Any]
     """The one that holds most."""
     tokens_per_s: NDArray[Any]
-    """0 where none of the sheet can fit, whose times nobody asks for."""
+    """Of layouts at most. 0 where none of the sheet can fit, whose times nobody asks for."""
     device_used_bytes: NDArray[Any]
     """At least."""
     short_by_bytes: NDArray[Any]
@@ -42,7 +42,8 @@ class Sheet:
 
     @property
     def size(self) -> int:
-        return int(self.short_by_bytes.size)
+        """How many plans it has; what lacks infinitely much is none."""
+        return int(np.isfinite(self.short_by_bytes).sum())
 
 
 def price_sheet(question: Question, plan: Plan) -> Sheet:

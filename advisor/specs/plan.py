@@ -1,7 +1,7 @@
 """Every choice of how one job is spread over GPUs.
 
-The counts of a plan may be NumPy arrays of one shape. Such a plan stands for many, and one pass over its step
-program prices them all; :meth:`Plan.at` picks one out.
+The counts of a plan may be NumPy arrays that broadcast together. Such a plan stands for many, and one pass over its
+step program prices them all; :meth:`Plan.at` picks one out.
 """
 
 from __future__ import annotations
@@ -238,8 +238,8 @@ class Plan:
     sequence_parallel: bool = False
     """What tensor-parallel ranks would hold alike between their products is cut along the sequence; nothing to do with
     one such rank."""
-    pipeline_parallel: int = 1
-    virtual_stages: int = 1
+    pipeline_parallel: Count = 1
+    virtual_stages: Count = 1
     """Runs of layers that each pipeline stage has, apart from each other (interleaving)."""
     context_parallel: int = 1
     expert_parallel: int = 1
@@ -250,7 +250,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name in (*_COUNTS, *_CUTS):
-            if np.any(np.asarray(getattr(self, name)) < 1):
+            if _some(getattr(self, name) < 1):
                 raise SpecError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.strategy is Strategy.HSDP:
             self._check_shards()
@@ -297,21 +297,23 @@ class Plan:
 
     def _check_parallelism(self) -> None:
         """Raises SpecError where the GPUs, stages and micro-batches do not divide as Megatron needs it."""
-        cut, counts = self.model_ranks * self.context_parallel, self._counts_text
-        if self.strategy is not Strategy.MEGATRON and cut * self.virtual_stages * self.expert_ranks > 1:
-            raise SpecError(f"{self.strategy.title} is data parallel alone, got {counts}; they need megatron")
-        if np.any(np.asarray(self.gpus) % cut):
-            raise SpecError(f"{counts} take {cut} GPUs or a multiple, got {self.gpus}")
-        experts = self.expert_ranks * self.pipeline_parallel
-        if np.any(np.asarray(self.gpus) % experts):
+        cut, experts = self.model_ranks * self.context_parallel, self.expert_ranks * self.pipeline_parallel
+        if self.strategy is not Strategy.MEGATRON and _some(cut * self.virtual_stages * self.expert_ranks > 1):
+            raise SpecError(
+                f"{self.strategy.title} is data parallel alone, got {self._counts_text}; they need megatron"
+            )
+        if _some(self.gpus % cut != 0):
+            raise SpecError(f"{self._counts_text} take {cut} GPUs or a multiple, got {self.gpus}")
+        if _some(self.gpus % experts != 0):
             raise SpecError(f"{self._experts_text} take {experts} GPUs or a multiple, got {self.gpus}")
-        if self.virtual_stages == 1:
+        interleaved = self.virtual_stages > 1
+        if not _some(interleaved):
             return
-        if self.pipeline_parallel == 1:
+        if _some(interleaved & (self.pipeline_parallel == 1)):
             raise SpecError(
                 f"{self.virtual_stages} virtual stages need a pipeline; give pipeline_parallel of 2 or more"
             )
-        if np.any(np.asarray(self.accumulation_steps) % self.pipeline_parallel):
+        if _some(interleaved & (self.accumulation_steps % self.pipeline_parallel > 0)):
             raise SpecError(
                 f"an interleaved pipeline takes micro-batches in groups of its {self.pipeline_parallel} stages, and "
                 f"{self.accumulation_steps} is no multiple of that; change the accumulation steps"
@@ -338,7 +340,7 @@ class Plan:
         return self.expert_parallel * self.expert_tensor_parallel
 
     @property
-    def model_ranks(self) -> int:
+    def model_ranks(self) -> Count:
         """Ranks that the model is cut over."""
         return self.tensor_parallel * self.pipeline_parallel
 
@@ -423,24 +425,35 @@ class Plan:
     def _cuts_title(self) -> str:
         """Such as `` tp 8 + sp, pp 4 x 2``: what is cut over more than one rank."""
         cuts = [f"tp {self.tensor_parallel}{' + sp' * self.sequence_parallel}"] if self.tensor_parallel > 1 else []
-        if self.pipeline_parallel > 1:
-            interleaved = f" x {self.virtual_stages}" if self.virtual_stages > 1 else ""
+        if _some(self.pipeline_parallel > 1):
+            interleaved = f" x {self.virtual_stages}" if _some(self.virtual_stages > 1) else ""
             cuts.append(f"pp {self.pipeline_parallel}{interleaved}")
         cuts += [f"cp {self.context_parallel}"] if self.context_parallel > 1 else []
         cuts += [f"ep {self.expert_parallel}"] if self.expert_parallel > 1 else []
         cuts += [f"etp {self.expert_tensor_parallel}"] if self.expert_tensor_parallel > 1 else []
         return " " + ", ".join(cuts) if cuts else ""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of its counts together; empty of a single plan."""
+        return np.broadcast_shapes(*(np.shape(getattr(self, name)) for name in _COUNTS))
+
     def at(self, index: int) -> Plan:
         """The plan at *index* of a plan whose counts are arrays."""
+        shape = self.shape
 
         def one(value: Count) -> int:
-            return int(np.asarray(value).reshape(-1)[index if np.ndim(value) else 0])
+            return int(np.broadcast_to(value, shape).reshape(-1)[index if shape else 0])
 
         chosen: dict[str, Any] = {name: one(getattr(self, name)) for name in _COUNTS}
         return replace(self, **chosen)
 
 
-_COUNTS = ("gpus", "micro_batch", "accumulation_steps")
-_EXPERT_CUTS = ("expert_parallel", "expert_tensor_parallel")
-_CUTS = ("tensor_parallel", "pipeline_parallel", "virtual_stages", "context_parallel", *_EXPERT_CUTS)
+def _some(condition: Any) -> bool:
+    """Whether *condition* holds for some of the plans."""
+    return bool(condition.any()) if isinstance(condition, np.ndarray) else bool(condition)
+
+
+_COUNTS = ("gpus", "micro_batch", "accumulation_steps", "pipeline_parallel", "virtual_stages")
+"""Those that may be arrays."""
+_CUTS = ("tensor_parallel", "context_parallel", "expert_parallel", "expert_tensor_parallel")

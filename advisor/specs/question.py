@@ -9,6 +9,7 @@ from typing import Literal
 from advisor.specs.calibration import Calibration, likeness
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
+from advisor.specs.layout import GivenLayout
 from advisor.specs.model import ModelSpec
 from advisor.specs.plan import Offload, Plan
 from advisor.specs.training import Training
@@ -55,6 +56,8 @@ class Question:
     """Share of device memory that is to stay free; None leaves it to the calibration."""
     training: Training | None = None
     wanted: Wanted = Wanted()
+    given_layout: GivenLayout = field(default_factory=GivenLayout)
+    """What of the plan a search keeps to."""
     inputs: tuple[Input, ...]
     warnings: tuple[str, ...] = ()
 

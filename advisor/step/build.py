@@ -112,7 +112,7 @@ def _megatron_program(model: ModelSpec, job: Job, plan: Plan, rank: int | None) 
 
     refuse_unmodelled(job, plan)
     found = rank_step(model, job, plan, rank)
-    piped = plan.pipeline_parallel > 1
+    piped = bool(np.all(np.asarray(plan.pipeline_parallel) > 1))
     return StepProgram(
         init=phase("init", found.states),
         step=found.step,

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from advisor.specs.job import Job
-from advisor.specs.model import Experts, Layer, Run
-from advisor.specs.plan import Checkpointing, GroupName, Plan
+from advisor.specs.model import Experts, Layer
+from advisor.specs.plan import Checkpointing, Count, GroupName, Plan
 from advisor.step.megatron_router import router_bytes
 from advisor.step.program import Amount, Block, Collective, CollectiveKind, Node
 
@@ -43,19 +43,17 @@ class Exchanges:
             yield from self._tensor("all-gather", [self.width], waits=False)
         yield from self._tensor("reduce-scatter", [self.width], waits=False)
 
-    def layer_forward(self, run: Run) -> Iterator[Node]:
-        layer = _layer_of(run)
+    def layer_forward(self, layer: Layer) -> Iterator[Node]:
         if self.plan.cuts_sequence:
             yield from self._tensor("all-gather", self._gathered(layer), waits=True)
         yield from self._tensor("reduce-scatter", self._summed(layer), waits=True)
         yield from self._context(layer, backward=False)
         yield from self._experts(layer, backward=False)
 
-    def layer_backward(self, run: Run) -> Iterator[Node]:
+    def layer_backward(self, layer: Layer) -> Iterator[Node]:
         """Keys and values go round once more, with their gradients; what is computed again is sent again."""
-        layer = _layer_of(run)
         if self.plan.checkpointing is Checkpointing.FULL:
-            yield from self.layer_forward(run)
+            yield from self.layer_forward(layer)
         elif self.plan.checkpointing is Checkpointing.SELECTIVE:
             yield from self._context(layer, backward=False)
         if self.plan.cuts_sequence:
@@ -67,17 +65,17 @@ class Exchanges:
 
     def between_stages(self, what: str) -> Iterator[Node]:
         """The stream, or its gradient, goes on to the neighbouring stage."""
-        if self.plan.pipeline_parallel > 1:
+        if np.all(np.asarray(self.plan.pipeline_parallel) > 1):
             parts = self.plan.tensor_parallel if self.plan.cuts_sequence else 1
             yield _sent(Collective(what, "send-receive", self.stream_bytes / parts, 1, waits=True, group="pipeline"))
 
-    def weights(self, size_bytes: int, group: GroupName) -> Node:
+    def weights(self, size_bytes: Count, group: GroupName) -> Node:
         """Every rank gets what the others have updated."""
         overlaps = self.plan.megatron.overlaps_weights
         messages = self._buckets(size_bytes // self.job.compute_bytes, group) if overlaps else 1
         return _sent(Collective("weights", "all-gather", size_bytes, messages, not overlaps, group))
 
-    def gradients(self, size_bytes: int, numel: int, group: GroupName) -> Iterator[Node]:
+    def gradients(self, size_bytes: Count, numel: Count, group: GroupName) -> Iterator[Node]:
         """Sums over all ranks, of which each gets what it updates; several instances of the optimizer add them up."""
         overlaps = self.plan.megatron.overlaps_gradients
         messages = self._buckets(numel, group) if overlaps else 1
@@ -88,7 +86,7 @@ class Exchanges:
         """The first and the last stage add up their gradients of one matrix; of two ranks each sends all it has."""
         return _sent(Collective("gradient of the embedding", "send-receive", size_bytes, 1, True, "pipeline"))
 
-    def _buckets(self, numel: int, group: GroupName) -> Amount:
+    def _buckets(self, numel: Count, group: GroupName) -> Amount:
         most: Amount = np.maximum(LEAST_BUCKET, self.plan.group(group).size * BUCKET_PER_RANK)
         return 1 + numel // most
 
@@ -166,12 +164,6 @@ class Exchanges:
 
     def _to_experts(self, kind: CollectiveKind, payload_bytes: Amount, messages: int, group: GroupName) -> Node:
         return _sent(Collective("tokens of experts", kind, payload_bytes, messages, True, group))
-
-
-def _layer_of(run: Run) -> Layer:
-    (layer,) = run.layers
-    assert isinstance(layer, Layer)
-    return layer
 
 
 def _sent(collective: Collective) -> Block:

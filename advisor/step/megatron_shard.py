@@ -9,71 +9,147 @@ on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import chain, groupby
+from typing import Literal
+
+import numpy as np
 
 from advisor.errors import SpecError
 from advisor.specs.job import Job
-from advisor.specs.model import AnyLayer, Attention, Experts, Layer, ModelSpec, NormKind, Parameter, Run
-from advisor.specs.plan import Plan
+from advisor.specs.model import AnyLayer, Attention, Experts, Layer, ModelSpec, NormKind, Parameter
+from advisor.specs.plan import Count, Plan
 
 EXPERTS = "mlp.experts."
 WORD_EMBEDDINGS, OUTPUT_LAYER = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunk:
+    """Layers of one rank that follow one another, with the embedding before them or the head after them."""
+
+    ends: ModelSpec
+    """Embedding and head, where it has them; no layers."""
+    runs: tuple[tuple[Layer, Count], ...]
+    """Layers, and how often each comes in a row."""
+    several: Count = 1
+    """How many such chunks follow one another on the stage."""
+
+    def counted(self) -> Iterator[tuple[Parameter, Count]]:
+        """Its tensors, and how often the stage has each."""
+        for parameter in self.ends.embedding:
+            yield parameter, self.several
+        for layer, repeats in self.runs:
+            for parameter in layer.parameters:
+                yield parameter, repeats * self.several
+        for parameter in self.ends.head:
+            yield parameter, self.several
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Stage:
     """The chunks of layers that the ranks of one pipeline stage hold, in the order in which tokens pass them."""
 
-    chunks: tuple[ModelSpec, ...]
-    """One for each virtual stage. The model's first has the embedding, its last the head."""
-    first: bool
+    chunks: tuple[Chunk, ...]
+    """One for each virtual stage, or for several that are alike. The model's first has the embedding, its last the
+    head."""
     last: bool
     shares_embedding: bool
     """Whether the embedding's matrix is on another stage too, as the output matrix or as what it is tied to."""
 
+    def counted(self) -> Iterator[tuple[Parameter, Count]]:
+        """Tensors of the rank, and how many of each."""
+        for chunk in self.chunks:
+            yield from chunk.counted()
+
     @property
     def parameters(self) -> tuple[Parameter, ...]:
-        """Every tensor of the rank."""
-        return tuple(parameter for chunk in self.chunks for parameter in chunk.parameters())
-
-    @property
-    def expert_parameters(self) -> tuple[Parameter, ...]:
-        """Those of experts."""
-        return tuple(parameter for parameter in self.parameters if parameter.name.startswith(EXPERTS))
+        """Every tensor of the rank, of a single plan."""
+        return tuple(parameter for parameter, times in self.counted() for _ in range(int(times)))
 
 
-def stage_of(model: ModelSpec, job: Job, plan: Plan, number: int) -> Stage:
-    """What a rank of stage *number* of *plan* holds. Raises SpecError where Megatron cannot train or cut *model*."""
+def is_of_expert(parameter: Parameter) -> bool:
+    return parameter.name.startswith(EXPERTS)
+
+
+Place = Literal["only", "first", "between", "last"]
+"""Of a pipeline stage."""
+
+
+def place_of(plan: Plan, number: int) -> Place:
+    """Where stage *number* of a single *plan* stands."""
+    if plan.pipeline_parallel == 1:
+        return "only"
+    return "first" if number == 0 else "last" if number == plan.pipeline_parallel - 1 else "between"
+
+
+def stage_of(model: ModelSpec, job: Job, plan: Plan, number: Count, place: Place | None = None) -> Stage:
+    """What a rank of stage *number* of *plan* holds. Raises SpecError where Megatron cannot train or cut *model*.
+
+    Of many plans at once, for which layers have to be alike, *place* says where the stages stand.
+    """
     check(model, job, plan)
-    stages, virtual = plan.pipeline_parallel, plan.virtual_stages
-    each = len(model.layers) // (stages * virtual)
-    local = {layer: _local_layer(layer, model.hidden_size, plan) for layer in dict.fromkeys(model.layers)}
-    layers = [local[layer] for layer in model.layers]
-    tied = model.tied_embeddings and stages == 1
-    chunks = []
-    for place in range(virtual):
-        start = (place * stages + number) * each
-        opens, closes = start == 0, start + each == len(layers)
-        chunks.append(
-            replace(
-                model,
-                vocabulary_size=vocabulary_rows(model, plan),
-                tied_embeddings=tied,
-                embedding=_embedding(model, plan) if opens else (),
-                runs=tuple(_runs(layers[start : start + each])),
-                final_norm=model.final_norm if closes else None,
-                head=_head(model, plan, tied) if closes else (),
-                early_head=0,
-                buffers=(),
-            )
-        )
+    place = place or place_of(plan, int(number))
+    ends = replace(
+        model,
+        vocabulary_size=vocabulary_rows(model, plan),
+        tied_embeddings=model.tied_embeddings and place == "only",
+        runs=(),
+        early_head=0,
+        buffers=(),
+    )
+    opening, closing = place in ("only", "first"), place in ("only", "last")
+    chunks = _alike if len(kinds_of(model)) == 1 else _unlike
     return Stage(
-        tuple(chunks),
-        first=number == 0,
-        last=number == stages - 1,
-        shares_embedding=model.tied_embeddings and stages > 1 and number in (0, stages - 1),
+        tuple(chunks(model, plan, number, ends, opening, closing)),
+        last=closing,
+        shares_embedding=model.tied_embeddings and place in ("first", "last"),
+    )
+
+
+def kinds_of(model: ModelSpec) -> tuple[AnyLayer, ...]:
+    """The layers of *model* that differ from one another, in the order in which they first come."""
+    return tuple(dict.fromkeys(layer for run in model.runs for layer in run.layers))
+
+
+def _alike(
+    model: ModelSpec, plan: Plan, number: Count, ends: ModelSpec, opening: bool, closing: bool
+) -> Iterator[Chunk]:
+    """Chunks of equal layers: of those with neither end, however many, one."""
+    virtual = plan.virtual_stages
+    (layer,) = kinds_of(model)
+    runs = ((_local_layer(layer, model.hidden_size, plan), len(model.layers) // (plan.pipeline_parallel * virtual)),)
+    interleaved = bool(np.all(np.asarray(virtual) > 1))
+    inner = replace(ends, embedding=(), final_norm=None, head=())
+    if opening:
+        yield Chunk(_with_ends(model, plan, ends, True, closing), runs)
+    if interleaved or not (opening or closing):
+        yield Chunk(inner, runs, virtual - (opening or closing))
+    if closing and not opening:
+        yield Chunk(_with_ends(model, plan, ends, False, True), runs)
+
+
+def _unlike(
+    model: ModelSpec, plan: Plan, number: Count, ends: ModelSpec, opening: bool, closing: bool
+) -> Iterator[Chunk]:
+    """Every chunk of a single plan by itself."""
+    stages, virtual = int(plan.pipeline_parallel), int(plan.virtual_stages)
+    each = len(model.layers) // (stages * virtual)
+    local = {layer: _local_layer(layer, model.hidden_size, plan) for layer in kinds_of(model)}
+    for place in range(virtual):
+        start = (place * stages + int(number)) * each
+        opens, closes = opening and place == 0, closing and place == virtual - 1
+        runs = [(local[layer], len(list(several))) for layer, several in groupby(model.layers[start : start + each])]
+        yield Chunk(_with_ends(model, plan, ends, opens, closes), tuple(runs))
+
+
+def _with_ends(model: ModelSpec, plan: Plan, ends: ModelSpec, opens: bool, closes: bool) -> ModelSpec:
+    return replace(
+        ends,
+        embedding=_embedding(model, plan) if opens else (),
+        final_norm=model.final_norm if closes else None,
+        head=_head(model, plan, ends.tied_embeddings) if closes else (),
     )
 
 
@@ -85,16 +161,27 @@ def vocabulary_rows(model: ModelSpec, plan: Plan) -> int:
 
 def check(model: ModelSpec, job: Job, plan: Plan) -> None:
     """Raises SpecError where Megatron cannot train *model* by *plan*, or the step program does not know how."""
-    for reason in (*_model_reasons(model), *_job_reasons(model, job), *_division_reasons(model, job, plan)):
+    reason = refusal_of_job(model, job) or refusal_of_cut(model, job, plan)
+    if reason:
         raise SpecError(f"{plan.title} cannot train {model.name}: {reason}")
 
 
+def refusal_of_job(model: ModelSpec, job: Job) -> str | None:
+    """Why Megatron cannot train *model* so by any plan, or None."""
+    return next(chain(_model_reasons(model), _job_reasons(model, job)), None)
+
+
+def refusal_of_cut(model: ModelSpec, job: Job, plan: Plan) -> str | None:
+    """Why *model* does not divide as *plan* has it, or None."""
+    return next(_division_reasons(model, job, plan), None)
+
+
 def _model_reasons(model: ModelSpec) -> Iterator[str]:
-    if model.objective != "causal" or not model.described_layers:
+    if model.objective != "causal" or not _described(model):
         yield "only causal models whose layers are described are modelled for Megatron"
     if model.embedding_norm or model.embedding_scale or model.logit_soft_cap or model.head_activation:
         yield "its embedding or head does more than Megatron's GPT model"
-    for layer in model.described_layers:
+    for layer in _described(model):
         attention = layer.attention
         if isinstance(layer.feed_forward, Experts):
             yield from _expert_reasons(layer.feed_forward)
@@ -104,6 +191,10 @@ def _model_reasons(model: ModelSpec) -> Iterator[str]:
             yield "its attention is not modelled for Megatron"
         if attention.query_key_norm not in ("none", "per-head"):
             yield "its norms of queries and keys are not those of Megatron's GPT layers"
+
+
+def _described(model: ModelSpec) -> tuple[Layer, ...]:
+    return tuple(layer for layer in kinds_of(model) if isinstance(layer, Layer))
 
 
 def _expert_reasons(experts: Experts) -> Iterator[str]:
@@ -125,10 +216,10 @@ def _job_reasons(model: ModelSpec, job: Job) -> Iterator[str]:
 def _division_reasons(model: ModelSpec, job: Job, plan: Plan) -> Iterator[str]:
     tensor, context = plan.tensor_parallel, plan.context_parallel
     stages, virtual = plan.pipeline_parallel, plan.virtual_stages
-    if len(model.layers) % (stages * virtual):
+    if np.any(len(model.layers) % np.asarray(stages * virtual)):
         runs = f"{stages} stages x {virtual} = {stages * virtual} runs"
         yield f"{len(model.layers)} layers do not divide over {runs}"
-    for layer in dict.fromkeys(model.described_layers):
+    for layer in _described(model):
         attention, forward = layer.attention, layer.feed_forward
         exchanged = context if plan.megatron.context_exchange == "a2a" else 1
         for what, count in (("attention heads", attention.heads), ("key-value heads", attention.key_value_heads)):
@@ -152,7 +243,7 @@ def _division_reasons(model: ModelSpec, job: Job, plan: Plan) -> Iterator[str]:
 
 
 def _expert_division_reasons(model: ModelSpec, plan: Plan) -> Iterator[str]:
-    mixtures = {each.feed_forward for each in model.described_layers if isinstance(each.feed_forward, Experts)}
+    mixtures = {each.feed_forward for each in _described(model) if isinstance(each.feed_forward, Experts)}
     ranks, slices, tensor = plan.expert_parallel, plan.expert_tensor_parallel, plan.tensor_parallel
     if not mixtures and ranks * slices > 1:
         yield f"it has no experts to spread over expert_parallel {ranks} x expert_tensor_parallel {slices}"
@@ -257,11 +348,6 @@ def _head(model: ModelSpec, plan: Plan, tied: bool) -> tuple[Parameter, ...]:
     norm = _norm("decoder.final_layernorm", model.final_norm, model.hidden_size, joint=".") if model.final_norm else ()
     matrix = Parameter(OUTPUT_LAYER, (vocabulary_rows(model, plan), model.hidden_size))
     return (*norm, *(() if tied else (matrix,)))
-
-
-def _runs(layers: Sequence[Layer]) -> Iterator[Run]:
-    for layer, several in groupby(layers):
-        yield Run((layer,), len(list(several)))
 
 
 def _product(name: str, outputs: int, inputs: int, bias: bool) -> tuple[Parameter, ...]:

@@ -7,15 +7,13 @@ flight, each with its saved activations.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import groupby
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from advisor.errors import SpecError
 from advisor.specs.plan import Count, Plan
-from advisor.step.program import Amount, Node, repeat, then
+from advisor.step.program import Amount, Node, Repeat, repeat, then
 
 
 class Passes(NamedTuple):
@@ -27,6 +25,8 @@ class Passes(NamedTuple):
     """The first of a step."""
     last_backward: Node
     """The last of a step."""
+    chunks: tuple[Count, ...] = ()
+    """How many chunks in a row, all alike, each stands for; one each where empty."""
 
 
 def bubble_share(plan: Plan) -> Amount:
@@ -35,7 +35,7 @@ def bubble_share(plan: Plan) -> Amount:
     return share
 
 
-def warm_up(plan: Plan, stage: int) -> Count:
+def warm_up(plan: Plan, stage: Count) -> Count:
     """Passes of chunks that *stage* runs forwards before it alternates.
 
     megatron-core 0.16.1, pipeline_parallel/schedules.py ``get_pp_rank_microbatches``.
@@ -44,14 +44,13 @@ def warm_up(plan: Plan, stage: int) -> Count:
     if plan.megatron.pipeline_schedule == "gpipe":
         return every
     behind = plan.pipeline_parallel - stage - 1
-    interleaved = plan.virtual_stages > 1
-    most = 2 * behind + (plan.virtual_stages - 1) * plan.pipeline_parallel if interleaved else behind
-    return min(most, every) if isinstance(every, int) else np.minimum(most, every)
+    more = behind + (plan.virtual_stages - 1) * plan.pipeline_parallel
+    return _least(behind + (plan.virtual_stages > 1) * more, every)
 
 
-def schedule(passes: Passes, plan: Plan, stage: int) -> Node:
-    """The passes of *stage* in a step. Raises SpecError for an interleaved pipeline of many plans at once."""
-    if plan.virtual_stages > 1:
+def schedule(passes: Passes, plan: Plan, stage: Count) -> Node:
+    """The passes of *stage* in a step. Of many plans at once, all are interleaved or none is."""
+    if np.all(np.asarray(plan.virtual_stages) > 1):
         return _interleaved(passes, plan, stage)
     (forward,), (backward,) = passes.forward, passes.backward
     early, steps = warm_up(plan, stage), plan.accumulation_steps
@@ -66,41 +65,84 @@ def schedule(passes: Passes, plan: Plan, stage: int) -> Node:
     )
 
 
-def _interleaved(passes: Passes, plan: Plan, stage: int) -> Node:
-    """As many micro-batches as there are stages go through one chunk, then through the next.
+class _Stretch(NamedTuple):
+    """A pass that a round has at its places from *begin* to before *end*; nowhere where that is not after it."""
+
+    run: Node
+    begin: Count
+    end: Count
+
+
+def _interleaved(passes: Passes, plan: Plan, stage: Count) -> Node:
+    """As many micro-batches as there are stages go through one chunk, then through the next: a round, and so on.
 
     megatron-core 0.16.1, pipeline_parallel/schedules.py ``get_schedule_table`` and
     ``forward_backward_pipelining_with_interleaving``.
     """
+    stages = plan.pipeline_parallel
+    every, whole = plan.accumulation_steps * plan.virtual_stages, stages * plan.virtual_stages
+    chunks = passes.chunks or (1,) * len(passes.forward)
+    forward = _round(passes.forward, [stages * each for each in chunks])
+    backward = _round(passes.backward[::-1], [stages * each for each in chunks[::-1]])
     early = warm_up(plan, stage)
-    if not isinstance(plan.accumulation_steps, int) or not isinstance(early, int):
-        raise SpecError("an interleaved pipeline is laid out for one number of micro-batches at a time")
-    stages, chunks = plan.pipeline_parallel, plan.virtual_stages
-    every, period = plan.accumulation_steps * chunks, stages * chunks
-    pairs: dict[tuple[int, int], Node] = {}
-
-    def forward(index: int) -> int:
-        return index % period // stages
-
-    def pair(index: int) -> Node:
-        there, back = forward(index + early), chunks - 1 - forward(index)
-        if (there, back) not in pairs:
-            pairs[there, back] = then(passes.forward[there], passes.backward[back])
-        return pairs[there, back]
-
-    rounds, rest = divmod(every - early, period)
+    opening = _least(early, whole)
+    rounds, rest = divmod(early - opening, whole)
+    ahead = early % whole
+    turned = [*_between(forward, ahead, whole, -ahead), *_between(forward, 0, ahead, whole - ahead)]
+    pairs = _paired(turned, backward)
+    paired_rounds, paired_rest = divmod(every - early, whole)
     return then(
         passes.first_forward,
-        *_joined(passes.forward[forward(index)] for index in range(1, early)),
-        repeat(then(*_joined(pair(index) for index in range(period))), rounds),
-        *_joined(pair(index) for index in range(rest)),
-        *_joined(passes.backward[chunks - 1 - forward(index)] for index in range(every - early, every - 1)),
+        *_runs(_between(forward, 1, opening)),
+        repeat(then(*_runs(forward)), rounds),
+        *_runs(_between(forward, 0, rest)),
+        repeat(then(*_runs(pairs)), paired_rounds),
+        *_runs(_between(pairs, 0, paired_rest)),
+        *_runs(_between(backward, whole - rest, whole)),
+        repeat(then(*_runs(backward)), rounds),
+        *_runs(_between(backward, whole - opening, whole - 1)),
         passes.last_backward,
     )
 
 
-def _joined(nodes: Iterable[Node]) -> Iterator[Node]:
-    """*nodes* with those that follow themselves as repeats."""
-    for _, several in groupby(nodes, key=id):
-        found = list(several)
-        yield repeat(found[0], len(found))
+def _round(runs: Sequence[Node], counts: Sequence[Count]) -> list[_Stretch]:
+    found: list[_Stretch] = []
+    begin: Count = 0
+    for run, count in zip(runs, counts, strict=True):
+        found.append(_Stretch(run, begin, begin + count))
+        begin = begin + count
+    return found
+
+
+def _between(stretches: Sequence[_Stretch], begin: Count, end: Count, moved: Count = 0) -> list[_Stretch]:
+    """What of *stretches* lies from *begin* to before *end*, its places *moved*."""
+    return [
+        _Stretch(each.run, _most(each.begin, begin) + moved, _least(each.end, end) + moved)
+        for each in stretches
+        if np.any(np.asarray(_least(each.end, end)) > _most(each.begin, begin))
+    ]
+
+
+def _paired(first: Sequence[_Stretch], second: Sequence[_Stretch]) -> list[_Stretch]:
+    """A run of the one and a run of the other at each place of a round."""
+    pairs: dict[tuple[int, int], Node] = {}
+    found: list[_Stretch] = []
+    for one in first:
+        for other in _between(second, one.begin, one.end):
+            key = id(one.run), id(other.run)
+            pairs.setdefault(key, then(one.run, other.run))
+            found.append(other._replace(run=pairs[key]))
+    return found
+
+
+def _runs(stretches: Sequence[_Stretch]) -> Iterator[Repeat]:
+    for each in stretches:
+        yield repeat(each.run, _most(each.end - each.begin, 0))
+
+
+def _least(one: Count, other: Count) -> Count:
+    return min(one, other) if isinstance(one, int) and isinstance(other, int) else np.minimum(one, other)
+
+
+def _most(one: Count, other: Count) -> Count:
+    return max(one, other) if isinstance(one, int) and isinstance(other, int) else np.maximum(one, other)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from advisor.specs.megatron import MegatronSettings
 from advisor.specs.model import ModelSpec, Run
 from advisor.specs.plan import Checkpointing, Plan, Strategy
 from advisor.step.build import StepProgram, build
+from advisor.step.megatron import stage_steps
 from advisor.step.megatron_recording import megatron_mode, source_of
 from advisor.step.megatron_shard import stage_of
 from advisor.step.moves import moves
@@ -64,7 +66,7 @@ def kept_by_a_layer(model: ModelSpec, job: Job, plan: Plan) -> float:
     chunk = stage_of(model, job, plan, 0).chunks[0]
     recomputed, selective = plan.checkpointing is not Checkpointing.NONE, plan.checkpointing is Checkpointing.SELECTIVE
     mode = megatron_mode(job, plan)
-    found = source_of(plan).layer(chunk.layers[0], model.hidden_size, mode, recomputed, selective)
+    found = source_of(plan).layer(chunk.runs[0][0], model.hidden_size, mode, recomputed, selective)
     return left_by(found.forward) / mode.sequence_length
 
 
@@ -97,7 +99,7 @@ def test_embedding_and_logits_are_those_of_the_paper(tensor: int) -> None:
     model, job = gpt_model(), Job(sequence_length=128)
     plan = plan_of(tensor_parallel=tensor, sequence_parallel=True)
     (chunk,), mode, source = stage_of(model, job, plan, 0).chunks, megatron_mode(job, plan), source_of(plan)
-    embedding, head = source.embedding(chunk, mode, False), source.head(chunk, mode, False)
+    embedding, head = source.embedding(chunk.ends, mode, False), source.head(chunk.ends, mode, False)
     width, vocabulary = model.hidden_size, model.vocabulary_size
 
     stream = 2 * width / tensor
@@ -312,7 +314,34 @@ def test_many_plans_at_once_are_each_plan_s_own() -> None:
         assert fold(found.init).net_bytes[index] == fold(alone.init).net_bytes  # type: ignore[index]
 
 
-def test_a_pipeline_is_laid_out_for_one_plan() -> None:
+@pytest.mark.parametrize("virtual", [1, 2])
+@pytest.mark.parametrize("name", ["gpt", "Llama-3.1-8B"])
+def test_many_pipelines_at_once_are_each_plan_s_own(name: str, virtual: int) -> None:
+    stages, batch = np.array([[2], [4]]), np.array([2, 3])
+    plan = plan_of(
+        gpus=8,
+        tensor_parallel=2,
+        micro_batch=batch,
+        accumulation_steps=4 * batch,
+        pipeline_parallel=stages,
+        virtual_stages=virtual,
+    )
+    model, job = small(name), Job(sequence_length=128)
+    together = stage_steps(model, job, plan)
+
+    for index, (pipeline, size) in enumerate(product(range(2), range(2))):
+        single = plan.at(index)
+        alone = [each for each in stage_steps(model, job, single) if np.all(each.exists)]
+        here = [each for each in together if np.broadcast_to(each.exists, (2, 1))[pipeline, 0]]
+        assert len(here) == len(alone) == min(3, int(single.pipeline_parallel))
+        for one, many in zip(alone, here, strict=True):
+            assert np.broadcast_to(many.number, (2, 1))[pipeline, 0] == one.number
+            for reading in (lambda found: found.states, lambda found: found.step):
+                peaks = np.broadcast_to(fold(reading(many)).peak_bytes, (2, 2))
+                assert peaks[pipeline, size] == fold(reading(one)).peak_bytes
+
+
+def test_a_rank_of_a_pipeline_is_laid_out_for_one_plan() -> None:
     plan = plan_of(pipeline_parallel=2, micro_batch=np.array([1, 2]))
 
     with pytest.raises(SpecError, match="laid out for one plan at a time"):

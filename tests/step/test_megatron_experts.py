@@ -14,11 +14,11 @@ from advisor.catalog.models import find_model
 from advisor.errors import SpecError
 from advisor.specs.job import Job
 from advisor.specs.megatron import ContextExchange, MegatronSettings
-from advisor.specs.model import Experts, ModelSpec, Run
+from advisor.specs.model import Experts, ModelSpec, Parameter, Run
 from advisor.specs.plan import Checkpointing, Plan, Strategy
 from advisor.step.build import StepProgram, build
 from advisor.step.megatron_recording import megatron_mode, source_of
-from advisor.step.megatron_shard import stage_of
+from advisor.step.megatron_shard import Stage, is_of_expert, stage_of
 from advisor.step.program import Collective, blocks, expand, fold, held_after
 from step.test_megatron import left_by, sent
 
@@ -44,9 +44,13 @@ def small(name: str, **experts: int) -> ModelSpec:
     return replace(model, runs=tuple(runs))
 
 
+def expert_parameters(stage: Stage) -> tuple[Parameter, ...]:
+    return tuple(parameter for parameter in stage.parameters if is_of_expert(parameter))
+
+
 def kept_by_experts(model: ModelSpec, plan: Plan) -> float:
     """Bytes per token that the last layer of *model* keeps for backward on one rank."""
-    layer = stage_of(model, JOB, plan, 0).chunks[0].described_layers[-1]
+    layer = stage_of(model, JOB, plan, 0).chunks[0].runs[-1][0]
     mode = megatron_mode(JOB, plan)
     checkpointed = plan.checkpointing is not Checkpointing.NONE
     return left_by(source_of(plan).layer(layer, model.hidden_size, mode, checkpointed).forward) / TOKENS
@@ -58,7 +62,7 @@ def kept_by_experts(model: ModelSpec, plan: Plan) -> float:
 def test_ranks_of_different_experts_have_the_model_between_them(name: str, ranks: int) -> None:
     model = find_model(name).model
     stage = stage_of(model, JOB, plan_of(expert_parallel=ranks), 0)
-    own = sum(parameter.numel for parameter in stage.expert_parameters)
+    own = sum(parameter.numel for parameter in expert_parameters(stage))
     whole = sum(parameter.numel for parameter in stage.parameters)
     padding = 2 * model.hidden_size * (-model.vocabulary_size % 128)
 
@@ -68,9 +72,9 @@ def test_ranks_of_different_experts_have_the_model_between_them(name: str, ranks
 def test_slices_of_experts_make_up_the_whole() -> None:
     model = small("Mixtral-8x7B-v0.1")
     cut = plan_of(tensor_parallel=2, sequence_parallel=True, expert_parallel=2, expert_tensor_parallel=2)
-    parts = stage_of(model, JOB, cut, 0).expert_parameters
+    parts = expert_parameters(stage_of(model, JOB, cut, 0))
 
-    whole = stage_of(model, JOB, plan_of(), 0).expert_parameters
+    whole = expert_parameters(stage_of(model, JOB, plan_of(), 0))
     assert 4 * sum(each.numel for each in parts) == sum(each.numel for each in whole)
 
 
@@ -79,7 +83,7 @@ def test_slices_of_experts_make_up_the_whole() -> None:
 def test_states_of_experts_are_cut_over_the_ranks_that_have_them() -> None:
     model, plan = small("Mixtral-8x7B-v0.1"), plan_of(expert_parallel=4)
     stage = stage_of(model, JOB, plan, 0)
-    experts = sum(parameter.numel for parameter in stage.expert_parameters)
+    experts = sum(parameter.numel for parameter in expert_parameters(stage))
     others = sum(parameter.numel for parameter in stage.parameters) - experts
 
     held = {each.label: each.size_bytes for each in held_after(build(model, JOB, plan).init)}
@@ -169,7 +173,7 @@ def test_gathering_dispatchers_bring_every_token_to_every_rank() -> None:
 def test_experts_are_reduced_apart_from_the_rest() -> None:
     model, plan = small("Mixtral-8x7B-v0.1"), plan_of(expert_parallel=4)
     stage = stage_of(model, JOB, plan, 0)
-    experts = sum(parameter.numel for parameter in stage.expert_parameters)
+    experts = sum(parameter.numel for parameter in expert_parameters(stage))
     others = sum(parameter.numel for parameter in stage.parameters) - experts
 
     found = sent(build(model, JOB, plan))
@@ -183,7 +187,7 @@ def test_experts_are_reduced_apart_from_the_rest() -> None:
 # keys of 128 + 64 and values of 128 for each of 16 heads, which FlashAttention keeps.
 def test_latent_attention_keeps_its_low_rank_rows_and_expanded_heads() -> None:
     model, plan = small("DeepSeek-V2-Lite"), plan_of()
-    dense = stage_of(model, JOB, plan, 0).chunks[0].described_layers[0]
+    dense = stage_of(model, JOB, plan, 0).chunks[0].runs[0][0]
     mode, width, heads = megatron_mode(JOB, plan), model.hidden_size, 16
 
     kept = left_by(source_of(plan).layer(dense, width, mode, False).forward) / TOKENS

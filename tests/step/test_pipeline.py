@@ -9,7 +9,6 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from advisor.errors import SpecError
 from advisor.specs.megatron import MegatronSettings
 from advisor.specs.plan import Plan, Strategy
 from advisor.step.pipeline import Passes, bubble_share, schedule, warm_up
@@ -119,8 +118,38 @@ def test_the_bubble_is_that_of_the_paper(chunks: int, share: float) -> None:
     assert bubble_share(plan_of(4, chunks, 8)) == share
 
 
-def test_an_interleaved_pipeline_is_laid_out_for_one_plan() -> None:
-    plan = plan_of(2, 2, np.array([2, 4]))  # type: ignore[arg-type]
+@given(st.lists(st.tuples(st.integers(2, 6), st.integers(2, 4), st.integers(1, 4)), min_size=1, max_size=4), st.data())
+def test_many_interleaved_pipelines_at_once_are_each_one_s_own(
+    sizes: list[tuple[int, int, int]], data: st.DataObject
+) -> None:
+    stages, chunks, groups = (np.array(each) for each in zip(*sizes, strict=True))
+    behind = data.draw(st.sampled_from(["first", "last"]))
+    together = plan_of(stages, chunks, groups * stages)  # type: ignore[arg-type]
 
-    with pytest.raises(SpecError, match="one number of micro-batches at a time"):
-        schedule(passes(2), plan, 0)
+    def of(plan: Plan, first_held: int) -> Node:
+        """The chunk at one end of the model holds more than the others, which are alike."""
+        stage, ends = (0, (0,)) if behind == "first" else (plan.pipeline_parallel - 1, (1,))
+        held = [first_held if place in ends else 1 for place in range(2)]
+        forward = tuple(Block(f"F{place}", "activations", each, each) for place, each in enumerate(held))
+        backward = tuple(Block(f"B{place}", "activations", -each) for place, each in enumerate(held))
+        others = plan.virtual_stages - 1
+        several = (1, others) if behind == "first" else (others, 1)
+        return schedule(Passes(forward, backward, forward[0], backward[0], several), plan, stage)
+
+    found = np.broadcast_to(fold(of(together, 7)).peak_bytes, len(sizes))
+
+    assert list(found) == [fold(of(together.at(index), 7)).peak_bytes for index in range(len(sizes))]
+
+
+@given(st.integers(2, 6), st.integers(2, 4), st.integers(1, 4), st.data())
+def test_chunks_that_are_alike_run_as_if_each_were_by_itself(
+    stages: int, chunks: int, groups: int, data: st.DataObject
+) -> None:
+    plan, stage = plan_of(stages, chunks, groups * stages), data.draw(st.integers(0, stages - 1))
+    each = passes(chunks)
+    alike = Passes(each.forward[:2], each.backward[:2], each.first_forward, each.last_backward, (1, chunks - 1))
+
+    def kinds(names: list[str]) -> list[str]:
+        return [name if name.endswith("0") else f"{name[0]}1" for name in names]
+
+    assert kinds(order(schedule(alike, plan, stage))) == kinds(order(schedule(each, plan, stage)))

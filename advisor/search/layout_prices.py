@@ -1,0 +1,64 @@
+"""Memory of every plan of a layout sheet, and the most tokens per second that it could reach, in one pass.
+
+Of a pipeline's stages the first, one between and the last are laid out, and each plan has the memory of its fullest and
+the pace of its slowest, as a plan by itself has (step/megatron.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advisor.cost.memory import footprint
+from advisor.cost.schedule import least_step_s
+from advisor.cost.traffic import Routes, Ways
+from advisor.search.layouts import LayoutSheet
+from advisor.search.sheet import Sheet, shortfall
+from advisor.specs.plan import Plan
+from advisor.specs.question import Question
+from advisor.step.build import StepProgram
+from advisor.step.flop import flop
+from advisor.step.megatron import StageStep, stage_steps
+from advisor.step.program import NOTHING, Amount, fold, phase, then
+
+
+def price_layouts(question: Question, sheet: LayoutSheet, routes: Routes | None) -> Sheet:
+    """Bounds of every plan of *sheet*; without *routes* of memory alone. What is no plan lacks infinitely much."""
+    plan = sheet.plan
+    stages = stage_steps(question.model, question.job, plan)
+    fullest = _most([fold(then(stage.states, stage.step)).peak_bytes for stage in stages], stages, plan)
+    found = [footprint(_program(stage), plan, question.cluster, question.calibration) for stage in stages]
+    margin_share = question.margin_share(plan)
+    used = _of(fullest, [each.device_used_bytes for each in found], plan)
+    short = _of(fullest, [shortfall(each, question.cluster, margin_share) for each in found], plan)
+    short = np.where(sheet.legal, short, np.inf)
+    tokens_per_s: Amount = 0.0
+    if routes is not None and np.any(short <= 0):
+        slowest = _most([flop(stage.step).done for stage in stages], stages, plan)
+        ways = Ways(question.cluster, plan, routes)
+        least_s = [least_step_s(stage.step, question.job, plan, ways, question.calibration) for stage in stages]
+        tokens_per_s = plan.global_batch * question.job.sequence_length / _of(slowest, least_s, plan)
+    ranks = [stage.number * (plan.gpus // plan.pipeline_parallel) for stage in stages]
+    readings = (_of(fullest, ranks, plan), np.broadcast_to(tokens_per_s, plan.shape), used, short)
+    return Sheet(plan, *(each.reshape(-1) for each in readings))
+
+
+def _program(stage: StageStep) -> StepProgram:
+    return StepProgram(init=phase("init", stage.states), step=stage.step, host=NOTHING, host_once=NOTHING)
+
+
+def _most(amounts: Sequence[Amount], stages: Sequence[StageStep], plan: Plan) -> NDArray[Any]:
+    """Which of *stages* has most of *amounts*, for each plan."""
+    there = [np.where(stage.exists, each, -1) for each, stage in zip(amounts, stages, strict=True)]
+    place: NDArray[Any] = np.argmax([np.broadcast_to(each, plan.shape) for each in there], axis=0)
+    return place
+
+
+def _of(place: NDArray[Any], amounts: Sequence[Amount], plan: Plan) -> NDArray[Any]:
+    """Of *amounts*, one for each stage, those of the stages in *place*."""
+    if len(amounts) == 1:
+        return np.broadcast_to(amounts[0], plan.shape)
+    return np.choose(place, [np.broadcast_to(each, plan.shape) for each in amounts])
