@@ -214,10 +214,11 @@ _machine_and_method = options(
         _HOW,
         "--optimizer",
         type=click.Choice(get_args(Optimizer)),
+        metavar="NAME",
         default="adamw-fused",
         show_default=True,
-        help="AdamW of torch (fused, foreach, loop) or bitsandbytes (8bit, paged), Lion of bitsandbytes, Adafactor of "
-        "transformers, SGD or Muon of torch, or GaLore.",
+        help="Of torch: adamw-fused, -foreach, -loop, sgd, sgd-momentum, muon; of bitsandbytes: adamw-8bit, adamw-paged, "
+        "adamw-8bit-paged, lion, lion-8bit; adafactor of transformers; galore.",
     ),
     option(_HOW, "--galore-rank", type=int, default=128, show_default=True, help="Rank of GaLore's gradients."),
     option(
