@@ -217,8 +217,8 @@ _machine_and_method = options(
         metavar="NAME",
         default="adamw-fused",
         show_default=True,
-        help="Of torch: adamw-fused, -foreach, -loop, sgd, sgd-momentum, muon; of bitsandbytes: adamw-8bit, adamw-paged, "
-        "adamw-8bit-paged, lion, lion-8bit; adafactor of transformers; galore.",
+        help="Of torch: adamw-fused, adamw-foreach, adamw-loop, sgd, sgd-momentum, muon; of bitsandbytes: adamw-8bit, "
+        "adamw-paged, adamw-8bit-paged, lion, lion-8bit; adafactor of transformers; galore.",
     ),
     option(_HOW, "--galore-rank", type=int, default=128, show_default=True, help="Rank of GaLore's gradients."),
     option(
