@@ -30,11 +30,11 @@ exec torchrun \
   --hidden-size=32 \
   --ffn-hidden-size=64 \
   --num-attention-heads=4 \
-  --num-query-groups=2 \
-  --kv-channels=8 \
   --normalization=RMSNorm \
   --position-embedding-type=rope \
   --transformer-impl=transformer_engine \
+  --num-query-groups=2 \
+  --kv-channels=8 \
   --micro-batch-size=2 \
   --global-batch-size=4 \
   --seq-length=2048 \
@@ -58,9 +58,9 @@ exec torchrun \
   --use-distributed-optimizer \
   --overlap-grad-reduce \
   --overlap-param-gather \
-  --group-query-attention \
   --swiglu \
   --disable-bias-linear \
+  --group-query-attention \
   --bf16 \
   --mock-data \
   "$@"
