@@ -109,8 +109,10 @@ def main() -> None:
     # The files beside this one.
     from train_checkpoint import resume  # type: ignore[import-not-found]
     from train_data import make_batches  # type: ignore[import-not-found]
+    from train_optimizers import refuse_unknown  # type: ignore[import-not-found]
 
     arguments = parse_arguments()
+    refuse_unknown(arguments.optimizer)
     accelerator = Accelerator(gradient_accumulation_steps=arguments.accumulation_steps)
     set_seed(arguments.seed)
     refuse_other_batch_than_deepspeeds(accelerator, arguments)
@@ -290,7 +292,7 @@ def has_other_parts(arguments: argparse.Namespace) -> bool:
 
 def build_optimizer(accelerator: Accelerator, arguments: argparse.Namespace, model: Any) -> Any:
     """The optimizer over all parameters that are trained."""
-    from train_optimizers import make_optimizer  # type: ignore[import-not-found]  # beside this program
+    from train_optimizers import make_optimizer  # beside this program
 
     if (
         accelerator.distributed_type == DistributedType.DEEPSPEED

@@ -25,10 +25,17 @@ NAMES = (*ADAMW, *SGD, *BLOCKWISE, "adafactor", "muon", "galore")
 GALORE: dict[str, Any] = {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
 
 
+def refuse_unknown(name: str) -> None:
+    """End the program where *name* is no optimizer's."""
+    if name not in NAMES:
+        raise SystemExit(f"--optimizer must be one of {', '.join(NAMES)}, got {name!r}")
+
+
 def make_optimizer(
     name: str, model: torch.nn.Module, *, learning_rate: float, weight_decay: float = 0.0, galore_rank: int = 128
 ) -> torch.optim.Optimizer:
     """The optimizer *name* over the parameters of *model* that are trained."""
+    refuse_unknown(name)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rates: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
     if name in ADAMW:
@@ -45,8 +52,6 @@ def make_optimizer(
         make: Any = Adafactor
         built: torch.optim.Optimizer = make(trained, **rates, scale_parameter=False, relative_step=False)
         return built
-    if name not in NAMES:
-        raise SystemExit(f"--optimizer must be one of {', '.join(NAMES)}, got {name!r}")
     matrices = matrices_of_layers(model)
     apart = set(map(id, matrices))
     others = [parameter for parameter in trained if id(parameter) not in apart]

@@ -69,6 +69,7 @@ COUNTS: dict[str, tuple[str, ...]] = {
         "block_size",
         "model_max_length",
     ),
+    "galore_rank": ("galore_rank",),
 }
 """Names of flags, and the arguments by which training programs know them: transformers' TrainingArguments and examples,
 TRL, LLaMA-Factory, and the program that this package writes."""
