@@ -122,6 +122,8 @@ parallel_options = options(
     option("The plan", "--sequence-parallel", is_flag=True, help="With --tp: cut what these would hold alike, too."),
     option("The plan", "--pp", type=int, default=1, show_default=True, help="Stages of layers (pipeline)."),
     option("The plan", "--vpp", type=int, default=1, show_default=True, help="Runs of layers a stage (interleaved)."),
+    option("The plan", "--decoder-first-pipeline-num-layers", type=int, default=0, help="Layers of the first stage."),
+    option("The plan", "--decoder-last-pipeline-num-layers", type=int, default=0, help="Layers of the last stage."),
     option("The plan", "--cp", type=int, default=1, show_default=True, help="GPUs that cut a sequence (context)."),
     option(
         "The plan",

@@ -72,6 +72,9 @@ class PlanWords(Words, total=False):
     pp: int
     vpp: int
     """Virtual stages of each pipeline stage."""
+    decoder_first_pipeline_num_layers: int
+    """Layers of the first pipeline stage; absent or 0: as many as the others have."""
+    decoder_last_pipeline_num_layers: int
     cp: int
     cp_comm_type: str
     """How context-parallel ranks exchange tokens: ``p2p`` or ``a2a``."""
@@ -94,7 +97,8 @@ def estimate(
 
     Words: those of :func:`advisor.recommend`, and ``offload``, ``offload_to``, ``nvme``, ``micro_batch``,
     ``grad_accum``, ``checkpointing``, ``bucket_size``, ``grad_accum_dtype``, ``fsdp_version``, ``shard_ranks``,
-    ``trainer``, ``tp``, ``pp``, ``vpp``, ``cp``, ``cp_comm_type``, ``ep``, ``etp``, ``sequence_parallel``, ``config``,
+    ``trainer``, ``tp``, ``pp``, ``vpp``, ``decoder_first_pipeline_num_layers``,
+    ``decoder_last_pipeline_num_layers``, ``cp``, ``cp_comm_type``, ``ep``, ``etp``, ``sequence_parallel``, ``config``,
     ``trace``, ``trust_remote_code``. Raises SpecError for a plan that contradicts itself or the job, ConfigError for a
     configuration that cannot be read.
     """
@@ -211,11 +215,21 @@ def _megatron_plan(model: str, words: PlanWords, ask_about: Callable[..., Questi
         context_parallel=context,
         expert_parallel=words.get("ep", 1),
         expert_tensor_parallel=_expert_slices(question.model, words.get("etp"), tensor),
-        megatron=MegatronSettings(context_exchange=_context_exchange(words.get("cp_comm_type", "p2p"))),
+        megatron=MegatronSettings(
+            first_stage_layers=words.get("decoder_first_pipeline_num_layers", 0),
+            last_stage_layers=words.get("decoder_last_pipeline_num_layers", 0),
+            context_exchange=_context_exchange(words.get("cp_comm_type", "p2p")),
+        ),
     )
     from advisor.step.megatron_shard import check  # of use to no other plan
 
     check(question.model, question.job, plan)
+    if plan.expert_parallel > 1:
+        even = (
+            "all experts are taken to get equally many tokens; were all tokens for experts of one of the "
+            f"{plan.expert_parallel} ranks, these would take {plan.expert_parallel} times the activations and time"
+        )
+        question = replace(question, warnings=(*question.warnings, even))
     return question, plan
 
 

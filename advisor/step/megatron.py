@@ -231,14 +231,26 @@ class _Layout:
     def _step(self) -> Node:
         chunks = self.stage.chunks
         gathers = self._gather() if self.plan.megatron.overlaps_weights else ()
+        deferred = tuple(self._deferred())
         passes = Passes(
             self._forwards,
             tuple(self._backward(chunk) for chunk in chunks),
-            self._forward(chunks[0], *gathers),
-            self._backward(chunks[0], *self._reduce()),
+            self._forward(chunks[0], *gathers, *deferred),
+            then(self._backward(chunks[0], *self._reduce()), *map(released, deferred)),
             tuple(chunk.several for chunk in chunks),
         )
         return then(schedule(passes, self.plan, self.number), phase("step", *self._update()))
+
+    def _deferred(self) -> Iterator[Block]:
+        """What the last stage keeps of micro-batches for the gradient of the output matrix: its input, and the gradient
+        of the logits (tensor_parallel/layers.py ``LinearWithGradAccumulationAndAsyncCommunication``). Those of the last
+        micro-batch are still being computed when most is held."""
+        if not (self.plan.megatron.deferred_micro_batches and self.stage.last):
+            return
+        several = np.minimum(self.plan.megatron.deferred_micro_batches, self.plan.accumulation_steps - 1)
+        rows = self.stage.chunks[-1].ends.vocabulary_size + self.width // self.parts.source.cut.stream_parts
+        each = self.parts.mode.sequence_length * rows * self.job.compute_bytes * self.plan.micro_batch
+        yield hold("deferred gradient of the output matrix", "logits", several * each)
 
     def _forward(self, chunk: Chunk, *beside: Node) -> Node:
         """One micro-batch forwards through *chunk*, with *beside* going on at the same time."""

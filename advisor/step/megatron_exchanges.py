@@ -4,7 +4,8 @@ Payloads are of a whole micro-batch. Tensor parallelism adds up partial sums aft
 their gradients before them (Shoeybi et al., arXiv:1909.08053, section 3); with sequence parallelism each all-reduce is
 an all-gather and a reduce-scatter, and backward gathers the inputs of products once more (arXiv:2205.05198, section
 4.2.2). What backward sends while it computes gradients of weights does not stop it. Left out: maxima and sums of the
-loss over tensor-parallel ranks, some bytes a token.
+loss over tensor-parallel ranks, some bytes a token; that several instances of the optimizer reduce gradients in two
+rounds; and the counts of tokens that go to each expert.
 """
 
 from __future__ import annotations

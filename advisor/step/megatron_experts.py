@@ -63,10 +63,11 @@ def _exchanged(
     if slices > 1:
         inputs, shares = _moved(tape, inputs, inputs.numel * slices), _moved(tape, shares, shares.numel * slices)
     if several:
-        inputs, shares = _sorted(tape, inputs), _sorted(tape, shares)
+        mapped = pairs * slices * cut.experts.fuses_permutation
+        inputs, shares = _sorted(tape, inputs, mapped), _sorted(tape, shares, 0)
     computed = _experts(tape, inputs, shares, spec, weights, cut, several)
     del inputs, shares
-    output = _sorted(tape, computed) if several else computed
+    output = _sorted(tape, computed, pairs * slices * cut.experts.fuses_permutation) if several else computed
     if slices > 1:
         # Sums of slices are formed in the format of the scores.
         output = cast(tape, output, scores.element_bytes)
@@ -141,17 +142,19 @@ def _in_buffer(tape: Tape, x: Tensor, times: int) -> Tensor:
     return tape.attach(output, [x], backward, saves="nothing")
 
 
-def _sorted(tape: Tape, x: Tensor) -> Tensor:
-    """Rows in another order."""
+def _sorted(tape: Tape, x: Tensor, mapped: int) -> Tensor:
+    """Rows in another order, of which one kernel keeps where *mapped* of them went (TransformerEngine,
+    pytorch/triton/permutation.py ``make_chunk_sort_map``)."""
     output = tape.like(x)
-    tape.work(x, output)
+    places = [tape.new(mapped, MAP_BYTES)] if mapped else []
+    tape.work(x, output, *places)
 
     def backward(tape: Tape, gradient: Tensor) -> Gradients:
         back = tape.like(gradient)
-        tape.work(gradient, back)
+        tape.work(gradient, back, *places)
         return (back,)
 
-    return tape.attach(output, [x], backward, saves="nothing")
+    return tape.attach(output, [x], backward, saves="outputs" if places else "nothing")
 
 
 def _split(tape: Tape, x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import numpy as np
 from advisor.errors import SpecError
 from advisor.specs.job import Job
 from advisor.specs.model import AnyLayer, Attention, Experts, Layer, ModelSpec, NormKind, Parameter
-from advisor.specs.plan import Count, Plan
+from advisor.specs.plan import Count, GroupName, Plan
 
 EXPERTS = "mlp.experts."
 WORD_EMBEDDINGS, OUTPUT_LAYER = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -119,7 +119,8 @@ def _alike(
     """Chunks of equal layers: of those with neither end, however many, one."""
     virtual = plan.virtual_stages
     (layer,) = kinds_of(model)
-    runs = ((_local_layer(layer, model.hidden_size, plan), len(model.layers) // (plan.pipeline_parallel * virtual)),)
+    repeats = _layers_of_chunk(len(model.layers), plan, opening, closing)
+    runs = ((_local_layer(layer, model.hidden_size, plan), repeats),)
     interleaved = bool(np.all(np.asarray(virtual) > 1))
     inner = replace(ends, embedding=(), final_norm=None, head=())
     if opening:
@@ -135,13 +136,25 @@ def _unlike(
 ) -> Iterator[Chunk]:
     """Every chunk of a single plan by itself."""
     stages, virtual = int(plan.pipeline_parallel), int(plan.virtual_stages)
-    each = len(model.layers) // (stages * virtual)
+    first, between = (int(_layers_of_chunk(len(model.layers), plan, opens, False)) for opens in (True, False))
     local = {layer: _local_layer(layer, model.hidden_size, plan) for layer in kinds_of(model)}
     for place in range(virtual):
-        start = (place * stages + int(number)) * each
+        before = place * stages + int(number)
+        start = first + (before - 1) * between if before else 0
+        each = int(_layers_of_chunk(len(model.layers), plan, before == 0, before == stages * virtual - 1))
         opens, closes = opening and place == 0, closing and place == virtual - 1
         runs = [(local[layer], len(list(several))) for layer, several in groupby(model.layers[start : start + each])]
         yield Chunk(_with_ends(model, plan, ends, opens, closes), tuple(runs))
+
+
+def _layers_of_chunk(layers: int, plan: Plan, opening: bool, closing: bool) -> Count:
+    """As many for each chunk, but for the first and last stage where their numbers are given
+    (transformer/transformer_block.py ``get_num_layers_to_build``)."""
+    first, last = plan.megatron.first_stage_layers, plan.megatron.last_stage_layers
+    if (opening and first) or (closing and last):
+        return first if opening else last
+    others = plan.pipeline_parallel * plan.virtual_stages - (first > 0) - (last > 0)
+    return (layers - first - last) // (max(others, 1) if isinstance(others, int) else np.maximum(others, 1))
 
 
 def _with_ends(model: ModelSpec, plan: Plan, ends: ModelSpec, opens: bool, closes: bool) -> ModelSpec:
@@ -216,9 +229,14 @@ def _job_reasons(model: ModelSpec, job: Job) -> Iterator[str]:
 def _division_reasons(model: ModelSpec, job: Job, plan: Plan) -> Iterator[str]:
     tensor, context = plan.tensor_parallel, plan.context_parallel
     stages, virtual = plan.pipeline_parallel, plan.virtual_stages
-    if np.any(len(model.layers) % np.asarray(stages * virtual)):
+    given = [each for each in (plan.megatron.first_stage_layers, plan.megatron.last_stage_layers) if each]
+    rest, others = len(model.layers) - sum(given), np.asarray(stages * virtual) - len(given)
+    if given and np.any((np.asarray(stages) == 1) | (np.asarray(virtual) > 1)):
+        yield "numbers of layers of the first and last stage need a pipeline that is not interleaved"
+    elif np.any(np.where(others > 0, (rest < others) | (rest % np.maximum(others, 1) > 0), rest != 0)):
         runs = f"{stages} stages x {virtual} = {stages * virtual} runs"
-        yield f"{len(model.layers)} layers do not divide over {runs}"
+        apart = f", {' and '.join(map(str, given))} of them for those that were given" if given else ""
+        yield f"{len(model.layers)} layers do not divide over {runs}{apart}"
     for layer in _described(model):
         attention, forward = layer.attention, layer.feed_forward
         exchanged = context if plan.megatron.context_exchange == "a2a" else 1
@@ -233,6 +251,13 @@ def _division_reasons(model: ModelSpec, job: Job, plan: Plan) -> Iterator[str]:
         if attention.latent and tensor > 1 and not plan.cuts_sequence:
             yield "latent attention over several tensor-parallel ranks is modelled with --sequence-parallel; give it"
     yield from _expert_division_reasons(model, plan)
+    instances = plan.megatron.optimizer_instances
+    groups: tuple[GroupName, ...] = ("data", "expert-data") if plan.expert_parallel > 1 else ("data",)
+    for name in groups:
+        if np.any(np.asarray(plan.group(name).size) % instances):
+            yield f"{plan.group(name).size} {name} ranks do not divide into {instances} instances of the optimizer"
+    if plan.megatron.deferred_micro_batches and np.any(np.asarray(stages) == 1):
+        yield "only pipelines have a while in which gradients that were deferred can be computed; leave that off"
     length = job.sequence_length
     if context > 1 and job.attention == "eager":
         yield "context parallelism needs a fused attention kernel; take --attention flash"

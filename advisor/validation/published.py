@@ -93,6 +93,9 @@ def _megatron(row: Row) -> MegatronSettings:
         token_dispatcher=row.get("token_dispatcher") or "alltoall",  # type: ignore[arg-type]
         fuses_permutation=not row.get("token_dispatcher"),
         groups_experts=row.get("groups_experts") != "no",
+        first_stage_layers=int(row.get("first_stage_layers") or 0),
+        last_stage_layers=int(row.get("last_stage_layers") or 0),
+        deferred_micro_batches=int(row.get("deferred_micro_batches") or 0),
         optimizer_instances=int(row.get("optimizer_instances") or 1),
     )
 

@@ -55,6 +55,7 @@ def test_every_word_of_a_plan_reaches_the_estimate(api: Api, run: Run) -> None:
 
 def test_megatron_s_words_reach_the_estimate(api: Api, run: Run) -> None:
     words = "--trainer megatron --tp 2 --pp 2 --vpp 7 --cp 1 --cp-comm-type a2a --ep 2 --etp 1 --sequence-parallel"
+    words += " --decoder-first-pipeline-num-layers 1"
 
     run(*ONE_PLAN[:5], *words.split())
 
@@ -66,6 +67,7 @@ def test_megatron_s_words_reach_the_estimate(api: Api, run: Run) -> None:
             "tp": 2,
             "pp": 2,
             "vpp": 7,
+            "decoder_first_pipeline_num_layers": 1,
             "cp": 1,
             "cp_comm_type": "a2a",
             "ep": 2,

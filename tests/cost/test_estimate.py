@@ -250,9 +250,10 @@ def test_experts_are_cut_as_the_rest_unless_said_otherwise(words: Any, slices: i
         "gpus": 16,
         "gpu": "A100-80GB",
     }
-    _, plan = plan_of("Mixtral-8x7B-v0.1", trainer="megatron", **shape, **words)
+    question, plan = plan_of("Mixtral-8x7B-v0.1", trainer="megatron", **shape, **words)
 
     assert (plan.expert_parallel, plan.expert_tensor_parallel) == (4, slices)
+    assert "were all tokens for experts of one of the 4 ranks" in question.warnings[-1]
     assert plan.megatron.context_exchange == "a2a"
 
 

@@ -72,14 +72,15 @@ def test_liger_s_other_kernels_keep_as_much_less_as_long_runs_are_overestimated(
 
 
 # NVIDIA/Megatron-LM d98e8a6, golden values of its functional tests: GPT models of 64 M and 6.7 B parameters on 8 A100,
-# H100 or GB200, with tensor parallelism, pipelines, interleaved ones, full recomputation, with and without the
-# distributed optimizer and several instances of it, with 8 experts of GPT layers, top-1 and top-2, over 2 or 4 ranks,
-# whole or cut: the bytes allocated on the last rank. Tokens did not spread evenly, which takes up to 2 % more.
+# H100 or GB200, with tensor parallelism, pipelines, interleaved and uneven ones, full recomputation, with and without
+# the distributed optimizer and several instances of it, with deferred gradients of the output matrix, with 8 experts of
+# which a token takes one or two, over 2 or 4 ranks, whole or cut: the bytes allocated on the last rank. Tokens did not
+# spread evenly over experts, which takes up to 2 % more.
 def test_megatron_s_own_tests_are_predicted_within_three_per_cent(benchmark: dict[str, Any]) -> None:
-    rows = [row for row in benchmark["rows"]() if row["strategy"] == "megatron"]
+    rows = [row for row in benchmark["rows"]() if row["strategy"] == "megatron" and not row["not_covered"]]
     errors = [abs(benchmark["Compared"](row, benchmark["predict"](row)).error) for row in rows]
 
-    assert len(errors) == 34
+    assert len(errors) == 38
     assert max(errors) < 0.03
     assert sum(errors) / len(errors) < 0.01
 
@@ -104,4 +105,11 @@ def test_runs_that_are_not_covered_are_counted_by_what_is_not_modelled(benchmark
     assert Counter(row["not_covered"] for row in benchmark["rows"]() if row["not_covered"]) == {
         "QLoRA": 4,
         "torch.compile": 3,
+        "activations offloaded by Megatron": 4,
+        "embedding and loss in place of layers": 3,
+        "multi-token prediction": 2,
+        "Megatron FSDP": 2,
+        "all-to-alls beside another micro-batch": 2,
+        "TransformerEngine's fused operators": 1,
+        "a cross entropy that torch.compile fuses": 1,
     }

@@ -297,6 +297,13 @@ def test_groups_that_do_not_divide_are_refused_with_the_arithmetic(counts: dict[
     [
         ({"vocabulary_multiple": 0}, "vocabulary_multiple must be at least 1, got 0"),
         ({"distributed_optimizer": False}, "set distributed_optimizer"),
+        ({"last_stage_layers": -1}, "negative number of layers, got 0 for the first and -1"),
+        ({"optimizer_instances": 0}, "optimizer_instances must be at least 1, got 0"),
+        (
+            {"distributed_optimizer": False, "overlaps_weights": False, "optimizer_instances": 2},
+            "optimizer_instances are of the distributed optimizer",
+        ),
+        ({"deferred_micro_batches": 1, "fuses_gradient_sums": False}, "got 1, fuses_gradient_sums False"),
     ],
 )
 def test_megatron_settings_that_contradict_themselves_are_refused(choices: dict[str, Any], said: str) -> None:

@@ -62,6 +62,10 @@ def _parallelism(task: Task) -> dict[str, Any]:
         settings["cp-comm-type"] = plan.megatron.context_exchange
     if plan.megatron.optimizer_instances > 1:
         settings["num-distributed-optimizer-instances"] = plan.megatron.optimizer_instances
+    ends = {"first": plan.megatron.first_stage_layers, "last": plan.megatron.last_stage_layers}
+    settings |= {f"decoder-{end}-pipeline-num-layers": layers for end, layers in ends.items() if layers}
+    if plan.megatron.deferred_micro_batches:
+        settings["wgrad-deferral-limit"] = plan.megatron.deferred_micro_batches
     if _has_experts(task.model):
         settings["expert-model-parallel-size"] = plan.expert_parallel
         settings["expert-tensor-parallel-size"] = plan.expert_tensor_parallel
@@ -89,6 +93,7 @@ def _parallelism_switches(model: ModelSpec, plan: Plan) -> list[str]:
         "overlap-param-gather": chosen.overlaps_weights,
         "no-gradient-accumulation-fusion": not chosen.fuses_gradient_sums,
         "no-create-attention-mask-in-dataloader": not chosen.mask_in_batch,
+        "defer-embedding-wgrad-compute": chosen.deferred_micro_batches > 0,
         "moe-grouped-gemm": mixed and chosen.groups_experts,
         "moe-permute-fusion": mixed and chosen.fuses_permutation,
     }

@@ -209,13 +209,27 @@ def test_megatron_is_told_of_experts_and_latent_attention() -> None:
     assert not any("q-lora-rank" in each or "query-groups" in each for each in words)
 
 
-def test_megatron_is_told_how_heads_are_exchanged() -> None:
-    own = MegatronSettings(context_exchange="a2a", optimizer_instances=2)
-    exchanged = plan(Strategy.MEGATRON, gpus=8, context_parallel=2, megatron=own)
-
-    assert {"--cp-comm-type=a2a", "--num-distributed-optimizer-instances=2"} <= set(
-        command_of(launch_for("megatron", exchanged))
+def test_megatron_is_told_what_is_exchanged_deferred_and_uneven() -> None:
+    own = MegatronSettings(
+        context_exchange="a2a",
+        optimizer_instances=2,
+        deferred_micro_batches=1,
+        first_stage_layers=1,
+        last_stage_layers=1,
     )
+    chosen = plan(Strategy.MEGATRON, gpus=8, context_parallel=2, pipeline_parallel=2, megatron=own)
+    words = set(command_of(launch_for("megatron", chosen)))
+
+    said = {
+        "--cp-comm-type=a2a",
+        "--num-distributed-optimizer-instances=2",
+        "--defer-embedding-wgrad-compute",
+        "--wgrad-deferral-limit=1",
+        "--decoder-first-pipeline-num-layers=1",
+        "--decoder-last-pipeline-num-layers=1",
+    }
+    assert said <= words
+    assert {each.removeprefix("--").partition("=")[0] for each in said} <= ARGUMENTS["megatron"]
 
 
 def test_megatrons_virtual_stages_are_told_by_their_layers() -> None:
