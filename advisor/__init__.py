@@ -1,8 +1,8 @@
 """advisor: whether a training run fits, what is fastest, and what to type.
 
-``recommend``, ``rank_gpus``, ``compare``, ``limits``, ``largest_models``, ``estimate``, ``launch_files`` and
-``validate`` take the words of the command line and return frozen values; ``read_records`` returns what ``validate``
-recorded.
+``recommend``, ``rank_gpus``, ``compare``, ``limits``, ``largest_models``, ``estimate``, ``estimate_inference``,
+``launch_files`` and ``validate`` take the words of the command line and return frozen values; ``read_records`` returns
+what ``validate`` recorded.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from advisor.version import __version__
 
 if TYPE_CHECKING:
     from advisor.cost.estimate import estimate
+    from advisor.cost.inference import estimate_inference
     from advisor.launch.files import launch_files
     from advisor.search.compare import compare
     from advisor.search.gpu_types import rank_gpus
@@ -26,6 +27,7 @@ __all__ = [
     "__version__",
     "compare",
     "estimate",
+    "estimate_inference",
     "largest_models",
     "launch_files",
     "limits",
@@ -38,6 +40,7 @@ __all__ = [
 _HOMES = {
     "compare": "advisor.search.compare",
     "estimate": "advisor.cost.estimate",
+    "estimate_inference": "advisor.cost.inference",
     "largest_models": "advisor.search.limits",
     "launch_files": "advisor.launch.files",
     "limits": "advisor.search.limits",

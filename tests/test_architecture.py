@@ -87,6 +87,7 @@ def test_the_functions_of_the_interface_are_those_of_their_modules() -> None:
     homes = {
         "compare": "search.compare",
         "estimate": "cost.estimate",
+        "estimate_inference": "cost.inference",
         "launch_files": "launch.files",
         "rank_gpus": "search.gpu_types",
         "read_records": "validation.recorded",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from advisor.cli.answer import NOTHING_FITS, form_of, notes, print_answer, traced_first
+from advisor.cli.inference import answer_inference, inference_options, refuse_without_flag
 from advisor.cli.options import (
     SectionCommand,
     elements,
@@ -148,12 +149,13 @@ rank_option = option("The plan", "--rank", type=int, help="Whose memory to show.
 @parallel_options
 @rank_option
 @training_options
+@inference_options
 @form_options
 @click.pass_context
 def estimate(context: click.Context, /, *, as_json: bool, as_csv: bool, **question: Any) -> None:
     """Price one plan: memory, traffic and time of a training step.
 
-    Exits with 3 where it does not fit.
+    With --inference: of a call of transformers' generate. Exits with 3 where it does not fit.
 
     \b
     Examples:
@@ -162,12 +164,16 @@ def estimate(context: click.Context, /, *, as_json: bool, as_csv: bool, **questi
       advisor estimate --model Llama-3.1-8B --gpu H100 --config accelerate.yaml
       advisor estimate --model Qwen3-32B --gpus 16 --trainer megatron --tp 8
       advisor estimate --model Llama-3.1-8B --gpus 8 --strategy fsdp --tokens 1e9
+      advisor estimate --inference --model Llama-3.1-8B --gpu L4 --weights nf4
     """
     from advisor.cost.estimate import estimate as price
 
-    form = form_of(as_json, as_csv)
+    form, words = form_of(as_json, as_csv), given(context, question)
+    if question["inference"]:
+        return answer_inference(context, form, words)
+    refuse_without_flag(words)
     with traced_first(question["trace"]):
-        answer = price(**given(context, question))
+        answer = price(**words)
     notes(answer.warnings)
     print_answer(
         form,

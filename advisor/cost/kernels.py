@@ -70,7 +70,12 @@ def _alone(product: Matmul, at: Rates) -> Amount:
 
 
 def _fused(product: Matmul, kernel: FusedAttention, at: Rates) -> Amount:
-    """*product* as a part of the fused *kernel*, over sequences of its *m*."""
+    """*product* as a part of the fused *kernel*, over sequences of its *m*.
+
+    A kernel that cuts few queries' work along the keys goes as fast as memory gives it these.
+    """
+    if product.splits_keys:
+        return product.operand_bytes / at.moved_bytes_per_s
     narrow = np.minimum(product.n, product.k) <= NARROW_HEAD
     rate = at.attention_flop_per_s[kernel][product.backward] * np.where(narrow, at.attention_narrow_share, 1.0)
     columns_seen = product.m * product.flop_share

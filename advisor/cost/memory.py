@@ -13,6 +13,7 @@ from advisor.cost.reserved import replayed
 from advisor.cost.results import Memory, PhaseMemory
 from advisor.specs.calibration import Calibration, likeness
 from advisor.specs.hardware import Cluster
+from advisor.specs.inference import InferencePlan
 from advisor.specs.plan import Plan
 from advisor.step.build import StepProgram
 from advisor.step.program import Amount, Line, fold, held_after, hold, peak_of, phase_peaks, then
@@ -20,8 +21,6 @@ from advisor.step.program import Amount, Line, fold, held_after, hold, peak_of, 
 ALLOCATOR = Settings(expandable_segments=True)
 """As the ``run.sh`` that advisor writes sets it."""
 WORKSPACES = "cuBLAS workspaces"
-GEMM_THREADS = 2
-"""Forward and backward run in threads of their own, each with a cuBLAS workspace."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,20 +38,23 @@ class Footprint:
 
 
 def on_device(program: StepProgram, cluster: Cluster, calibration: Calibration) -> StepProgram:
-    """The step as torch's allocator sees it on this GPU: cuBLAS workspaces are taken at the first product."""
+    """The step as torch's allocator sees it on this GPU: each thread that runs products has a cuBLAS workspace,
+    which it takes at its first."""
     workspace = calibration.workspace_bytes(cluster.gpu.compute_capability)
-    taken = [hold(WORKSPACES, "workspace", GEMM_THREADS * workspace)]
+    taken = [hold(WORKSPACES, "workspace", program.product_threads * workspace)]
     if program.groups_products:
         grouped = calibration.grouped_bytes(cluster.gpu.compute_capability)
         taken.append(hold("workspaces of grouped products", "workspace", grouped))
     return replace(
         program,
         init=then(program.init, *taken),
-        tensor_sizes={**program.tensor_sizes, WORKSPACES: lambda: GEMM_THREADS * [workspace]},
+        tensor_sizes={**program.tensor_sizes, WORKSPACES: lambda: program.product_threads * [workspace]},
     )
 
 
-def footprint(program: StepProgram, plan: Plan, cluster: Cluster, calibration: Calibration) -> Footprint:
+def footprint(
+    program: StepProgram, plan: Plan | InferencePlan, cluster: Cluster, calibration: Calibration
+) -> Footprint:
     """Sizes of every plan that *program* stands for. No plan needs less; :func:`memory` says what one does need."""
     states = fold(program.init).net_bytes
     allocated = fold(on_device(program, cluster, calibration).device).peak_bytes
@@ -62,14 +64,14 @@ def footprint(program: StepProgram, plan: Plan, cluster: Cluster, calibration: C
     return Footprint(states, allocated, reserved, used, _host_bytes(program, plan, cluster, calibration))
 
 
-def _waiting_bytes(churn: Amount, plan: Plan, calibration: Calibration) -> Amount:
+def _waiting_bytes(churn: Amount, plan: Plan | InferencePlan, calibration: Calibration) -> Amount:
     """What blocks weigh that wait for another stream before they are free, of *churn* bytes that come and go."""
-    return calibration.waiting_share * np.maximum(churn, 0) * (np.asarray(plan.gpus) > 1)
+    return calibration.waiting_share * np.maximum(churn, 0) * plan.talks
 
 
-def _outside_bytes(plan: Plan, calibration: Calibration) -> Amount:
+def _outside_bytes(plan: Plan | InferencePlan, calibration: Calibration) -> Amount:
     """Beside torch's allocator: the CUDA context and, with several ranks, the communicator's buffers."""
-    return calibration.context_bytes + calibration.communicator_bytes * (np.asarray(plan.gpus) > 1)
+    return calibration.context_bytes + calibration.communicator_bytes * plan.talks
 
 
 def short_by(used_bytes: Amount, capacity_bytes: int, margin_share: float) -> Amount:
@@ -77,7 +79,7 @@ def short_by(used_bytes: Amount, capacity_bytes: int, margin_share: float) -> Am
     return used_bytes - capacity_bytes * (1 - margin_share)
 
 
-def _host_bytes(program: StepProgram, plan: Plan, cluster: Cluster, calibration: Calibration) -> Amount:
+def _host_bytes(program: StepProgram, plan: Plan | InferencePlan, cluster: Cluster, calibration: Calibration) -> Amount:
     """One machine's: what each of its ranks holds, plus what one of them holds while it loads for all."""
     ranks = np.minimum(plan.gpus, cluster.gpus_per_node)
     each = fold(program.host).peak_bytes + calibration.process_host_bytes
@@ -86,7 +88,7 @@ def _host_bytes(program: StepProgram, plan: Plan, cluster: Cluster, calibration:
 
 def memory(
     program: StepProgram,
-    plan: Plan,
+    plan: Plan | InferencePlan,
     cluster: Cluster,
     calibration: Calibration,
     *,

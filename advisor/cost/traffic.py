@@ -8,6 +8,7 @@ import numpy as np
 
 from advisor.cost.collectives import Path, collective_seconds, copy_seconds, nvme_seconds, path, sent_bytes
 from advisor.specs.hardware import Cluster
+from advisor.specs.inference import InferencePlan
 from advisor.specs.plan import Group, GroupName, Plan
 from advisor.step.program import (
     Amount,
@@ -59,7 +60,7 @@ class Routes:
 class Ways:
     """What the transfers of a plan go over on a cluster, and how long each takes there."""
 
-    def __init__(self, cluster: Cluster, plan: Plan, routes: Routes | None = None) -> None:
+    def __init__(self, cluster: Cluster, plan: Plan | InferencePlan, routes: Routes | None = None) -> None:
         self.cluster, self.plan = cluster, plan
         self._routes = routes or Routes(cluster)
         self._paths: dict[GroupName, Path] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from rich.console import RenderableType
 from rich.text import Text
@@ -16,6 +17,20 @@ from advisor.step.program import Line
 
 VERDICTS = {"fits": ("Fits", "bold green"), "tight": ("Tight", "bold yellow"), "no": ("Does not fit", "bold red")}
 BAR_WIDTH = 20
+
+
+class Names(NamedTuple):
+    """How to speak of what is run."""
+
+    whole: str
+    between: str
+    """When the states are all that there is."""
+    states: str
+    set_by: str
+    """Who sets the allocator so."""
+
+
+OF_A_STEP = Names("a step", "between steps", "weights, gradients that are kept, optimizer", " as run.sh sets")
 LEAST_SHOWN_BYTES = GIB // 200
 """What would read 0.00 GiB is left to the sum of its category."""
 
@@ -35,11 +50,7 @@ def estimate_report(estimate: Estimate, *, width: int) -> list[RenderableType]:
         ),
         *read_lines(estimate.inputs),
         *assumed_line(estimate.inputs),
-        *section(f"Memory of {'the fullest GPU, ' if memory.fullest else ''}rank {memory.rank}", _totals(memory)),
-        *section(
-            f"What is allocated at the peak: {memory.peak_phase}, {memory.peak_label}", _ledger(memory.ledger, width)
-        ),
-        *section("Peak of each phase of a step", _timeline(memory, width)),
+        *memory_sections(memory, width, OF_A_STEP),
     ]
     parts += section(
         f"Host memory of one machine: {gib(memory.host_bytes)} of {gib(memory.host_capacity_bytes)}",
@@ -59,13 +70,25 @@ def estimate_report(estimate: Estimate, *, width: int) -> list[RenderableType]:
     return list(parts)
 
 
-def _totals(memory: Memory) -> RenderableType:
+def memory_sections(memory: Memory, width: int, named: Names) -> list[RenderableType]:
+    """What the fullest GPU holds, in all, at the peak and in each phase."""
+    rank = f"{'the fullest GPU, ' if memory.fullest else ''}rank {memory.rank}"
+    return [
+        *section(f"Memory of {rank}", _totals(memory, named)),
+        *section(
+            f"What is allocated at the peak: {memory.peak_phase}, {memory.peak_label}", _ledger(memory.ledger, width)
+        ),
+        *section(f"Peak of each phase of {named.whole}", _timeline(memory, width)),
+    ]
+
+
+def _totals(memory: Memory, named: Names) -> RenderableType:
     sizes = {
-        "between steps": (memory.states_bytes, "weights, gradients that are kept, optimizer"),
+        named.between: (memory.states_bytes, named.states),
         "allocated at the peak": (memory.peak_allocated_bytes, "torch.cuda.max_memory_allocated()"),
         "reserved at the peak": (
             memory.peak_reserved_bytes,
-            f"torch.cuda.max_memory_reserved(), with {memory.allocator} as run.sh sets",
+            f"torch.cuda.max_memory_reserved(), with {memory.allocator}{named.set_by}",
         ),
         "used on the device": (
             memory.device_used_bytes,
@@ -76,7 +99,7 @@ def _totals(memory: Memory) -> RenderableType:
     }
     numbers = _right(aligned([size / GIB for size, _ in sizes.values()]))
     return list_of(
-        (name, f"{number} GiB", meaning) for (name, (_, meaning)), number in zip(sizes.items(), numbers, strict=True)
+        (name, f"{number} GiB", said) for (name, (_, said)), number in zip(sizes.items(), numbers, strict=True)
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from advisor.catalog.clusters import ClusterProfile
+from advisor.cost.inference import InferenceEstimate
 from advisor.cost.results import Estimate, Memory, StepTime, TrafficLine
 from advisor.search.compare import Comparison
 from advisor.search.gpu_types import GpuRanking
@@ -57,6 +58,62 @@ def estimate_object(estimate: Estimate) -> Json:
         "verdict": estimate.verdict,
         "why": estimate.why,
         "warnings": list(estimate.warnings),
+    }
+
+
+def inference_object(estimate: InferenceEstimate) -> Json:
+    """One way to generate, priced."""
+    inference, plan = estimate.inference, estimate.plan
+    return {
+        "schema": SCHEMA,
+        "inputs": inputs_object(estimate.inputs),
+        "model": {
+            "name": estimate.model.name,
+            "family": estimate.model.family,
+            "parameters": estimate.model.parameter_count,
+        },
+        "plan": {
+            "gpus": plan.gpus,
+            "tp": plan.tensor_parallel,
+            "copies": plan.copies,
+            **asdict(inference),
+        },
+        "memory": {**_memory(estimate.memory), "kv_cache_bytes": estimate.kv_cache_bytes},
+        "largest_batch": estimate.largest_batch,
+        "longest_context": estimate.longest_context,
+        "time": {
+            "prefill": asdict(estimate.prefill),
+            "decode": asdict(estimate.decode),
+            "call_s": estimate.call_s,
+            "new_tokens": estimate.new_tokens,
+            "tokens_per_s": estimate.tokens_per_s,
+        },
+        "verdict": estimate.verdict,
+        "why": estimate.why,
+        "warnings": list(estimate.warnings),
+    }
+
+
+def inference_row(estimate: InferenceEstimate) -> Json:
+    """The same as flat columns, without what fills the memory."""
+    memory = estimate.memory
+    return {
+        "model": estimate.model.name,
+        "gpu": estimate.cluster.gpu.name,
+        "gpus": estimate.plan.gpus,
+        "tp": estimate.plan.tensor_parallel,
+        **asdict(estimate.inference),
+        "states_bytes": memory.states_bytes,
+        "kv_cache_bytes": estimate.kv_cache_bytes,
+        "peak_allocated_bytes": memory.peak_allocated_bytes,
+        "peak_reserved_bytes": memory.peak_reserved_bytes,
+        "device_used_bytes": memory.device_used_bytes,
+        "largest_batch": estimate.largest_batch,
+        "longest_context": estimate.longest_context,
+        "prefill_s": estimate.prefill.seconds,
+        "decode_s": estimate.decode.seconds,
+        "tokens_per_s": estimate.tokens_per_s,
+        "verdict": estimate.verdict,
     }
 
 

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from advisor.specs.hardware import Gpu
+from advisor.specs.inference import InferencePlan
 from advisor.specs.plan import Plan
 
 Range = tuple[float, float]
 """From the low to the high share."""
 
 
-def likeness(plan: Plan, compute_capability: str) -> str:
+def likeness(plan: Plan | InferencePlan, compute_capability: str) -> str:
     """What residuals of *plan* on a GPU of *compute_capability* are put together with: its framework, where its states
     lie, and the generation of the GPU."""
     offload = ", offload" if plan.offload.optimizer else ""

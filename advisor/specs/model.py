@@ -30,14 +30,36 @@ Placement = Literal["pre", "post-branch", "sandwich", "post-sum", "parallel"]
 ``post-sum``: norm(x + f(x)) (BERT). ``parallel``: x + attention(norm(x)) + mlp(norm(x)) (GPT-NeoX, Falcon).
 """
 
-Held = Literal["as model", "products", "four bits"]
-"""In which format a weight is held."""
+Held = Literal["as model", "products", "four bits", "four bits, plain scales", "int8", "fp8"]
+"""In which format a weight is held: that of the model, or that which products read; four bits by bitsandbytes, their
+scales quantized too or not; int8 by rows (LLM.int8); fp8 by blocks."""
 
 Objective = Literal["causal", "masked", "seq2seq"]
 
 
 SCALED, SCALES_SCALED = 64, 256
 """Weights that share a scale, and scales that share one."""
+
+
+FP8_BLOCK = 128
+"""Rows and columns of a matrix in fp8 that share a scale."""
+
+
+def plain_four_bit_bytes(numel: int) -> int:
+    """Bytes of *numel* weights in four bits with a scale in fp32 for each block, and the table of 16 values."""
+    return -(-numel // 2) + 4 * (-(-numel // SCALED) + 16)
+
+
+def int8_bytes(shape: tuple[int, ...]) -> int:
+    """Bytes of a matrix (outputs, inputs) in int8 with a scale in fp32 for each row (bitsandbytes ``Linear8bitLt``)."""
+    return prod(shape) + 4 * shape[0]
+
+
+def fp8_bytes(shape: tuple[int, ...]) -> int:
+    """Bytes of a matrix, or of several, in fp8 with a scale in fp32 for each block (transformers 5.23,
+    integrations/finegrained_fp8.py ``FP8Linear`` and ``FP8Experts``)."""
+    *several, rows, columns = shape
+    return prod(shape) + 4 * prod(several) * -(-rows // FP8_BLOCK) * -(-columns // FP8_BLOCK)
 
 
 def nested_four_bit_bytes(numel: int) -> int:
@@ -77,8 +99,15 @@ class Parameter:
 
     def held_bytes(self, model_bytes: int, compute_bytes: int) -> int:
         """Its bytes, where the model and what products read have so many per element."""
-        if self.held == "four bits":
-            return nested_four_bit_bytes(self.numel)
+        match self.held:
+            case "four bits":
+                return nested_four_bit_bytes(self.numel)
+            case "four bits, plain scales":
+                return plain_four_bit_bytes(self.numel)
+            case "int8":
+                return int8_bytes(self.shape)
+            case "fp8":
+                return fp8_bytes(self.shape)
         return self.numel * (compute_bytes if self.held == "products" else model_bytes)
 
 
@@ -233,6 +262,9 @@ class Layer:
     """Dropout on each branch before it is added to the residual stream."""
     transposed_weights: bool = False
     """Products read a transposed view of their weight, whose copy autocast does not keep for later (Falcon)."""
+    names_branches: bool = False
+    """The layer's code has names of their own for what its branches take and give, which live until it returns (GPT-2,
+    Falcon)."""
     closes_stack: bool = False
     """The last parameter is the encoder's final norm, which runs behind the layer and is not checkpointed with it."""
     starts_gradients: bool = False
@@ -309,6 +341,8 @@ class ModelSpec:
     head_activation: str | None = None
     """Activation of the transform before the output matrix (BERT, RoBERTa)."""
     logit_soft_cap: bool = False
+    rotary_kinds: int = 1
+    """Kinds of layers that rotate by angles of their own (Gemma 3)."""
     buffers: tuple[Buffer, ...] = ()
     source: str = ""
     notes: tuple[str, ...] = ()
@@ -333,6 +367,11 @@ class ModelSpec:
         """Elements of all weights, a tied matrix counted once."""
         per_run = sum(run.repeats * sum(layer.parameter_count for layer in run.layers) for run in self.runs)
         return self.embedding_count + per_run + self.head_count
+
+    def tables_bytes(self, weight_bytes: int) -> int:
+        """Bytes of its buffers, where weights are built in *weight_bytes* per element."""
+        sizes = {"fp32": 4, "int64": 8, "bool": 1, "weights": weight_bytes}
+        return sum(buffer.numel * sizes[buffer.number_format] for buffer in self.buffers)
 
     @cached_property
     def embedding_count(self) -> int:

@@ -374,6 +374,12 @@ class Plan:
         return {"deepspeed": "DeepSpeed", "megatron": "Megatron"}.get(self.framework, self.framework.upper())
 
     @property
+    def talks(self) -> bool | NDArray[Any]:
+        """Whether ranks send each other anything."""
+        several: bool | NDArray[Any] = np.asarray(self.gpus) > 1
+        return several
+
+    @property
     def global_batch(self) -> Count:
         """Sequences per optimizer step over all GPUs."""
         return self.data_parallel * self.micro_batch * self.accumulation_steps

@@ -5,6 +5,7 @@ from __future__ import annotations
 from advisor.specs.job import AttentionKernel
 from advisor.specs.model import Attention, NormKind
 from advisor.step.attention_kernels import attend, expand_heads
+from advisor.step.key_value_cache import cache, seen_tokens
 from advisor.step.operators import add, concatenate, copy, linear, multiply_constant, rms_norm, view
 from advisor.step.tape import Tape, Tensor
 from advisor.step.weights import Weights
@@ -21,25 +22,31 @@ def attention(
     memory: Tensor | None = None,
 ) -> Tensor:
     """Self-attention over *hidden*, or cross-attention to *memory*."""
+    joint = None
     if spec.latent:
         query, key, value = _latent_projections(tape, hidden, spec, weights, hidden_size)
     else:
-        query, key, value = _projections(tape, hidden, memory or hidden, spec, weights, hidden_size)
+        query, key, value, joint = _projections(tape, hidden, memory or hidden, spec, weights, hidden_size)
         query, key = _normalise_heads(tape, query, key, spec, norm, weights)
         if spec.rotary_fraction:
             query, key = (
                 rotate(tape, query, spec.rotary_fraction),
                 rotate(tape, key, spec.rotary_fraction),
             )
+        if memory is None:
+            key, value = cache(tape, key, value, spec)
     output = attend(tape, query, key, value, spec, weights, kernel, crosses=memory is not None)
     del query, key, value
     projection = weights.take(hidden_size, spec.heads * spec.value_head_dim)
-    return linear(tape, output, projection, weights.bias(hidden_size, spec.output_bias))
+    output = linear(tape, output, projection, weights.bias(hidden_size, spec.output_bias))
+    del joint
+    return output
 
 
 def _projections(
     tape: Tape, hidden: Tensor, source: Tensor, spec: Attention, weights: Weights, hidden_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Queries, keys and values, and the product that they are views of, which the code has a name for, if they are."""
     wide, narrow = spec.query_width, spec.key_value_width
     if spec.fused_projection:
         fused_width = wide + 2 * narrow
@@ -49,14 +56,14 @@ def _projections(
         if spec.expanded_heads:
             query = copy(tape, query)
             key, value = (expand_heads(tape, copy(tape, each), spec) for each in (key, value))
-            return query, key, value
+            return query, key, value, fused
         if spec.broadcast_heads:
-            return query, copy(tape, key), copy(tape, value)
-        return query, key, value
+            return query, copy(tape, key), copy(tape, value), fused
+        return query, key, value, fused
     query = linear(tape, hidden, weights.take(wide, hidden_size), weights.bias(wide, spec.bias))
     key = linear(tape, source, weights.take(narrow, hidden_size), weights.bias(narrow, spec.bias))
     value = linear(tape, source, weights.take(narrow, hidden_size), weights.bias(narrow, spec.bias))
-    return query, key, value
+    return query, key, value, None
 
 
 def _latent_projections(
@@ -80,13 +87,16 @@ def _latent_projections(
     plain = rms_norm(tape, plain, weights.take(latent.key_value_rank), latent.key_value_rank, fp32_weight=False)
     rotated_key = rotate(tape, view(tape, compressed, tokens * latent.rotary_head_dim), 1.0)
     rotated = rotate(tape, view(tape, query, tokens * spec.heads * latent.rotary_head_dim), 1.0)
+    # What keys and values are expanded from is cached, and all of it expanded in every pass.
+    plain, rotated_key = cache(tape, plain, rotated_key, spec)
     query = concatenate(tape, view(tape, query, tokens * spec.heads * latent.plain_head_dim), rotated)
     del rotated
+    seen = seen_tokens(tape, spec)
     expanded_width = spec.heads * (latent.plain_head_dim + latent.value_head_dim)
     expanded = linear(tape, plain, weights.take(expanded_width, latent.key_value_rank))
-    value = view(tape, expanded, tokens * spec.heads * latent.value_head_dim)
+    value = view(tape, expanded, seen * spec.heads * latent.value_head_dim)
     spread = Tensor(rotated_key.numel * spec.heads, rotated_key.element_bytes, True, rotated_key.storage)
-    key = concatenate(tape, view(tape, expanded, tokens * spec.heads * latent.plain_head_dim), spread)
+    key = concatenate(tape, view(tape, expanded, seen * spec.heads * latent.plain_head_dim), spread)
     return query, key, value
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 from advisor.specs.job import AttentionKernel
 from advisor.specs.model import Attention
+from advisor.step.key_value_cache import decodes, seen_tokens
 from advisor.step.operators import (
     add_constant,
     cast,
@@ -54,16 +55,18 @@ def attend(
     masked = kernel == "sdpa" and not eager and is_masked(tape, spec)
     grouped = spec.key_value_heads < spec.heads and not (spec.expanded_heads or spec.broadcast_heads)
     if grouped and kernel == "sdpa" and not eager and (masked or spec.head_dim != spec.value_head_dim):
-        # transformers 5.23, integrations/sdpa_attention.py: no kernel takes a mask beside shared heads.
-        copies = spec.key_value_heads > 1
-        key, value = (expand_heads(tape, each, spec, copies=copies) for each in (key, value))
+        # transformers 5.23, integrations/sdpa_attention.py: no kernel takes a mask beside shared heads. Queries of one
+        # token that share a key become rows of one head.
+        if not decodes(tape):
+            copies = spec.key_value_heads > 1
+            key, value = (expand_heads(tape, each, spec, copies=copies) for each in (key, value))
         grouped = False
     query, key, value = (cast(tape, each, tape.compute_bytes) for each in (query, key, value))
     bias = _position_bias(tape, spec, weights, crosses=crosses) if spec.additive_bias and not spec.eager_only else None
     if eager:
         return _eager(tape, query, key, value, spec, weights, bias, arrived_bytes)
     if bias is None and masked:
-        bias = tape.new(tape.sequence_length**2, tape.compute_bytes)
+        bias = tape.new(tape.sequence_length * seen_tokens(tape, spec), tape.compute_bytes)
         tape.work(bias)
     chosen = chosen_kernel(spec, tape.compute_bytes, kernel, masked=bias is not None, grouped=grouped)
     if chosen == "math":
@@ -79,7 +82,7 @@ def is_masked(tape: Tape, spec: Attention) -> bool:
 
     transformers 5.23, masking_utils.py ``_ignore_causal_mask_sdpa``: a window as long as the sequence counts.
     """
-    return tape.padded or spec.always_masked or (spec.window is not None and spec.window <= tape.sequence_length)
+    return tape.padded or spec.always_masked or (spec.window is not None and spec.window <= seen_tokens(tape, spec))
 
 
 def chosen_kernel(
@@ -135,6 +138,14 @@ def seen_share(length: int, spec: Attention) -> float:
     return spec.window / length * (1 - spec.window / (2 * length))
 
 
+def _scores(tape: Tape, spec: Attention, element_bytes: int) -> Matmul:
+    """The scores matrix of every head. Of one new token, heads that share a key are rows of one product."""
+    rows, seen, heads = tape.sequence_length, seen_tokens(tape, spec), spec.heads
+    if decodes(tape) and not (spec.latent or spec.eager_only):
+        rows, heads = spec.heads // spec.key_value_heads, spec.key_value_heads
+    return Matmul(rows, seen, seen, heads, "attention", element_bytes=element_bytes)
+
+
 def _score_products(spec: Attention, whole: Matmul) -> tuple[Product, Product]:
     """The products scores = q·kᵀ and output = p·v of every head, where *whole* says all but their sizes."""
     return (
@@ -164,8 +175,9 @@ def _fused(
     needs_rows = kernel == "flash" or tape.grad_enabled or tape.kept is not None
     log_sum_exp, _ = tape.keep(rows * spec.heads * needs_rows, 4)
     # A kernel that gets a mask computes what the mask hides.
-    share = seen_share(tape.sequence_length, spec) if kernel == "flash" or bias is None else 1.0
-    whole = Matmul(length, length, length, spec.heads, "attention", share, tape.compute_bytes, fused)
+    skips = (kernel == "flash" or bias is None) and not decodes(tape)
+    share = seen_share(tape.sequence_length, spec) if skips else 1.0
+    whole = replace(_scores(tape, spec, tape.compute_bytes), flop_share=share, fused=fused, splits_keys=decodes(tape))
     if fresh:
         tape.work(query, key, value, output, matmuls=_score_products(spec, whole))
     kept = Tensor(output.numel, output.element_bytes, True, output.storage)
@@ -215,24 +227,24 @@ def _math(tape: Tape, query: Tensor, key: Tensor, value: Tensor, spec: Attention
     original = query.element_bytes
     query, key, value = (cast(tape, each, 4) for each in (query, key, value))
     query = multiply_constant(tape, query)
-    if bias is None:
+    if bias is None and not decodes(tape):
         bias = tape.new(tape.sequence_length**2, 4, scales=False)
         tape.work(bias, kernels=2)
     if not spec.broadcast_heads and spec.key_value_heads < spec.heads:
         key, value = expand_heads(tape, key, spec), expand_heads(tape, value, spec)
     key = multiply_constant(tape, key)
-    query = copy(tape, query)
-    if spec.broadcast_heads:
-        key = expand_heads(tape, key, spec, copies=not tape.alone)
-    scores = matrix_product(tape, query, key, spec, scores=True)
-    tape.work(scores, bias, scores)
+
+    def expanded(x: Tensor) -> Tensor:
+        return expand_heads(tape, x, spec, copies=not tape.alone) if spec.broadcast_heads else x
+
+    scores = matrix_product(tape, copy(tape, query), expanded(key), spec, scores=True)
+    if bias:
+        tape.work(scores, bias, scores)
     probabilities = unary(tape, scores, saves="output")
     del scores, bias
     probabilities = dropout(tape, probabilities, spec.dropout)
     returned = cast(tape, probabilities, original)
-    if spec.broadcast_heads:
-        value = expand_heads(tape, value, spec, copies=not tape.alone)
-    output = cast(tape, matrix_product(tape, probabilities, value, spec, scores=False), original)
+    output = cast(tape, matrix_product(tape, probabilities, expanded(value), spec, scores=False), original)
     del returned
     return copy(tape, output)
 
@@ -253,11 +265,12 @@ def _eager(
     """
     if spec.key_value_heads < spec.heads and not spec.expanded_heads:
         key, value = expand_heads(tape, key, spec), expand_heads(tape, value, spec)
-    if (spec.fused_projection or spec.latent) and not tape.alone:
+    strided = spec.fused_projection and not tape.caching
+    if (strided or spec.latent) and not tape.alone:
         # Products copy heads that are strided views, except those of a single sequence.
         value = copy(tape, value)
-    if spec.fused_projection and not tape.alone:
-        query, key = (query, key) if spec.rotary_fraction else (copy(tape, query), copy(tape, key))
+    if spec.fused_projection and not tape.alone and not spec.rotary_fraction:
+        query, key = copy(tape, query), copy(tape, key) if strided else key
     scores = matrix_product(tape, query, key, spec, scores=True)
     held = [scores] if spec.holds_scores else []
     scores = multiply_constant(tape, scores) if not spec.holds_scores else scores
@@ -283,6 +296,7 @@ def _eager(
     del scores
     probabilities = cast(tape, probabilities, tape.compute_bytes)
     probabilities = dropout(tape, probabilities, spec.dropout)
+    tape.lasting.append(probabilities)
     output = copy(tape, matrix_product(tape, probabilities, value, spec, scores=False))
     held.clear()
     return output
@@ -343,10 +357,9 @@ def expand_heads(tape: Tape, x: Tensor, spec: Attention, *, copies: bool = True)
 
 def matrix_product(tape: Tape, left: Tensor, right: Tensor, spec: Attention, *, scores: bool) -> Tensor:
     """A batch of products per head that saves both sides: q·kᵀ where *scores*, else p·v."""
-    length = tape.sequence_length
-    whole = Matmul(length, length, length, spec.heads, "attention", element_bytes=left.element_bytes)
-    product = _score_products(spec, whole)[0 if scores else 1]
-    output = tape.new(spec.heads * length * (length if scores else spec.value_head_dim), left.element_bytes)
+    length, seen = tape.sequence_length, seen_tokens(tape, spec)
+    product = _score_products(spec, _scores(tape, spec, left.element_bytes))[0 if scores else 1]
+    output = tape.new(spec.heads * length * (seen if scores else spec.value_head_dim), left.element_bytes)
     tape.work(left, right, output, matmuls=(product,))
     sides = (left.numel, left.element_bytes), (right.numel, right.element_bytes)
     # Each side is kept for the gradient of the other.

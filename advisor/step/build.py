@@ -66,6 +66,8 @@ class StepProgram:
     """CUDA streams, other than the one that computes, from whose memory a label is taken."""
     groups_products: bool = False
     """Whether products of several experts run side by side, on streams with workspaces of their own."""
+    product_threads: int = 2
+    """Threads of the process that run products: forward, and backward where there is one."""
     slowest: Node = NOTHING
     """The step of the pipeline stage that computes most, at whose pace the others go; nothing without a pipeline."""
     slowest_excess: float = 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from advisor.specs.model import Experts, FeedForward
+from advisor.step.key_value_cache import decodes
 from advisor.step.operators import (
     add,
     add_constant,
@@ -36,6 +37,13 @@ def activation(tape: Tape, x: Tensor, name: str) -> Tensor:
         inner = unary(tape, inner, saves="output")
         inner = add_constant(tape, inner)
         return multiply(tape, half, inner)
+    if name == "bloom_gelu":
+        # An expression in Python whose factors are there beside its result.
+        factors = [tape.like(x) for _ in range(3)]
+        tape.work(x, *factors, kernels=6)
+        output = unary(tape, x, saves="input")
+        del factors
+        return output
     return unary(tape, x, saves="output" if name == "relu" else "input")
 
 
@@ -80,6 +88,8 @@ def mixture(tape: Tape, hidden: Tensor, spec: Experts, weights: Weights, hidden_
 
 def _routed(tape: Tape, hidden: Tensor, spec: Experts, weights: Weights, hidden_size: int) -> Tensor:
     routing = _route(tape, hidden, spec, weights, hidden_size)
+    if decodes(tape):
+        return _batched_experts(tape, hidden, routing, spec, weights, hidden_size)
     return _grouped_experts(tape, hidden, routing, spec, weights, hidden_size)
 
 
@@ -94,7 +104,8 @@ def _route(tape: Tape, hidden: Tensor, spec: Experts, weights: Weights, hidden_s
     if spec.scoring == "softmax-of-topk":
         return unary(tape, _top(tape, logits, tokens * spec.active), saves="output")
     scores = unary(tape, logits, saves="output", element_bytes=4)
-    return cast(tape, _top(tape, scores, tokens * spec.active), tape.compute_bytes)
+    chosen = _top(tape, scores, tokens * spec.active)
+    return chosen if spec.router_in_fp32 else cast(tape, chosen, tape.compute_bytes)
 
 
 def _product_in_fp32(tape: Tape, x: Tensor, weight: Weight) -> Tensor:
@@ -133,12 +144,13 @@ def _every_expert(tape: Tape, hidden: Tensor, spec: Experts, weights: Weights, h
     del repeated
     up = weights.take(spec.count, 2 * spec.width, hidden_size)
     fused = expert_product(tape, routed, up, hidden_size, 2 * spec.width)
-    del routed
     half = rows * spec.width
     inner = multiply(tape, view(tape, fused, half), activation(tape, view(tape, fused, half), spec.activation))
     del fused
     down = weights.take(spec.count, spec.width, hidden_size)
-    return _sum_rows(tape, expert_product(tape, inner, down, spec.width, hidden_size), spec.count)
+    output = _sum_rows(tape, expert_product(tape, inner, down, spec.width, hidden_size), spec.count)
+    del routed
+    return output
 
 
 def expert_product(tape: Tape, x: Tensor, weight: Weight, inside: int, outside: int) -> Tensor:
@@ -219,7 +231,6 @@ def _grouped_experts(
     # Each pair's row of the bias stays until the next product's rows are there.
     rows = tape.new(pairs * 2 * spec.width, up_bias.element_bytes) if up_bias else None
     fused = grouped_product(tape, selected, up, up_bias, hidden_size, 2 * spec.width)
-    del selected
     half = fused.numel // 2
     gate, entrance = view(tape, fused, half), view(tape, fused, half)
     del fused
@@ -232,11 +243,11 @@ def _grouped_experts(
     down_bias = weights.take(spec.count, hidden_size) if spec.bias else None
     rows = tape.new(pairs * hidden_size, down_bias.element_bytes) if down_bias else None
     inner = grouped_product(tape, inner, down, down_bias, spec.width, hidden_size)
-    inner = scale_rows(tape, inner, routing)
-    inner = copy(tape, inner)
-    output = tape.new(tokens * hidden_size, inner.element_bytes)
-    tape.work(inner, output, *([rows] if rows else []))
-    del rows
+    weighted = copy(tape, scale_rows(tape, inner, routing))
+    output = tape.new(tokens * hidden_size, weighted.element_bytes)
+    tape.work(weighted, output, *([rows] if rows else []))
+    # What the function's variables name is there until it returns.
+    del rows, selected, inner
 
     def backward(tape: Tape, gradient: Tensor) -> Gradients:
         # The sum's gradient is an expanded view; the inverse permutation then writes it out for every pair.
@@ -244,7 +255,59 @@ def _grouped_experts(
         tape.work(gradient, order, spread, kernels=2)
         return (spread,)
 
-    return tape.attach(output, [inner], backward)
+    return cast(tape, tape.attach(output, [weighted], backward), hidden.element_bytes)
+
+
+def _batched_experts(
+    tape: Tape, hidden: Tensor, routing: Tensor, spec: Experts, weights: Weights, hidden_size: int
+) -> Tensor:
+    """Each token with copies of the matrices of its experts, as ``generate`` runs them after the prompt.
+
+    transformers 5.23, generation/utils.py ``_optimize_model_for_decode`` and integrations/moe.py
+    ``batched_mm_experts_forward``. The matrices of the first product stay until those of the second are there.
+    """
+    pairs = hidden.numel // hidden_size * spec.active
+    selected = tape.new(pairs * hidden_size, hidden.element_bytes)
+    tape.work(hidden, selected)
+    up = _chosen(tape, weights.take(spec.count, 2 * spec.width, hidden_size), pairs)
+    up_bias = _chosen(tape, weights.take(spec.count, 2 * spec.width), pairs) if spec.bias else None
+    fused = _batched_product(tape, selected, up, up_bias, pairs, hidden_size, 2 * spec.width)
+    half = fused.numel // 2
+    gate, entrance = view(tape, fused, half), view(tape, fused, half)
+    del fused
+    if spec.activation == "clamped-swiglu":
+        inner = _clamped_swiglu(tape, gate, entrance)
+    else:
+        inner = multiply(tape, activation(tape, gate, spec.activation), entrance)
+    del gate, entrance
+    down = _chosen(tape, weights.take(spec.count, spec.width, hidden_size), pairs)
+    del up
+    down_bias = _chosen(tape, weights.take(spec.count, hidden_size), pairs) if spec.bias else None
+    del up_bias
+    inner = _batched_product(tape, inner, down, down_bias, pairs, spec.width, hidden_size)
+    weighted = scale_rows(tape, inner, routing)
+    output = tape.new(hidden.numel, weighted.element_bytes)
+    tape.work(weighted, output)
+    del selected, down, down_bias, inner
+    return cast(tape, output, hidden.element_bytes)
+
+
+def _chosen(tape: Tape, weight: Weight, pairs: int) -> Tensor:
+    """A copy of the part of *weight* that belongs to the expert of each pair of token and expert."""
+    output = tape.new(pairs * (weight.parameter.numel // weight.parameter.shape[0]), weight.element_bytes)
+    tape.work(output, output)
+    return output
+
+
+def _batched_product(
+    tape: Tape, x: Tensor, matrices: Tensor, bias: Tensor | None, pairs: int, inside: int, outside: int
+) -> Tensor:
+    output = tape.new(pairs * outside, x.element_bytes)
+    product = Product(Matmul(1, outside, inside, pairs, element_bytes=x.element_bytes), "count")
+    tape.work(x, matrices, output, matmuls=(product,))
+    if bias:
+        tape.work(bias, output, output)
+    return output
 
 
 def _clamped_swiglu(tape: Tape, gate: Tensor, entrance: Tensor) -> Tensor:

@@ -44,6 +44,20 @@ def decoder_layer(
     memory: Tensor | None = None,
 ) -> Tensor:
     """One layer over the residual stream *hidden*; *memory* is the encoder's output for cross-attention."""
+    output = _layer(tape, hidden, layer, weights, hidden_size, kernel, memory)
+    tape.lasting.clear()
+    return output
+
+
+def _layer(
+    tape: Tape,
+    hidden: Tensor,
+    layer: Layer,
+    weights: Weights,
+    hidden_size: int,
+    kernel: AttentionKernel,
+    memory: Tensor | None,
+) -> Tensor:
     tape.keeps_copies = not layer.transposed_weights
 
     def norm(x: Tensor) -> Tensor:
@@ -51,7 +65,10 @@ def decoder_layer(
 
     def attend(x: Tensor) -> Tensor:
         tape.scope = "attention"
-        return attention(tape, x, layer.attention, layer.norm, weights, hidden_size, kernel)
+        output = attention(tape, x, layer.attention, layer.norm, weights, hidden_size, kernel)
+        if layer.names_branches:
+            tape.lasting.append(output)
+        return output
 
     def cross(x: Tensor) -> Tensor:
         tape.scope = "cross-attention"
@@ -68,6 +85,8 @@ def decoder_layer(
     if layer.placement == "parallel":
         first = norm(hidden)
         second = first if layer.shared_norm else norm(hidden)
+        if layer.names_branches:
+            tape.lasting += [first, second]
         attended = dropout(tape, attend(first), layer.dropout)
         del first
         transformed = dropout(tape, transform(second), layer.dropout)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from advisor.specs.model import Layer
 from advisor.step.attention_kernels import is_masked
+from advisor.step.key_value_cache import seen_tokens
 from advisor.step.program import Amount
 from advisor.step.recording import Mode
 
@@ -45,11 +46,12 @@ def _mask_bytes(layers: Sequence[Layer], mode: Mode, batch: Amount) -> Amount:
 
     Without padding the boolean one is one for the whole micro-batch. Cross-attention needs one where there is padding.
     """
-    tape, area = mode.tape(), mode.sequence_length**2
+    tape = mode.tape()
     kinds = {(layer.attention.window, layer.attention.causal): layer.attention for layer in layers}
     crossings = {layer.cross_attention for layer in layers if layer.cross_attention and mode.padded}
     total: Amount = 0
     for spec in (*kinds.values(), *crossings):
+        area = mode.sequence_length * seen_tokens(tape, spec)
         if mode.attention == "eager" or spec.eager_only:
             total = total + area * mode.stream_bytes * batch * (spec.causal or mode.padded)
         elif mode.attention == "sdpa" and is_masked(tape, spec):

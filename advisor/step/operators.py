@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from advisor.specs.model import Parameter
 from advisor.step.program import Matmul
+from advisor.step.quantized import product_out_of_bits
 from advisor.step.tape import Adapter, Gradients, Product, Tape, Tensor, Weight
 
 
@@ -212,7 +213,7 @@ def concatenate(tape: Tape, *parts: Tensor) -> Tensor:
 
 def dropout(tape: Tape, x: Tensor, probability: float) -> Tensor:
     """Fused dropout keeps one byte per element."""
-    if not probability:
+    if not probability or tape.caching:
         return x
     output = tape.like(x)
     mask = tape.like(x, 1)
@@ -310,6 +311,8 @@ def _quantized_product(tape: Tape, x: Tensor, weight: Weight) -> Tensor:
 
 def _product(tape: Tape, x: Tensor, weight: Weight, bias: Weight | None = None) -> Tensor:
     """Saves its input where the weight needs a gradient, or *tape* says so, and the weight where the input does."""
+    if tape.caching and weight.parameter.held not in ("as model", "products"):
+        return product_out_of_bits(tape, x, weight)  # which adds the bias, too
     if weight.parameter.held == "four bits":
         return _quantized_product(tape, x, weight)
     outside, inside = weight.shape

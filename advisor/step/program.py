@@ -33,6 +33,7 @@ Category = Literal[
     "parameters",
     "gradients",
     "optimizer",
+    "kv cache",
     "activations",
     "logits",
     "buffers",
@@ -99,6 +100,10 @@ class Matmul:
     """The kernel that it is a part of; None where it is one by itself."""
     backward: bool = False
     """Whether that kernel computes gradients."""
+    splits_keys: bool = False
+    """Whether that kernel has few queries and so cuts its work along the keys."""
+    matrix_bytes: Amount | None = None
+    """Of its second operand in all, where that is held in fewer bits than the others."""
 
     @property
     def flop(self) -> Amount:
@@ -109,6 +114,8 @@ class Matmul:
         """What it reads and writes in device memory, each matrix once; a fused kernel never writes the scores."""
         if self.fused is not None:
             elements = np.minimum(self.n, self.k) * (self.m + np.maximum(self.n, self.k))
+        elif self.matrix_bytes is not None:
+            return (self.m * self.k + self.m * self.n) * self.count * self.element_bytes + self.matrix_bytes
         else:
             elements = self.m * self.k + self.k * self.n + self.m * self.n
         return elements * self.count * self.element_bytes

@@ -17,7 +17,7 @@ from advisor.specs.job import AttentionKernel, Job, LossKernel
 from advisor.specs.model import AnyLayer, Layer, ModelSpec, Parameter
 from advisor.step.layers import close_stack, cross_entropy, decoder_layer, embed, finish, head
 from advisor.step.losses import chunked_loss, fused_loss
-from advisor.step.tape import Event, Tape, Tensor, Weight
+from advisor.step.tape import Caching, Event, Tape, Tensor, Weight
 from advisor.step.tiled_loss import tiled_loss
 from advisor.step.weights import Weights, weights_of
 
@@ -53,6 +53,8 @@ class Mode:
     """Whether products keep their input for backward though their weight be frozen (ZeRO-3)."""
     embedding_norm: bool = False
     """Whether the stream leaves a LayerNorm before the first layer, which autocast runs in fp32 (BLOOM)."""
+    caching: Caching | None = None
+    """How keys and values are cached where the model generates."""
 
     @property
     def trained_bytes(self) -> int:
@@ -78,6 +80,8 @@ class Mode:
             half_stream=self.autocasts_half or self.stream_bytes == self.compute_bytes,
             alone=self.alone,
             keeps_inputs=self.keeps_inputs,
+            caching=self.caching,
+            grad_enabled=self.caching is None,
         )
 
 
@@ -236,7 +240,7 @@ def record_inputs(model: ModelSpec, mode: Mode) -> tuple[Event, ...]:
         found.append(Event("take", "padding mask", "activations", INDEX_BYTES * length, True))
     turned = model.described_layers[0].attention.rotary_dimensions
     if turned:
-        table_bytes = 2 * length * turned * mode.parameter_bytes
+        table_bytes = 2 * model.rotary_kinds * length * turned * mode.parameter_bytes
         found.append(Event("take", "rotary tables", "activations", table_bytes, False))
     return tuple(found)
 

@@ -120,8 +120,7 @@ class Scheme:
     @property
     def tables_bytes(self) -> int:
         """Bytes of the model's buffers, which keep the formats that they are built in."""
-        sizes = {"fp32": 4, "int64": 8, "bool": 1, "weights": self.built_bytes}
-        return sum(buffer.numel * sizes[buffer.number_format] for buffer in self.model.buffers)
+        return self.model.tables_bytes(self.built_bytes)
 
     @property
     def autocasts_half(self) -> bool:

@@ -54,6 +54,23 @@ class Touched(NamedTuple):
 
 NO_WORK = Work()
 
+
+CacheFormat = Literal["as computed", "fp8", "int8"]
+"""In which format keys and values are held between passes."""
+
+
+class Caching(NamedTuple):
+    """What one forward pass of a model that generates finds in its cache of keys and values."""
+
+    past: int
+    """Tokens of each sequence that are in it."""
+    as_prefilled: bool = True
+    """Whether the pass before was that over the prompt, of which windowed layers then hold everything."""
+    held: CacheFormat = "as computed"
+    sequences: int = 1
+    """Sequences in the batch, or as many as make a difference to the kernels that multiply few tokens."""
+
+
 Scales = bool | Rows
 """Whether a size is per sequence of the micro-batch, or the same for any number of them; or of what it is per row."""
 
@@ -183,6 +200,14 @@ class Tape:
     """Whether the micro-batch is one sequence."""
     keeps_inputs: bool = False
     """Whether products keep their input for backward though their weight be frozen."""
+    lasting: list[Tensor] = field(default_factory=list)
+    """What the code of a layer has names for until it returns, needed or not."""
+    caching: Caching | None = None
+    """How keys and values are cached where the model generates, without dropout; None where it trains."""
+    cached: list[Tensor] = field(default_factory=list)
+    """What the cache holds when the pass is over."""
+    uncached: list[int] = field(default_factory=list)
+    """Numbers of the memory that the cache held before."""
     grad_enabled: bool = True
     backward_running: bool = False
     scope: str = ""

@@ -70,7 +70,7 @@ def test_dropout_and_activation_are_those_of_the_built_configuration(family: str
     )
     activation = first("hidden_act", "hidden_activation", "activation_function", "activation", "dense_act_fn")
     if family in ("bloom", "gpt_oss"):  # both write theirs out in code
-        activation = {"bloom": "gelu_pytorch_tanh", "gpt_oss": "clamped-swiglu"}[family]
+        activation = {"bloom": "bloom_gelu", "gpt_oss": "clamped-swiglu"}[family]
 
     assert layer.attention.dropout == on_attention
     assert layer.dropout == (first(*on_branches) or 0.0)

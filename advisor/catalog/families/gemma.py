@@ -40,9 +40,10 @@ def gemma2(config: Configuration) -> ModelSpec:
 def gemma3_text(config: Configuration) -> ModelSpec:
     attention = replace(_attention(config, heads=8, key_value_heads=4), query_key_norm="per-head")
     interval = config.integer("sliding_window_pattern", default=6)
-    return _with_windows(
+    model = _with_windows(
         config, "gemma3_text", attention, interval=interval, vocabulary=262208, positions=131072, capped=False
     )
+    return replace(model, rotary_kinds=2)
 
 
 def gemma3(config: Configuration) -> ModelSpec:

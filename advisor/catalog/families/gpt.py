@@ -37,6 +37,7 @@ def gpt2(config: Configuration) -> ModelSpec:
         ),
         norm="layer",
         dropout=config.number("resid_pdrop", default=0.1),
+        names_branches=True,
         parameters=(
             *layer_norm("ln_1", hidden_size),
             *_transposed("attn.c_attn", hidden_size, 3 * hidden_size),
@@ -217,7 +218,7 @@ def bloom(config: Configuration) -> ModelSpec:
             holds_scores=True,
         ),
         # BloomGelu is the tanh approximation, written out.
-        feed_forward=FeedForward(width=width, gated=False, activation="gelu_pytorch_tanh", bias=True),
+        feed_forward=FeedForward(width=width, gated=False, activation="bloom_gelu", bias=True),
         norm="layer",
         dropout=config.number("hidden_dropout", default=0.0),
         parameters=(
@@ -303,6 +304,7 @@ def falcon(config: Configuration) -> ModelSpec:
         placement="parallel" if parallel else "pre",
         shared_norm=parallel and norms == 1,
         transposed_weights=True,
+        names_branches=True,
         dropout=config.number("hidden_dropout", default=0.0),
         parameters=(
             *linear("self_attention.query_key_value", fused_width(attention), hidden_size, bias),
