@@ -30,7 +30,7 @@ from pathlib import Path
 
 import click
 import time_scores
-from cases import adapters, deepspeed, gloo, one_rank, optimizers, sharded
+from cases import adapters, cut_sequences, deepspeed, gloo, one_rank, optimizers, sharded
 
 from advisor.catalog.calibrations import find_calibration
 from advisor.catalog.gpus import find_gpu
@@ -116,6 +116,12 @@ def with_optimizers(seed: int, count: int) -> Iterator[Record]:
     yield from one_by_one("Other optimizers, DeepSpeed, real tensors", optimizers.under_deepspeed(seed, count // 3))
 
 
+def cut(seed: int, count: int) -> Iterator[Record]:
+    """Half by heads, half by tokens."""
+    yield from one_by_one("Ulysses, DeepSpeed, real tensors", cut_sequences.by_heads(seed, count // 2))
+    yield from traced("Context parallelism, FSDP2, traced", cut_sequences.in_rings)(seed, count - count // 2)
+
+
 def for_real(seed: int, count: int) -> Iterator[Record]:
     """Real ranks through the real launchers; the fullest is recorded."""
     for case, launcher in gloo.cases(seed, count):
@@ -144,6 +150,7 @@ TRUTHS = {
     "real-runs": Truth(for_real, 60),
     "adapters": Truth(with_adapters, 42),
     "optimizers": Truth(with_optimizers, 60),
+    "cut-sequences": Truth(cut, 48),
 }
 
 

@@ -21,6 +21,7 @@ from advisor.cli.options import (
     trace_options,
     training_options,
 )
+from advisor.specs.cuts import KeyValueExchange
 from advisor.specs.megatron import ContextExchange
 from advisor.specs.plan import OWN_STRATEGIES, Checkpointing, GradientFormat, Offload, OffloadPlace
 
@@ -118,14 +119,35 @@ plan_options = options(
     ),
 )
 
+cut_options = options(
+    option("The plan", "--cp", type=int, default=1, show_default=True, help="GPUs that cut a sequence (context)."),
+    option(
+        "The plan",
+        "--cp-exchange",
+        type=click.Choice(get_args(KeyValueExchange)),
+        default="allgather",
+        show_default=True,
+        help="With --cp and FSDP: keys and values of all GPUs at once, or of one after the other.",
+    ),
+    option(
+        "The plan",
+        "--sp",
+        type=int,
+        default=1,
+        show_default=True,
+        help="With ZeRO: GPUs that share a sequence, and its heads within attention (Ulysses).",
+    ),
+)
+"""Ways to cut sequences, of FSDP and ZeRO; the first of ``--trainer megatron``, too."""
+
 parallel_options = options(
+    cut_options,
     option("The plan", "--tp", type=int, default=1, show_default=True, help="GPUs that cut each layer (tensor)."),
     option("The plan", "--sequence-parallel", is_flag=True, help="With --tp: cut what these would hold alike, too."),
     option("The plan", "--pp", type=int, default=1, show_default=True, help="Stages of layers (pipeline)."),
     option("The plan", "--vpp", type=int, default=1, show_default=True, help="Runs of layers a stage (interleaved)."),
     option("The plan", "--decoder-first-pipeline-num-layers", type=int, default=0, help="Layers of the first stage."),
     option("The plan", "--decoder-last-pipeline-num-layers", type=int, default=0, help="Layers of the last stage."),
-    option("The plan", "--cp", type=int, default=1, show_default=True, help="GPUs that cut a sequence (context)."),
     option(
         "The plan",
         "--cp-comm-type",
@@ -137,7 +159,7 @@ parallel_options = options(
     option("The plan", "--ep", type=int, default=1, show_default=True, help="GPUs that experts are spread over."),
     option("The plan", "--etp", type=int, help="GPUs that cut each expert.  [default: --tp]"),
 )
-"""Ways to cut a model, of ``--trainer megatron``."""
+"""The same with those that ``--trainer megatron`` alone has."""
 
 rank_option = option("The plan", "--rank", type=int, help="Whose memory to show.  [default: the fullest rank's]")
 
@@ -165,6 +187,7 @@ def estimate(context: click.Context, /, *, as_json: bool, as_csv: bool, **questi
       advisor estimate --model Qwen3-32B --gpus 16 --trainer megatron --tp 8
       advisor estimate --model Llama-3.1-8B --gpus 8 --strategy fsdp --tokens 1e9
       advisor estimate --inference --model Llama-3.1-8B --gpu L4 --weights nf4
+      advisor estimate --model Llama-3.1-8B --gpus 8 --strategy zero3 --sp 8 --seq-len 131072 --global-batch 1
     """
     from advisor.cost.estimate import estimate as price
 

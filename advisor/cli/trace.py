@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from advisor.cli.answer import form_of, note, notes, print_answer, working
-from advisor.cli.estimate import plan_options
+from advisor.cli.estimate import cut_options, plan_options
 from advisor.cli.options import SectionCommand, form_options, given, option, question_options, trust_option
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @question_options
 @trust_option
 @plan_options
+@cut_options
 @option("The plan", "--rank", type=int, default=0, show_default=True, help="Which of the plan's ranks to be.")
 @form_options
 @click.pass_context

@@ -17,6 +17,7 @@ from advisor.cost.question import ask, program
 from advisor.cost.results import Estimate, Memory, Verdict
 from advisor.cost.schedule import step_time
 from advisor.errors import SpecError
+from advisor.specs.cuts import KeyValueExchange
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
 from advisor.specs.megatron import ContextExchange, MegatronSettings
@@ -35,10 +36,11 @@ from advisor.specs.plan import (
     zero_settings,
 )
 from advisor.specs.question import Input, Question
+from advisor.step import cut_legality, zero_plus
 from advisor.step.build import StepProgram
 from advisor.step.nvme import swap_buffers
 from advisor.step.schemes import gradients_modelled
-from advisor.step.zero_plus import all_parts, refusal
+from advisor.step.zero_plus import all_parts
 
 Choice = TypeVar("Choice", bound=Enum)
 
@@ -67,6 +69,12 @@ class PlanWords(Words, total=False):
     fsdp_version: int
     shard_ranks: int | None
     """GPUs that HSDP cuts states over; None for those of a machine."""
+    cp: int
+    """With FSDP2 or trainer ``megatron``."""
+    cp_exchange: str
+    """With FSDP2, ``allgather`` or ``alltoall``: accelerate's ``cp_comm_strategy``."""
+    sp: int
+    """With ZeRO: ranks that share a sequence by Ulysses."""
     tp: int
     """Of trainer ``megatron``, as are those up to ``sequence_parallel``."""
     pp: int
@@ -75,7 +83,6 @@ class PlanWords(Words, total=False):
     decoder_first_pipeline_num_layers: int
     """Layers of the first pipeline stage; absent or 0: as many as the others have."""
     decoder_last_pipeline_num_layers: int
-    cp: int
     cp_comm_type: str
     """How context-parallel ranks exchange tokens: ``p2p`` or ``a2a``."""
     ep: int
@@ -97,8 +104,8 @@ def estimate(
 
     Words: those of :func:`advisor.recommend`, and ``offload``, ``offload_to``, ``nvme``, ``micro_batch``,
     ``grad_accum``, ``checkpointing``, ``bucket_size``, ``grad_accum_dtype``, ``fsdp_version``, ``shard_ranks``,
-    ``trainer``, ``tp``, ``pp``, ``vpp``, ``decoder_first_pipeline_num_layers``,
-    ``decoder_last_pipeline_num_layers``, ``cp``, ``cp_comm_type``, ``ep``, ``etp``, ``sequence_parallel``, ``config``,
+    ``trainer``, ``tp``, ``cp``, ``cp_exchange``, ``sp``, ``pp``, ``vpp``, ``decoder_first_pipeline_num_layers``,
+    ``decoder_last_pipeline_num_layers``, ``cp_comm_type``, ``ep``, ``etp``, ``sequence_parallel``, ``config``,
     ``trace``, ``trust_remote_code``. Raises SpecError for a plan that contradicts itself or the job, ConfigError for a
     configuration that cannot be read.
     """
@@ -134,11 +141,13 @@ def plan_of(
     if to == "nvme" and not offload.optimizer:
         raise SpecError("--offload-to nvme says where, not what; give --offload optimizer or optimizer+params too")
     zero = zero_settings(kind, words.get("bucket_size"), _gradient_format(words.get("grad_accum_dtype")))
+    tensor, context, ulysses = words.get("tp", 1), words.get("cp", 1), words.get("sp", 1)
+    cut = max(tensor, 1) * max(context, 1) * max(ulysses, 1)
     plan = Plan(
         strategy=kind,
         gpus=question.cluster.gpus,
         micro_batch=micro_batch,
-        accumulation_steps=steps if steps is not None else _accumulation(question, micro_batch),
+        accumulation_steps=steps if steps is not None else _accumulation(question, micro_batch, cut),
         checkpointing=_member(Checkpointing, "--checkpointing", words.get("checkpointing", "none")),
         offload=offload,
         offload_to=to,
@@ -147,9 +156,13 @@ def plan_of(
         fsdp=FsdpSettings(
             version=words.get("fsdp_version") or legality.usual_fsdp_version(question.job, kind),
             shard_ranks=_shard_ranks(kind, words.get("shard_ranks"), question.cluster),
+            context_exchange=_key_value_exchange(words.get("cp_exchange", "allgather")),
         ),
+        tensor_parallel=tensor,
+        context_parallel=context,
+        ulysses_parallel=ulysses,
     )
-    _check_zero_plus(question, plan)
+    _check(question, plan)
     return with_nvme(question, nvme, to == "nvme"), plan
 
 
@@ -163,9 +176,11 @@ def _on_machines(zero: ZeroSettings, strategy: Strategy, question: Question) -> 
     return all_parts(zero, question.model, question.job, question.cluster.gpus, machine_gpus)
 
 
-def _check_zero_plus(question: Question, plan: Plan) -> None:
-    if reason := refusal(question.model, question.job, plan):
-        raise SpecError(reason)
+def _check(question: Question, plan: Plan) -> None:
+    """Raises SpecError where the frameworks' code, or the model of the step, cannot train by *plan*."""
+    for refusal in (zero_plus.refusal, cut_legality.refusal):
+        if reason := refusal(question.model, question.job, plan):
+            raise SpecError(reason)
 
 
 def _asked(words: Mapping[str, Any]) -> Words:
@@ -176,7 +191,7 @@ def _asked(words: Mapping[str, Any]) -> Words:
 
 def _is_for_megatron(words: PlanWords) -> bool:
     trainer = words.get("trainer", "advisor")
-    cuts = [name for name in ("tp", "pp", "vpp", "cp", "ep", "etp") if words.get(name) not in (None, 1)]
+    cuts = [name for name in ("tp", "pp", "vpp", "ep", "etp") if words.get(name) not in (None, 1)]
     if trainer != "megatron" and (cuts or words.get("sequence_parallel")):
         flags = ", ".join(f"--{name}" for name in cuts or ("sequence-parallel",))
         raise SpecError(
@@ -195,7 +210,8 @@ def _own_strategy(flag: str, value: str) -> Strategy:
 
 def _megatron_plan(model: str, words: PlanWords, ask_about: Callable[..., Question]) -> tuple[Question, Plan]:
     """The question and Megatron's plan. What it does not have is refused."""
-    for name, usual in (("offload", "none"), ("bucket_size", None), ("grad_accum_dtype", None), ("compile", False)):
+    others: tuple[tuple[str, Any], ...] = (("offload", "none"), ("bucket_size", None), ("grad_accum_dtype", None))
+    for name, usual in (*others, ("compile", False), ("sp", 1), ("cp_exchange", "allgather")):
         if words.get(name, usual) != usual:
             raise SpecError(f"--{name.replace('_', '-')} is not for --trainer megatron; leave it out")
     question = ask_about(model, **_asked(words))
@@ -250,13 +266,22 @@ def _plan_from_config(
 ) -> tuple[Question, Plan]:
     """The question and the plan of a training configuration, with *words* over it."""
     from advisor.catalog.training_config.read import read_config
-    from advisor.catalog.training_config.settle import batch, fsdp_of, offload_settings_of, settle, shown, zero_of
+    from advisor.catalog.training_config.settle import (
+        batch,
+        fsdp_of,
+        offload_settings_of,
+        sequence_ranks,
+        settle,
+        shown,
+        zero_of,
+    )
 
     settled = settle(read_config(config), {word: value for word, value in words.items() if word != "nvme"})
     found = dict(settled.found)
     known = {name: found[name].value for name in Words.__annotations__ if name in found and name != "global_batch"}
     question = ask_about(model, **cast(Words, known))
-    sizes = batch(found, question.cluster.gpus)
+    cut = sequence_ranks(found)
+    sizes = batch(found, max(1, question.cluster.gpus // cut))
     found |= sizes.found
     if "global_batch" in found:
         question = replace(question, job=replace(question.job, global_batch=int(found["global_batch"].value)))
@@ -278,15 +303,17 @@ def _plan_from_config(
         micro_batch=micro_batch,
         accumulation_steps=int(found["grad_accum"].value)
         if "grad_accum" in found
-        else _accumulation(question, micro_batch),
+        else _accumulation(question, micro_batch, cut),
         checkpointing=_member(Checkpointing, "--checkpointing", chosen("checkpointing", "none")),
         offload=offload,
         offload_to=_offload_to(chosen("offload_to", "cpu")),
         offload_settings=offload_settings_of(found),
         zero=_on_machines(zero_of(found, kind, width, job.precision), kind, question),
         fsdp=fsdp_of(found),
+        context_parallel=int(chosen("cp", 1)),
+        ulysses_parallel=int(chosen("sp", 1)),
     )
-    _check_zero_plus(question, plan)
+    _check(question, plan)
     question = with_nvme(question, words.get("nvme"), plan.swaps)
     question = replace(
         question,
@@ -332,6 +359,12 @@ def _gradient_format(name: str | None) -> GradientFormat | None:
     if name is not None and name not in get_args(GradientFormat):
         raise SpecError(f"--grad-accum-dtype must be one of {', '.join(get_args(GradientFormat))}, got {name!r}")
     return cast("GradientFormat | None", name)
+
+
+def _key_value_exchange(name: str) -> KeyValueExchange:
+    if name not in get_args(KeyValueExchange):
+        raise SpecError(f"--cp-exchange must be one of {', '.join(get_args(KeyValueExchange))}, got {name!r}")
+    return cast("KeyValueExchange", name)
 
 
 def _offload_to(name: str) -> OffloadPlace:

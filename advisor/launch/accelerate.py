@@ -139,16 +139,20 @@ def accelerate_environment(model: ModelSpec, job: Job, plan: Plan) -> dict[str, 
             "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds_config.json",
             "ACCELERATE_DEEPSPEED_ZERO3_INIT": _word(plan.strategy.zero_stage == 3),
             **({"ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": experts} if experts else {}),
+            **_mesh_environment(job, plan),
         }
     environment = {"ACCELERATE_MIXED_PRECISION": mixed_precision(job)}
     if plan.strategy.is_fsdp:
         environment["ACCELERATE_USE_FSDP"] = "true"
         for key, value in _fsdp(model, plan).items():
             environment[key.replace("transformer_layer_cls", "transformer_cls").upper()] = _word(value)
-    if plan.strategy is Strategy.HSDP:
-        environment["ACCELERATE_USE_PARALLELISM_CONFIG"] = "true"
-        environment |= {key.upper(): str(value) for key, value in _replicas(plan).items()}
-    return environment
+    return environment | _mesh_environment(job, plan)
+
+
+def _mesh_environment(job: Job, plan: Plan) -> dict[str, str]:
+    mesh = _mesh(job, plan)
+    named = {key.upper(): str(value) for key, value in mesh.items()}
+    return {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", **named} if mesh else {}
 
 
 def _word(value: object) -> str:
@@ -185,8 +189,8 @@ def accelerate_yaml(
         settings["mixed_precision"] = mixed_precision(job)
     if plan.strategy.is_fsdp:
         settings["fsdp_config"] = _fsdp(model, plan)
-    if plan.strategy is Strategy.HSDP:
-        settings["parallelism_config"] = _replicas(plan)
+    if mesh := _mesh(job, plan):
+        settings["parallelism_config"] = mesh
     header = "".join(f"# {line}\n" for line in (*comments, *_loading(model, job, plan, cluster)))
     return header + yaml.safe_dump(settings, sort_keys=False)
 
@@ -257,16 +261,28 @@ def _fsdp(model: ModelSpec, plan: Plan) -> dict[str, Any]:
     return settings
 
 
-def _replicas(plan: Plan) -> dict[str, int]:
-    """HSDP's mesh; ``accelerate launch`` starts no process without the sizes that are 1."""
-    shard = int(plan.shard_ranks)
-    return {
-        "parallelism_config_dp_replicate_size": int(plan.gpus) // shard,
-        "parallelism_config_dp_shard_size": shard,
-        "parallelism_config_tp_size": 1,
-        "parallelism_config_cp_size": 1,
-        "parallelism_config_sp_size": 1,
+def _mesh(job: Job, plan: Plan) -> dict[str, Any]:
+    """How accelerate lays out ranks, where it is not told by the strategy (accelerate 1.15, parallelism_config.py).
+
+    ``accelerate launch`` starts no process without the sizes that are 1. DeepSpeed cuts states over all ranks whatever
+    stands here, and takes the replicas for copies that see different sequences.
+    """
+    if plan.strategy is not Strategy.HSDP and plan.sequence_ranks == 1:
+        return {}
+    shard = 1 if plan.strategy.zero_stage is not None else int(plan.shard_ranks) // plan.context_parallel
+    mesh: dict[str, Any] = {
+        "dp_replicate_size": int(plan.data_parallel) // shard,
+        "dp_shard_size": shard,
+        "tp_size": 1,
+        "cp_size": plan.context_parallel,
+        "sp_size": plan.ulysses_parallel,
     }
+    if plan.context_parallel > 1:
+        mesh |= {"cp_backend": "torch", "cp_comm_strategy": plan.fsdp.context_exchange}
+    if plan.ulysses_parallel > 1:
+        kernel = "flash_attention_2" if job.attention == "flash" else job.attention
+        mesh |= {"sp_backend": "deepspeed", "sp_seq_length_is_variable": True, "sp_attn_implementation": kernel}
+    return {f"parallelism_config_{key}": value for key, value in mesh.items()}
 
 
 def _version_two(plan: Plan) -> dict[str, Any]:

@@ -60,6 +60,9 @@ def deepspeed_json(job: Job, plan: Plan, keep_auto: bool = False) -> str:
         "zero_allow_untested_optimizer": True,
         "zero_optimization": _zero_optimization(plan),
     }
+    if plan.ulysses_parallel > 1:
+        # For the model that is built before DeepSpeed knows its groups (runtime/config.py).
+        settings["sequence_parallel_size"] = plan.ulysses_parallel
     if plan.offload.optimizer:
         settings["optimizer"] = {"type": "AdamW", "params": dict(ADAMW)}
     if plan.swaps:

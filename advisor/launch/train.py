@@ -224,9 +224,11 @@ def chunk_loss(model: Any) -> None:
         )
 
     # Within one call of the output matrix's own module, so that ZeRO-3 and FSDP have it there for all pieces.
-    def mean_loss(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        following = torch.full_like(labels, IGNORED)
-        following[..., :-1] = labels[..., 1:]
+    def mean_loss(hidden: torch.Tensor, labels: torch.Tensor, shifted: bool) -> torch.Tensor:
+        following = labels
+        if not shifted:
+            following = torch.full_like(labels, IGNORED)
+            following[..., :-1] = labels[..., 1:]
         following, hidden = following.flatten(), hidden.flatten(0, 1)
         tokens = min(LOSS_TOKENS, math.ceil(len(hidden) / 2))
         sums = [
@@ -236,7 +238,8 @@ def chunk_loss(model: Any) -> None:
         return torch.stack(sums).sum() / (following != IGNORED).sum()
 
     def forward(self: Any, labels: torch.Tensor, **inputs: torch.Tensor) -> CausalLMOutput:
-        return CausalLMOutput(loss=head(self.base_model(**inputs).last_hidden_state, labels))
+        shifted = inputs.pop("shift_labels", None) is not None
+        return CausalLMOutput(loss=head(self.base_model(**inputs).last_hidden_state, labels, shifted))
 
     head.forward = mean_loss
     model.forward = types.MethodType(forward, model)
@@ -320,11 +323,11 @@ def train(
 ) -> None:
     """All steps after the first *done*."""
     from train_checkpoint import save_checkpoint
+    from train_data import readers, whole_attention
 
     device = accelerator.device
-    tokens_per_step = (
-        accelerator.num_processes * arguments.accumulation_steps * arguments.micro_batch * arguments.sequence_length
-    )
+    groups, _ = readers(accelerator)
+    tokens_per_step = groups * arguments.accumulation_steps * arguments.micro_batch * arguments.sequence_length
     prediction = read_prediction(accelerator, arguments)
     if prediction and accelerator.is_main_process:
         print(f"in brackets: what was predicted for {prediction['predicted_for']}", flush=True)
@@ -340,9 +343,9 @@ def train(
             batch = next(batches)
             # Gradients stay unreduced until the last micro-batch, where the strategy allows that.
             with accelerator.accumulate(model):
-                # Only the loss is kept of the outputs: the logits would live on through the backward pass.
-                loss = model(**batch).loss
-                accelerator.backward(loss)
+                with whole_attention(accelerator, batch):
+                    loss = loss_of(accelerator, model, batch)
+                    accelerator.backward(loss)
                 loss_sum += loss.detach()
                 del loss  # its graph would keep the embeddings of a model with adapters through the next forward pass
                 if accelerator.sync_gradients:
@@ -358,6 +361,17 @@ def train(
         report(accelerator, arguments.log, record, prediction)
         if arguments.save_every and step % arguments.save_every == 0:
             save_checkpoint(accelerator, arguments, step)
+
+
+def loss_of(accelerator: Accelerator, model: Any, batch: dict[str, torch.Tensor]) -> Any:
+    """Only the loss is kept of the outputs: the logits would live on through the backward pass."""
+    mesh = accelerator.parallelism_config
+    if mesh and mesh.sp_enabled:
+        from transformers.integrations import deepspeed
+
+        compute_loss: Any = deepspeed.deepspeed_sp_compute_loss  # the mean over all processes' tokens of a sequence
+        return compute_loss(accelerator, model, batch, False, mesh)
+    return model(**batch).loss
 
 
 def read_prediction(accelerator: Accelerator, arguments: argparse.Namespace) -> dict[str, Any]:

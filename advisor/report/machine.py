@@ -302,6 +302,8 @@ def plan_object(plan: Plan) -> Json:
         "pp": int(plan.pipeline_parallel),
         "vpp": int(plan.virtual_stages),
         "cp": plan.context_parallel,
+        "cp_exchange": plan.fsdp.context_exchange if plan.strategy.is_fsdp and plan.context_parallel > 1 else None,
+        "sp": plan.ulysses_parallel,
         "sequence_parallel": plan.sequence_parallel,
         "distributed_optimizer": plan.megatron.distributed_optimizer if plan.strategy is Strategy.MEGATRON else None,
         "ep": plan.expert_parallel,

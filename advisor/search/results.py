@@ -74,6 +74,7 @@ def row(estimate: Estimate) -> dict[str, str | int | float | None]:
         "pp": int(plan.pipeline_parallel),
         "vpp": int(plan.virtual_stages),
         "cp": plan.context_parallel,
+        "sp": plan.ulysses_parallel,
         "ep": plan.expert_parallel,
         "sequence_parallel": plan.sequence_parallel,
         "micro_batch": int(plan.micro_batch),

@@ -12,6 +12,7 @@ import numpy as np
 from advisor.catalog.legality import refusal_of_optimizer, usual_fsdp_version
 from advisor.cost.estimate import unsupported
 from advisor.errors import SpecError
+from advisor.specs.cuts import WHOLE, Exchange, SequenceCut
 from advisor.specs.job import Job
 from advisor.specs.plan import (
     Checkpointing,
@@ -23,6 +24,7 @@ from advisor.specs.plan import (
     zero_settings,
 )
 from advisor.specs.question import Input, Question, Wanted
+from advisor.step import cut_legality
 from advisor.step.zero_plus import all_parts, refusal
 
 Variant = tuple[Strategy, Offload]
@@ -44,6 +46,8 @@ VARIANTS: tuple[Variant, ...] = (
 
 OF_SEVERAL_MACHINES = (Strategy.HSDP, Strategy.ZERO3_PLUS)
 """Those that cut states over the GPUs of each machine, and do something else between machines."""
+LONG_SEQUENCE = 32_768
+"""Tokens from which on sequences are cut over the GPUs of a machine, too."""
 
 SEARCHED_CHECKPOINTING = (Checkpointing.NONE, Checkpointing.FULL)
 """Selective checkpointing is priced where it is asked for: no run has yet shown what it costs a GPU in time."""
@@ -123,24 +127,64 @@ class Barred(NamedTuple):
 
 
 def sheets(question: Question) -> Iterator[Plan | Barred]:
-    """For each strategy and checkpointing one plan whose counts are arrays over the micro-batches."""
-    batches, accumulations = micro_batches(question.job, question.cluster.gpus)
+    """For each strategy, checkpointing and cut of sequences one plan whose counts are arrays over the micro-batches."""
+    job, gpus = question.job, question.cluster.gpus
+    found = False
     for strategy, offload in variants(question):
         reason = bar(question, strategy, offload)
         if reason:
             yield Barred(strategy, offload, reason)
             continue
-        for checkpointing in SEARCHED_CHECKPOINTING:
-            yield Plan(
-                strategy=strategy,
-                gpus=question.cluster.gpus,
-                micro_batch=batches,
-                accumulation_steps=accumulations,
-                checkpointing=checkpointing,
-                offload=offload,
-                zero=searched_zero_settings(strategy, question),
-                fsdp=fsdp_settings(strategy, question),
-            )
+        cuts = [cut for cut in _cuts(question, strategy, offload) if not job.global_batch % (gpus // cut.ranks)]
+        found = found or bool(cuts)
+        if not cuts:
+            yield Barred(strategy, offload, f"a global batch of {job.global_batch} does not divide over {gpus} GPUs")
+        for cut in cuts:
+            batches, accumulations = micro_batches(job, gpus // cut.ranks)
+            for checkpointing in SEARCHED_CHECKPOINTING:
+                plan = Plan(
+                    strategy=strategy,
+                    gpus=gpus,
+                    micro_batch=batches,
+                    accumulation_steps=accumulations,
+                    checkpointing=checkpointing,
+                    offload=offload,
+                    zero=searched_zero_settings(strategy, question),
+                    fsdp=fsdp_settings(strategy, question),
+                )
+                yield _cut_by(plan, cut)
+    if not found:
+        micro_batches(job, gpus)  # says what to do where nothing makes up the batch
+
+
+SEARCHED_EXCHANGES: dict[Strategy, Exchange] = {
+    Strategy.ZERO1: "heads",
+    Strategy.ZERO2: "heads",
+    Strategy.ZERO3: "heads",
+    Strategy.FSDP: "alltoall",
+}
+"""How long sequences are cut by each strategy that does: a ring that has keys and values by and by holds less than one
+that has them at once, and hides what it sends behind its kernels."""
+
+
+def _cuts(question: Question, strategy: Strategy, offload: Offload) -> Iterator[SequenceCut]:
+    """Whole sequences, and long ones cut over two to all GPUs of a machine."""
+    yield WHOLE
+    exchange, settings = SEARCHED_EXCHANGES.get(strategy), fsdp_settings(strategy, question)
+    if question.job.sequence_length < LONG_SEQUENCE or offload.optimizer or exchange is None or settings.version == 1:
+        return
+    plan = Plan(strategy=strategy, gpus=question.cluster.gpus, micro_batch=1, fsdp=settings)
+    machine_gpus = question.cluster.gpus_per_node
+    for ranks in (each for each in range(2, machine_gpus + 1) if machine_gpus % each == 0):
+        cut = SequenceCut(ranks, exchange)
+        if cut_legality.refusal(question.model, question.job, _cut_by(plan, cut)) is None:
+            yield cut
+
+
+def _cut_by(plan: Plan, cut: SequenceCut) -> Plan:
+    if cut.exchange == "heads":
+        return replace(plan, ulysses_parallel=cut.ranks)
+    return replace(plan, context_parallel=cut.ranks, fsdp=replace(plan.fsdp, context_exchange=cut.exchange))
 
 
 def micro_batches(job: Job, gpus: int) -> tuple[np.ndarray, np.ndarray]:

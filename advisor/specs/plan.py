@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advisor.errors import SpecError
+from advisor.specs.cuts import DEGREES, KeyValueExchange, SequenceCut, check_cuts, some
 from advisor.specs.megatron import MegatronSettings
 
 GradientFormat = Literal["fp32", "bf16", "fp16"]
@@ -24,7 +25,9 @@ Count = int | NDArray[Any]
 """A whole number, or many of them side by side."""
 
 
-RankGroup = Literal["data", "shard", "replica", "secondary", "machine", "machines", "tensor", "context", "pipeline"]
+RankGroup = Literal[
+    "data", "shard", "replica", "secondary", "machine", "machines", "tensor", "context", "sequence", "pipeline"
+]
 ExpertGroup = Literal["expert", "expert-tensor", "expert-ranks", "expert-data"]
 GroupName = RankGroup | ExpertGroup
 """Which ranks a message goes round.
@@ -32,9 +35,10 @@ GroupName = RankGroup | ExpertGroup
 Data: those that hold the same part of the model and see different tokens. Shard: those of them that FSDP's states are
 cut over. Replica: those that hold the same cut. Secondary: those that ZeRO++'s second copy of the weights is cut over.
 Machine: those of one machine. Machines: those that stand at one place in each of them. Tensor: those that cut each
-layer. Context: those that cut each sequence. Pipeline: those that have consecutive layers. Expert: those that each have
-other experts of a layer. Expert-tensor: those that cut each expert. Expert-ranks: both of these. Expert-data: those
-that hold the same part of the same experts.
+layer. Context: those that cut each sequence. Sequence: those that cut it between attentions, and within them heads
+(Ulysses). Pipeline: those that have consecutive layers. Expert: those that each have other experts of a layer.
+Expert-tensor: those that cut each expert. Expert-ranks: both of these. Expert-data: those that hold the same part of
+the same experts.
 """
 
 
@@ -182,6 +186,8 @@ class FsdpSettings:
     shard_ranks: int | None = None
     """Of HSDP: how many ranks the states are cut over, usually those of a machine; groups of so many hold the same.
     None: all."""
+    context_exchange: KeyValueExchange = "allgather"
+    """accelerate's ``cp_comm_strategy``, of context-parallel ranks."""
 
     def __post_init__(self) -> None:
         if self.version not in (1, 2):
@@ -242,6 +248,10 @@ class Plan:
     virtual_stages: Count = 1
     """Runs of layers that each pipeline stage has, apart from each other (interleaving)."""
     context_parallel: int = 1
+    """Ranks that cut each sequence, within attention too: keys and values go from one to the other."""
+    ulysses_parallel: int = 1
+    """DeepSpeed's ``sequence_parallel_size``: ranks that cut each sequence, and within attention its heads
+    (arXiv:2309.14509)."""
     expert_parallel: int = 1
     """Ranks that a layer's experts are spread over; nothing to do with a model that has none."""
     expert_tensor_parallel: int = 1
@@ -249,13 +259,13 @@ class Plan:
     megatron: MegatronSettings = field(default_factory=MegatronSettings)
 
     def __post_init__(self) -> None:
-        for name in (*_COUNTS, *_CUTS):
-            if _some(getattr(self, name) < 1):
+        for name in (*_COUNTS, *DEGREES):
+            if some(getattr(self, name) < 1):
                 raise SpecError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.strategy is Strategy.HSDP:
             self._check_shards()
         self._check_zero_plus()
-        self._check_parallelism()
+        check_cuts(self)
         if self.offload.optimizer and not self.strategy.zero_stage:
             raise SpecError(
                 f"{self.strategy.title} keeps its optimizer on the GPU; offload needs zero1, zero2 or zero3"
@@ -295,45 +305,6 @@ class Plan:
         """Ranks that FSDP cuts each tensor over."""
         return self.gpus if self.fsdp.shard_ranks is None else self.fsdp.shard_ranks
 
-    def _check_parallelism(self) -> None:
-        """Raises SpecError where the GPUs, stages and micro-batches do not divide as Megatron needs it."""
-        cut, experts = self.model_ranks * self.context_parallel, self.expert_ranks * self.pipeline_parallel
-        if self.strategy is not Strategy.MEGATRON and _some(cut * self.virtual_stages * self.expert_ranks > 1):
-            raise SpecError(
-                f"{self.strategy.title} is data parallel alone, got {self._counts_text}; they need megatron"
-            )
-        if _some(self.gpus % cut != 0):
-            raise SpecError(f"{self._counts_text} take {cut} GPUs or a multiple, got {self.gpus}")
-        if _some(self.gpus % experts != 0):
-            raise SpecError(f"{self._experts_text} take {experts} GPUs or a multiple, got {self.gpus}")
-        interleaved = self.virtual_stages > 1
-        if not _some(interleaved):
-            return
-        if _some(interleaved & (self.pipeline_parallel == 1)):
-            raise SpecError(
-                f"{self.virtual_stages} virtual stages need a pipeline; give pipeline_parallel of 2 or more"
-            )
-        if _some(interleaved & (self.accumulation_steps % self.pipeline_parallel > 0)):
-            raise SpecError(
-                f"an interleaved pipeline takes micro-batches in groups of its {self.pipeline_parallel} stages, and "
-                f"{self.accumulation_steps} is no multiple of that; change the accumulation steps"
-            )
-
-    @property
-    def _counts_text(self) -> str:
-        text = (
-            f"tensor_parallel {self.tensor_parallel} x pipeline_parallel {self.pipeline_parallel} x "
-            f"context_parallel {self.context_parallel}"
-        )
-        return text if self.expert_ranks == 1 else f"{text} and {self._experts_text}"
-
-    @property
-    def _experts_text(self) -> str:
-        return (
-            f"expert_parallel {self.expert_parallel} x expert_tensor_parallel {self.expert_tensor_parallel} x "
-            f"pipeline_parallel {self.pipeline_parallel}"
-        )
-
     @property
     def expert_ranks(self) -> int:
         """Ranks that the experts of a layer are cut over."""
@@ -345,9 +316,21 @@ class Plan:
         return self.tensor_parallel * self.pipeline_parallel
 
     @property
+    def sequence_ranks(self) -> int:
+        """Ranks that each sequence is cut over."""
+        return self.context_parallel * self.ulysses_parallel
+
+    @property
+    def sequence_cut(self) -> SequenceCut:
+        """How these share it."""
+        if self.context_parallel > 1:
+            return SequenceCut(self.context_parallel, self.fsdp.context_exchange)
+        return SequenceCut(self.ulysses_parallel)
+
+    @property
     def data_parallel(self) -> Count:
         """Copies of the model that see different sequences."""
-        return self.gpus // (self.model_ranks * self.context_parallel)
+        return self.gpus // (self.model_ranks * self.sequence_ranks)
 
     @property
     def cuts_sequence(self) -> bool:
@@ -388,9 +371,9 @@ class Plan:
         """The ranks of each group called *name*.
 
         Megatron numbers tensor-parallel ranks first, then context, data and pipeline (megatron-core 0.16.1,
-        parallel_state.py ``initialize_model_parallel``). Gradients are summed over data and context ranks together. Of
-        the ranks of a pipeline stage, each expert's are numbered first, then those of other experts, then others of the
-        same.
+        parallel_state.py ``initialize_model_parallel``), accelerate 1.15 and DeepSpeed those of a sequence. Gradients
+        are summed over data and sequence ranks together. Of the ranks of a pipeline stage, each expert's are numbered
+        first, then those of other experts, then others of the same.
         """
         tensor, context, sliced = self.tensor_parallel, self.context_parallel, self.expert_tensor_parallel
         groups = {
@@ -401,8 +384,9 @@ class Plan:
             "machines": Group(self.gpus // self.zero.machine_gpus, self.zero.machine_gpus),
             "tensor": Group(tensor),
             "context": Group(context, tensor),
+            "sequence": Group(self.ulysses_parallel),
             "pipeline": Group(self.pipeline_parallel, self.gpus // self.pipeline_parallel),
-            "data": Group(self.data_parallel * context, tensor),
+            "data": Group(self.data_parallel * self.sequence_ranks, tensor),
             "expert": Group(self.expert_parallel, sliced),
             "expert-tensor": Group(sliced),
             "expert-ranks": Group(self.expert_ranks),
@@ -420,21 +404,20 @@ class Plan:
         }[self.offload]
         extra += " to NVMe" if self.swaps else ""
         name = self.strategy.title.replace("FSDP", "FSDP1") if self.fsdp.version == 1 else self.strategy.title
-        if self.strategy is Strategy.MEGATRON:
-            return f"{name}{self._cuts_title}"
         if self.strategy is Strategy.ZERO3_PLUS:
             return f"{name}{self.zero.parts_title}"
         alone = self.strategy is Strategy.DDP and bool(np.all(np.asarray(self.gpus) == 1))
-        return f"{'one GPU' if alone else name}{extra}"
+        return f"{'one GPU' if alone else name}{self.cuts_title}{extra}"
 
     @property
-    def _cuts_title(self) -> str:
-        """Such as `` tp 8 + sp, pp 4 x 2``: what is cut over more than one rank."""
+    def cuts_title(self) -> str:
+        """What the title says of cuts, such as `` tp 8 + sp, pp 4 x 2``: what is cut over more than one rank."""
         cuts = [f"tp {self.tensor_parallel}{' + sp' * self.sequence_parallel}"] if self.tensor_parallel > 1 else []
-        if _some(self.pipeline_parallel > 1):
-            interleaved = f" x {self.virtual_stages}" if _some(self.virtual_stages > 1) else ""
+        if some(self.pipeline_parallel > 1):
+            interleaved = f" x {self.virtual_stages}" if some(self.virtual_stages > 1) else ""
             cuts.append(f"pp {self.pipeline_parallel}{interleaved}")
         cuts += [f"cp {self.context_parallel}"] if self.context_parallel > 1 else []
+        cuts += [f"Ulysses {self.ulysses_parallel}"] if self.ulysses_parallel > 1 else []
         cuts += [f"ep {self.expert_parallel}"] if self.expert_parallel > 1 else []
         cuts += [f"etp {self.expert_tensor_parallel}"] if self.expert_tensor_parallel > 1 else []
         return " " + ", ".join(cuts) if cuts else ""
@@ -455,11 +438,5 @@ class Plan:
         return replace(self, **chosen)
 
 
-def _some(condition: Any) -> bool:
-    """Whether *condition* holds for some of the plans."""
-    return bool(condition.any()) if isinstance(condition, np.ndarray) else bool(condition)
-
-
 _COUNTS = ("gpus", "micro_batch", "accumulation_steps", "pipeline_parallel", "virtual_stages")
 """Those that may be arrays."""
-_CUTS = ("tensor_parallel", "context_parallel", "expert_parallel", "expert_tensor_parallel")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from advisor.specs.cuts import WHOLE
 from advisor.specs.job import AttentionKernel
 from advisor.specs.model import Attention, NormKind
 from advisor.step.attention_kernels import attend, expand_heads
 from advisor.step.key_value_cache import cache, seen_tokens
 from advisor.step.operators import add, concatenate, copy, linear, multiply_constant, rms_norm, view
+from advisor.step.ring_attention import attend_in_ring
 from advisor.step.tape import Tape, Tensor
+from advisor.step.ulysses import attend_by_heads
 from advisor.step.weights import Weights
 
 
@@ -35,7 +38,12 @@ def attention(
             )
         if memory is None:
             key, value = cache(tape, key, value, spec)
-    output = attend(tape, query, key, value, spec, weights, kernel, crosses=memory is not None)
+    if tape.cut == WHOLE:
+        output = attend(tape, query, key, value, spec, weights, kernel, crosses=memory is not None)
+    elif tape.cut.exchange != "heads":
+        output = attend_in_ring(tape, query, key, value, spec)
+    else:
+        output = attend_by_heads(tape, query, key, value, spec, weights, kernel)
     del query, key, value
     projection = weights.take(hidden_size, spec.heads * spec.value_head_dim)
     output = linear(tape, output, projection, weights.bias(hidden_size, spec.output_bias))

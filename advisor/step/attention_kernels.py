@@ -184,7 +184,8 @@ def _fused(
 
     def backward(tape: Tape, gradient: Tensor) -> Gradients:
         gradients = tape.like(query), tape.like(key), tape.like(value)
-        scratch = flash_scratch(tape, spec, expanded=key.numel < query.numel) if kernel == "flash" else None
+        expanded = key.numel < query.numel
+        scratch = flash_scratch(tape, spec, length, expanded=expanded) if kernel == "flash" else None
         each_bias = tape.new(bias.numel, bias.element_bytes) if bias and bias.node else None
         touched = (query, key, value, kept, log_sum_exp, gradient, *gradients)
         scores, outputs = _score_products(spec, replace(whole, backward=True))
@@ -201,20 +202,20 @@ def _fused(
     return tape.attach(output, [query, key, value, bias], backward)
 
 
-def flash_scratch(tape: Tape, spec: Attention, *, expanded: bool) -> list[Tensor]:
-    """What flash's backward takes besides and gives back, on a GPU alone.
+def flash_scratch(tape: Tape, spec: Attention, length: int, *, expanded: bool) -> list[Tensor]:
+    """What flash's backward over *length* tokens takes besides and gives back, on a GPU alone.
 
     Fp32 sums of the queries' gradients and one number for each of their rows, both rounded up to whole blocks; where
     heads share keys and values, a gradient of these for every head. flash_attn 2.8, csrc/flash_attn/flash_api.cpp
     ``mha_bwd``, and torch 2.13's copy of it. Left out: the sums of every split that determinism would ask for.
     """
-    rows = -(-tape.sequence_length // FLASH_ROWS) * FLASH_ROWS
+    rows = -(-length // FLASH_ROWS) * FLASH_ROWS
     width = (
         -(-spec.head_dim // FLASH_COLUMNS) * FLASH_COLUMNS if spec.head_dim <= FLASH_FINE_HEAD else FLASH_LARGEST_HEAD
     )
     sizes = [(rows * spec.heads * width, 4), (rows * spec.heads, 4)]
     if expanded:
-        each_head = tape.sequence_length * spec.heads
+        each_head = length * spec.heads
         sizes += [(each_head * dimension, tape.compute_bytes) for dimension in (spec.head_dim, spec.value_head_dim)]
     return [tape.new(*size, category="workspace", label="flash attention's scratch") for size in sizes]
 

@@ -202,7 +202,9 @@ class _Walk:
     def _alone(self) -> bool:
         """Whether the micro-batch is one sequence, of a model to which that makes a difference."""
         heads = [layer.attention for run in self.model.runs for layer in run.layers if isinstance(layer, Layer)]
-        matters = any(each.broadcast_heads or each.fused_projection or each.latent for each in heads)
+        matters = self.plan.sequence_ranks > 1 or any(
+            each.broadcast_heads or each.fused_projection or each.latent for each in heads
+        )
         return matters and isinstance(self.batch, int) and self.batch == 1
 
     def _shared(self) -> dict[int, Shared]:

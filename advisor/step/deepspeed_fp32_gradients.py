@@ -98,7 +98,7 @@ class ZeroTwoFp32Gradients(ZeroTwo):
             slices = gathered_from(lambda ranks, each=reduction: self._slices(each, ranks), self.plan.gpus, self.rank)  # type: ignore[misc]
             # The rank's own slices are not joined with their neighbours, so several of them alone are copied too.
             alone = gathered_from(lambda ranks, each=reduction: self._all_own(each, ranks), self.plan.gpus, self.rank)  # type: ignore[misc]
-            copy = (self._copied(reduction) + alone) * half
+            copy = self._copied_bytes(reduction) + alone * half
             found[reduction] = (self.all_reduce(reduction, copy + slices * FP32_BYTES),)
         return found
 

@@ -8,7 +8,7 @@ Everything here counts elements.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -140,12 +140,20 @@ def gathered_from(table: Callable[[int], NDArray[Any]], gpus: Count, rank: Count
     return found
 
 
+class Joined(NamedTuple):
+    """What one all-reduce sends."""
+
+    elements: int
+    slices: int
+    """Of different ranks; a slice that is reduced alone is not copied."""
+
+
 @lru_cache(maxsize=4096)
-def copied(sizes: tuple[int, ...], reduction: Reduction, bucket: int, ranks: int) -> int:
-    """Elements of the flat copy that reducing the bucket makes (``allreduce_bucket``).
+def all_reduces(sizes: tuple[int, ...], reduction: Reduction, bucket: int, ranks: int) -> tuple[Joined, ...]:
+    """The all-reduces of one reduction (``allreduce_and_scatter``, ``allreduce_bucket``).
 
     The bucket is cut into the slices of different ranks. Slices are joined into one tensor, of at most a slice more
-    than *bucket*, for each all-reduce; a slice that is reduced alone is not copied.
+    than *bucket*, for each all-reduce.
     """
     begins, shard = starts(sizes), int(flat_shard(sum(sizes), ranks))
     owners = {
@@ -153,25 +161,27 @@ def copied(sizes: tuple[int, ...], reduction: Reduction, bucket: int, ranks: int
         for tensor in reduction.tensors
         for owner in (begins[tensor] // shard, (begins[tensor] + sizes[tensor] - 1) // shard)
     }
-    if len(owners) == 1:
-        return 0
     whole = sum(sizes[tensor] for tensor in reduction.tensors)
-    if whole <= bucket:
-        return whole
+    if len(owners) == 1 or whole <= bucket:
+        return (Joined(whole, len(owners)),)
     (tensor,) = reduction.tensors
-    return _joined(begins[tensor], begins[tensor] + sizes[tensor], shard, bucket)
+    return tuple(_joined(begins[tensor], begins[tensor] + sizes[tensor], shard, bucket))
 
 
-def _joined(start: int, end: int, shard: int, bucket: int) -> int:
-    """The largest tensor that is made of several slices of a tensor too large for the bucket."""
-    most = joined = slices = 0
+def copied(found: Iterable[Joined]) -> int:
+    """Elements of the largest flat copy that such all-reduces make."""
+    return max(each.elements if each.slices > 1 else 0 for each in found)
+
+
+def _joined(start: int, end: int, shard: int, bucket: int) -> Iterator[Joined]:
+    """The tensors that are made of slices of a tensor too large for the bucket."""
+    joined = slices = 0
     while start < end:
         cut = min(end, (start // shard + 1) * shard)
         joined, slices, start = joined + cut - start, slices + 1, cut
         if joined > bucket or start == end:
-            most = max(most, joined if slices > 1 else 0)
+            yield Joined(joined, slices)
             joined = slices = 0
-    return most
 
 
 @lru_cache(maxsize=64)

@@ -1,8 +1,8 @@
 """What ``torch.compile`` makes of a layer's kernels: one where several would follow one another.
 
 Inductor fuses element-wise operations and reductions that read each other's results (torch 2.13,
-_inductor/scheduler.py); products and fused attention stay kernels of their own. So a run of others between two of those
-becomes one kernel here, which reads and writes what it touches once, and never writes what nobody needs after it.
+_inductor/scheduler.py); products, fused attention and messages stay by themselves. So a run of others between two of
+those becomes one kernel here, which reads and writes what it touches once, and never writes what nobody needs after it.
 
 Left out: runs that inductor cuts, such as at a second reduction over other rows; products that it fuses with what
 follows; and memory. A compiled graph keeps fewer tensors for backward and computes more of them again, which the events
@@ -21,7 +21,7 @@ def fused(events: Sequence[Event]) -> tuple[Event, ...]:
     found: list[Event] = []
     run: list[Event] = []
     for event in events:
-        if event.kind == "work" and event.work.products:
+        if event.kind == "work" and (event.work.products or event.work.sent or event.work.awaits):
             found += _fused(run)
             found.append(event)
             run = []

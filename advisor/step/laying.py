@@ -96,6 +96,10 @@ class _Draft:
             moved_bytes=sum(work.moved_bytes for work in self.works) * batch
             + sum(work.fixed_moved_bytes for work in self.works),
             kernels=sum(work.kernels for work in self.works),
+            transfers=tuple(
+                each._replace(payload_bytes=each.payload_bytes * batch) for work in self.works for each in work.sent
+            ),
+            awaits=next((work.awaits for work in self.works if work.awaits), ""),
             events=tuple(self.events),
             sequences=times,
         )
@@ -106,7 +110,7 @@ def lay(events: Iterable[Event], batch: Amount) -> list[Node]:
     drafts: list[_Draft] = []
     for event in events:
         if event.kind == "work":
-            if not drafts:
+            if not drafts or event.work.awaits or event.work.sent:
                 drafts.append(_Draft(event.label, event.category, event.scales))
             drafts[-1].works.append(event.work)
             continue

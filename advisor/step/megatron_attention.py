@@ -146,7 +146,7 @@ def _fused(
         gradients = tape.like(query), tape.like(key), tape.like(value)
         # The ring again, with the gradients of keys and values behind them.
         ring = [tape.new(2 * (key.numel + value.numel), key.element_bytes) for _ in range(2 * (cut.context > 1))]
-        scratch = flash_scratch(tape, spec, expanded=key.numel < query.numel)
+        scratch = flash_scratch(tape, spec, tape.sequence_length, expanded=key.numel < query.numel)
         touched = (query, key, value, gradient, *(each for each in held if each), *gradients, *ring)
         tape.work(*touched, matmuls=(scores, scores, scores, outputs, outputs), kernels=3)
         del scratch, ring, held
@@ -199,7 +199,7 @@ def _by_heads(
         saved.clear()
         back = exchanged(tape, held.pop(), gradient)
         gradients = [tape.new(size, element_bytes) for size in sizes]
-        scratch = flash_scratch(tape, spec, expanded=sizes[1] < sizes[0])
+        scratch = flash_scratch(tape, spec, tape.sequence_length, expanded=sizes[1] < sizes[0])
         tape.work(*held, *back, *gradients, matmuls=(scores, scores, scores, outputs, outputs), kernels=3)
         del scratch, held, back
         return tuple(exchanged(tape, *gradients))

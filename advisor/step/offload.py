@@ -121,7 +121,7 @@ class OffloadedFlat(ZeroFlat):
         """What the last micro-step's reductions take."""
         return {
             reduction: (
-                self.all_reduce(reduction, self._copied(reduction) * self.job.compute_bytes),
+                self.all_reduce(reduction, self._copied_bytes(reduction)),
                 self.norms[reduction],
             )
             for reduction in self.reductions

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 from advisor.errors import SpecError
+from advisor.specs.cuts import WHOLE, SequenceCut
 from advisor.specs.job import AttentionKernel, Job, LossKernel
 from advisor.specs.model import AnyLayer, Layer, ModelSpec, Parameter
 from advisor.step.layers import close_stack, cross_entropy, decoder_layer, embed, finish, head
@@ -51,6 +52,8 @@ class Mode:
     """Bytes per element of adapters, where these alone are trained."""
     keeps_inputs: bool = False
     """Whether products keep their input for backward though their weight be frozen (ZeRO-3)."""
+    cut: SequenceCut = WHOLE
+    """How the ranks share a sequence, of which ``sequence_length`` is what one of them has."""
     embedding_norm: bool = False
     """Whether the stream leaves a LayerNorm before the first layer, which autocast runs in fp32 (BLOOM)."""
     caching: Caching | None = None
@@ -82,20 +85,13 @@ class Mode:
             keeps_inputs=self.keeps_inputs,
             caching=self.caching,
             grad_enabled=self.caching is None,
+            cut=self.cut,
         )
 
 
-def mode_of(job: Job, parameter_bytes: int, autocasts_half: bool = False, alone: bool = False) -> Mode:
-    return Mode(
-        job.compute_bytes,
-        parameter_bytes,
-        job.sequence_length,
-        job.attention,
-        job.padded,
-        autocasts_half,
-        alone,
-        job.loss,
-    )
+def mode_of(job: Job, parameter_bytes: int, autocasts_half: bool = False, cut: SequenceCut = WHOLE) -> Mode:
+    length, formats = job.sequence_length // cut.ranks, (job.compute_bytes, parameter_bytes)
+    return Mode(*formats, length, job.attention, job.padded, autocasts_half, loss=job.loss, cut=cut)
 
 
 class Recording(NamedTuple):
@@ -232,16 +228,18 @@ def record_inputs(model: ModelSpec, mode: Mode) -> tuple[Event, ...]:
     """Token ids, labels and shifted labels (int64), and the rotary tables that every layer reads.
 
     The fused loss, whose gradients are there when forward ends, drops its shifted labels by then; the tiled one keeps
-    those that it scores itself.
+    those that it scores itself. Where ranks share a sequence, its labels come shifted, and its positions with them, for
+    which tables are made sequence by sequence.
     """
-    length, copies = mode.sequence_length, 2 if mode.loss in ("fused", "tiled") else 3
+    length, shared = mode.sequence_length, mode.cut != WHOLE
+    copies = 2 if mode.loss in ("fused", "tiled") and not shared else 3
     found = [Event("take", "token ids and labels", "activations", copies * INDEX_BYTES * length, True)]
     if mode.padded:
         found.append(Event("take", "padding mask", "activations", INDEX_BYTES * length, True))
     turned = model.described_layers[0].attention.rotary_dimensions
     if turned:
         table_bytes = 2 * model.rotary_kinds * length * turned * mode.parameter_bytes
-        found.append(Event("take", "rotary tables", "activations", table_bytes, False))
+        found.append(Event("take", "rotary tables", "activations", table_bytes, shared))
     return tuple(found)
 
 

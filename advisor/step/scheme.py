@@ -111,7 +111,7 @@ class Scheme:
     @cached_property
     def mode(self) -> Mode:
         """In which formats the modelling code runs."""
-        mode = mode_of(self.job, self.parameter_bytes, self.autocasts_half)
+        mode = mode_of(self.job, self.parameter_bytes, self.autocasts_half, self.plan.sequence_cut)
         if self.job.method == "full":
             return mode
         normed = self.model.embedding_norm == "layer"

@@ -17,8 +17,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from advisor.specs.cuts import WHOLE, SequenceCut
 from advisor.specs.model import Parameter
-from advisor.step.program import Category, Matmul
+from advisor.specs.plan import GroupName
+from advisor.step.program import Category, Collective, CollectiveKind, Matmul
 from advisor.step.rows import Rows
 
 
@@ -40,6 +42,10 @@ class Work(NamedTuple):
     kernels: int = 0
     touched: tuple[Touched, ...] = ()
     """The tensors among those bytes, once for every time that they are read or written."""
+    sent: tuple[Collective, ...] = ()
+    """Messages of one sequence, which the work after them waits for unless they say otherwise."""
+    awaits: str = ""
+    """What was sent before and has to be there when it begins; nothing if empty."""
 
 
 class Touched(NamedTuple):
@@ -208,6 +214,8 @@ class Tape:
     """What the cache holds when the pass is over."""
     uncached: list[int] = field(default_factory=list)
     """Numbers of the memory that the cache held before."""
+    cut: SequenceCut = WHOLE
+    """What attention has to do to see more than the tokens of this tape."""
     grad_enabled: bool = True
     backward_running: bool = False
     scope: str = ""
@@ -278,6 +286,24 @@ class Tape:
         known = tuple(Touched(each.storage.event.storage, each.size_bytes, bool(each.scales)) for each in touched)
         done = Work(matmuls, moved, fixed, kernels, known)
         self.events.append(Event("work", self.scope, "temporaries", 0, False, work=done))
+
+    def send(
+        self,
+        what: str,
+        kind: CollectiveKind,
+        payload_bytes: int,
+        group: GroupName,
+        *,
+        messages: int = 1,
+        waits: bool = True,
+    ) -> None:
+        """Record messages between ranks, with the payload of one sequence (:class:`Collective`)."""
+        sent = (Collective(what, kind, payload_bytes, messages, waits, group),)
+        self.events.append(Event("work", self.scope, "temporaries", 0, False, work=Work(sent=sent)))
+
+    def wait_for(self, what: str) -> None:
+        """Record that what was sent before has to be there."""
+        self.events.append(Event("work", self.scope, "temporaries", 0, False, work=Work(awaits=what)))
 
     def attach(
         self,

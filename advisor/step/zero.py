@@ -56,6 +56,15 @@ class Zero(Scheme, ABC):
         return self.plan.zero.reduce_bucket * self.job.compute_bytes
 
     @property
+    def reduced_bytes(self) -> int:
+        """Bytes per element of the gradients that are sent: fp32 where sequences are cut.
+
+        ``seq_parallel_communication_data_type`` (runtime/config.py) is for stage 3 to set; stages 1 and 2 take fp32
+        whatever it says (stage_1_and_2.py ``allreduce_bucket``).
+        """
+        return FP32_BYTES if self.plan.ulysses_parallel > 1 else self.job.compute_bytes
+
+    @property
     @abstractmethod
     def given(self) -> Given:
         """What the optimizer updates on this rank."""

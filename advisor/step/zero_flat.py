@@ -18,6 +18,8 @@ from advisor.step.arrival import Arrival, Source, arrival, where
 from advisor.step.flat_partition import (
     Reduction,
     Shares,
+    all_reduces,
+    by_count,
     copied,
     flat_shard,
     gathered_from,
@@ -148,17 +150,23 @@ class ZeroFlat(Zero):
         first = self._of_rank("first_reduction")
         return {
             reduction: (
-                self.all_reduce(reduction, self._copied(reduction) * self.job.compute_bytes),
+                self.all_reduce(reduction, self._copied_bytes(reduction)),
                 hold("gradients of the rank's partition", "gradients", self.owned_bytes * (first == number)),
             )
             for number, reduction in enumerate(self.reductions)
         }
 
-    def _copied(self, reduction: Reduction) -> Amount:
-        bucket = self.plan.zero.reduce_bucket
-        counts, where = np.unique(np.asarray(self.plan.gpus), return_inverse=True)
-        found = np.array([copied(self.sizes, reduction, bucket, int(count)) for count in counts])
-        return found[where.reshape(np.shape(self.plan.gpus))] if np.ndim(self.plan.gpus) else int(found[0])
+    def _copied_bytes(self, reduction: Reduction) -> Amount:
+        """The flat copy of what is sent at once, and the cast of it where it is sent in another format."""
+        bucket, half, cast = self.plan.zero.reduce_bucket, self.job.compute_bytes, self.reduced_bytes
+
+        def most(ranks: int) -> int:
+            found = all_reduces(self.sizes, reduction, bucket, ranks)
+            if cast == half:
+                return half * copied(found)
+            return max(each.elements * (half * (each.slices > 1) + cast) for each in found)
+
+        return by_count(most, self.plan.gpus)
 
     def _owns(self, reduction: Reduction) -> Amount:
         """1 where this rank's partition touches the one tensor of *reduction*, else 0."""
@@ -176,7 +184,7 @@ class ZeroFlat(Zero):
 
         ``reduce_scatter`` with ``use_multi_rank_bucket_allreduce`` (both defaults) is an all-reduce.
         """
-        payload = sum(self.sizes[tensor] for tensor in reduction.tensors) * self.job.compute_bytes
+        payload = sum(self.sizes[tensor] for tensor in reduction.tensors) * self.reduced_bytes
         waits = not self.plan.zero.overlap_communication
         reduce = Collective("gradients", "all-reduce", payload, 1, waits)
         return replace(scratch("flat copy of a bucket", copied_bytes), moved_bytes=4 * payload, transfers=(reduce,))

@@ -110,6 +110,11 @@ class ZeroThree(Zero):
         """Elements of the trained tensors."""
         return tuple(parameter.numel for parameter in self.model.trained)
 
+    @property
+    def bucket_bytes(self) -> int:
+        """In the format that is sent (stage3.py ``setup_buckets``)."""
+        return self.plan.zero.reduce_bucket * self.reduced_bytes
+
     @cached_property
     def reductions(self) -> tuple[Reduction, ...]:
         return reductions(self.sizes, self.arrival.tensors, self.plan.zero.reduce_bucket)
@@ -308,17 +313,20 @@ class ZeroThree(Zero):
         """Gradients are put together for reduce-scatter, padded to the ranks, and dropped.
 
         comm/coalesced_collectives.py ``reduce_scatter_coalesced``: one tensor that needs no padding is not copied.
+        Where they are sent in another format, the bucket has that, one that waits beside it is cast to it, and the
+        rank's share is cast back (stage3.py ``__avg_scatter_grads``).
         """
         sizes = [self.sizes[tensor] for tensor in reduction.tensors]
         padded = sum(-(-size // self.plan.gpus) * self.plan.gpus for size in sizes)
         copies = 1 * (len(sizes) > 1 or padded != sizes[0])
         alone = sizes[0] > self.plan.zero.reduce_bucket
-        half = self.job.compute_bytes
-        reduce = Collective("gradients", "reduce-scatter", padded * half, 1, waits=False)
+        half, sent = self.job.compute_bytes, self.reduced_bytes
+        casts = (sizes[0] * sent * alone + padded // self.plan.gpus * half) * (sent != half)
+        reduce = Collective("gradients", "reduce-scatter", padded * sent, 1, waits=False)
         return (
             replace(
-                scratch(FLAT_COPY, padded * half * copies),
-                moved_bytes=4 * padded * half,
+                scratch(FLAT_COPY, padded * sent * copies + casts),
+                moved_bytes=4 * padded * sent,
                 transfers=(reduce,),
             ),
             release("gradients", "gradients", sizes[0] * half if alone else 0),

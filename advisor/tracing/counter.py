@@ -13,10 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from advisor.step.program import Category
+
+WAIT = torch.ops._c10d_functional.wait_tensor.default
+"""Of a collective; what comes out lies where the collective wrote."""
 
 
 @dataclass(eq=False, slots=True)
@@ -47,8 +51,14 @@ class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live_bytes = 0
         self.peak_bytes = 0
         self.in_backward = False
+        self.pauses = False
+        """Whether what is made now is not counted."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(each, DTensor) for each in types) and func.name().startswith("aten::_scaled_dot_product"):
+            return NotImplemented  # first it is to run on its shards, whose operations come here
+        if func is WAIT:
+            return args[0]  # a fake tensor's would be another tensor
         if self.in_backward and _sums_two_gradients(func, args, kwargs):
             return torch.ops.aten.add_.Tensor(*args)
         output = func(*args, **(kwargs or {}))
@@ -59,7 +69,7 @@ class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _count(self, tensor: torch.Tensor) -> None:
         """Take note of *tensor*'s storage. Meta tensors have none."""
-        if tensor.device.type == "meta":
+        if self.pauses or tensor.device.type == "meta":
             return
         storage = _storage_of(tensor)
         key = storage._cdata

@@ -120,6 +120,10 @@ def _autocast_attention(*args: Any, **kwargs: Any) -> torch.Tensor:
         return scaled_dot_product_attention(*args, **kwargs)
 
 
+# torch's context parallelism puts its own in the place of a function by its name.
+_autocast_attention.__name__ = "scaled_dot_product_attention"
+
+
 def _grouped_product(operator: Operator) -> Operator:
     def run(rows: torch.Tensor, weights: torch.Tensor, *, offs: torch.Tensor, **kwargs: Any) -> Any:
         if rows.dtype is torch.bfloat16:

@@ -77,8 +77,9 @@ class Case:
         targets = "+".join(job.lora_targets) or "usual targets"
         kernels += f", {job.method} of rank {job.lora_rank} on {targets}" if job.method != "full" else ""
         return (
-            f"{self.name}, {plan.strategy.value} x {plan.gpus}, {weights}, checkpointing {plan.checkpointing.value}, "
-            f"{plan.micro_batch} x {job.sequence_length}, accumulation {plan.accumulation_steps}{version}{bucket}"
+            f"{self.name}, {plan.strategy.value} x {plan.gpus}{plan.cuts_title}, {weights}, "
+            f"checkpointing {plan.checkpointing.value}, {plan.micro_batch} x {job.sequence_length}, "
+            f"accumulation {plan.accumulation_steps}{version}{bucket}"
             f"{kernels}"
         )
 

@@ -101,7 +101,7 @@ def emulate(
         model = built_model(config, job, plan, place)
         vocabulary = model.config.get_text_config().vocab_size
         if plan.strategy.zero_stage is not None:
-            engine = by_deepspeed(model, job, json.loads(deepspeed_json(job, plan)), place)
+            engine = by_deepspeed(model, job, plan, json.loads(deepspeed_json(job, plan)), place)
         else:
             engine = by_torch(model, job, plan, place)
         del model

@@ -80,8 +80,8 @@ def built_model(config: Mapping[str, Any], job: Job, plan: Plan, device: torch.d
     return with_adapters(model, job)
 
 
-def by_deepspeed(model: Any, job: Job, settings: Mapping[str, Any], device: torch.device) -> Engine:
-    """``deepspeed.initialize`` with the JSON that a user gets."""
+def by_deepspeed(model: Any, job: Job, plan: Plan, settings: Mapping[str, Any], device: torch.device) -> Engine:
+    """``deepspeed.initialize`` with the JSON that a user gets, as accelerate's ``_prepare_deepspeed`` calls it."""
     import deepspeed
 
     if device.type == "cpu":
@@ -90,16 +90,49 @@ def by_deepspeed(model: Any, job: Job, settings: Mapping[str, Any], device: torc
     # Of an optimizer on the host DeepSpeed makes its own, as its JSON says.
     optimizer = None if "optimizer" in settings else optimizer_of(model, job)
     weights = model.parameters()
-    engine = deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=weights, config=dict(settings))[0]
+    ulysses = {"mpu": attend_by_heads(model, plan)} if plan.ulysses_parallel > 1 else {}
+    engine = deepspeed.initialize(
+        model=model, optimizer=optimizer, model_parameters=weights, config=dict(settings), **ulysses
+    )[0]
     del optimizer, weights
+    more: dict[str, torch.Tensor] = {}
+
+    def forward(ids: torch.Tensor, labels: torch.Tensor) -> Any:
+        if ulysses:
+            more.update(part_of_sequence(ids, labels, plan))
+        return engine(input_ids=ids, labels=labels, **more).loss
+
+    def backward(loss: torch.Tensor) -> None:
+        engine.backward(loss)
+        more.clear()
+
     return Engine(
         engine,
         engine.optimizer,
-        forward=lambda ids, labels: engine(input_ids=ids, labels=labels).loss,
-        backward=engine.backward,
+        forward=forward,
+        backward=backward,
         update=lambda last: engine.step(),
         micro_step=lambda last: contextlib.nullcontext(),
     )
+
+
+def attend_by_heads(model: Any, plan: Plan) -> Any:
+    """Let *model* attend by Ulysses. What DeepSpeed asks for its groups is returned."""
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
+    return UlyssesSPAttentionHF.register_with_transformers(
+        model_name_or_path=model,
+        core_attn_implementation=model.config._attn_implementation,
+        sequence_parallel_size=plan.ulysses_parallel,
+        micro_batch_size=int(plan.micro_batch),
+    )
+
+
+def part_of_sequence(ids: torch.Tensor, labels: torch.Tensor, plan: Plan) -> dict[str, torch.Tensor]:
+    """What a model is told besides where *ids* are this rank's part of a sequence: positions, and labels as shifted."""
+    first = distributed.get_rank() % plan.sequence_ranks * ids.shape[1]
+    positions = torch.arange(first, first + ids.shape[1], device=ids.device)
+    return {"position_ids": positions.repeat(len(ids), 1), "shift_labels": labels}
 
 
 @contextmanager

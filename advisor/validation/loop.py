@@ -72,9 +72,10 @@ def _optimizer_step(meter: Meter, engine: Engine, ids: torch.Tensor, micro_steps
 
 
 def random_tokens(vocabulary: int, job: Job, plan: Plan, rank: int) -> torch.Tensor:
-    """A micro-batch of token ids, others on every rank."""
+    """A rank's part of a micro-batch of token ids, others on every rank."""
     generator = torch.Generator().manual_seed(rank)
-    return torch.randint(vocabulary, (int(plan.micro_batch), job.sequence_length), generator=generator)
+    shape = int(plan.micro_batch), job.sequence_length // plan.sequence_ranks
+    return torch.randint(vocabulary, shape, generator=generator)
 
 
 def record_of(measured: Measured, losses: list[float], engine: Engine, ranks: int) -> dict[str, Any]:

@@ -167,6 +167,8 @@ def _refuse_what_cannot_run(question: Question, plans: Sequence[Plan], device: D
         raise SpecError("FSDP version 1 is not run for validation; `advisor trace` counts its bytes")
     if any(plan.swaps for plan in plans):
         raise SpecError("plans on NVMe are not run for validation; `advisor trace` counts their bytes")
+    if any(plan.sequence_ranks > 1 for plan in plans):
+        raise SpecError("plans that cut sequences are not run for validation; `advisor trace` counts their bytes")
     if question.cluster.nodes > 1 and device == "cuda":
         raise SpecError("one machine alone is run for validation: drop --nodes")
     if device == "cpu" and question.job.precision == "fp16":

@@ -18,6 +18,8 @@ from unittest import mock
 import torch
 import torch.distributed as distributed
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from advisor.specs.job import Job
 from advisor.specs.plan import Plan, Strategy
@@ -49,7 +51,9 @@ def ranks_of(plan: Plan) -> Iterator[Any]:
 
     if distributed.is_initialized():
         distributed.destroy_process_group()
-    distributed.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
+    # Of context-parallel ranks the one that is recorded (advisor/step/ring_attention.py).
+    rank = (plan.context_parallel - 1) // 2
+    distributed.init_process_group("fake", rank=rank, world_size=count, store=FakeStore())
     try:
         yield mesh_of(plan, "cpu")
     finally:
@@ -61,9 +65,50 @@ def mesh_of(plan: Plan, device_type: str) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
 
     count, shard = int(plan.gpus), int(plan.shard_ranks)
+    if plan.context_parallel > 1:
+        mesh = init_device_mesh(
+            device_type, (count // plan.context_parallel, plan.context_parallel), mesh_dim_names=("data", "context")
+        )
+        return mesh["data", "context"]._flatten("shard")
     if plan.strategy is not Strategy.HSDP:
         return init_device_mesh(device_type, (count,))
     return init_device_mesh(device_type, (count // shard, shard), mesh_dim_names=("replica", "shard"))
+
+
+@contextmanager
+def whole_attention(plan: Plan, device_type: str, counter: StorageCounter) -> Iterator[None]:
+    """While active, torch's attention goes over the tokens of all context-parallel ranks.
+
+    accelerator.py ``_prepare_cp`` and torch 2.13's ``context_parallel``, less what that does to the batch. How a
+    distributed tensor finds out the shapes of its results is left out of the count: a GPU has no part in it.
+    """
+    if plan.context_parallel == 1:
+        yield
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.experimental._context_parallel import _attention
+
+    ring: Any = _attention
+    ring.set_rotate_method(plan.fsdp.context_exchange)
+    shape = int(plan.gpus) // plan.context_parallel, plan.context_parallel
+    with _disable_current_modes():  # the mesh's own list of ranks lies on the host, and is not counted
+        mesh = init_device_mesh(device_type, shape, mesh_dim_names=("data", "context"))["context"]
+    propagator: Any = DTensor._op_dispatcher.sharding_propagator
+    propagate = propagator.propagate
+
+    def uncounted(*arguments: Any, **words: Any) -> Any:
+        counter.pauses = True
+        try:
+            return propagate(*arguments, **words)
+        finally:
+            counter.pauses = False
+
+    ring._enable_context_parallel_dispatcher_impl(seq_dim=2, mesh=mesh)
+    try:
+        with mock.patch.object(propagator, "propagate", uncounted):
+            yield
+    finally:
+        ring._disable_context_parallel_dispatcher_impl()
 
 
 @contextmanager

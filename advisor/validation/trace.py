@@ -39,7 +39,7 @@ from advisor.tracing.real_model import (
 from advisor.tracing.tiled_loss import tile_loss
 from advisor.validation.adapters import fake_conversions, import_before_counting, with_adapters
 from advisor.validation.optimizers import leave_out_host_tensors, traced_optimizer
-from advisor.validation.sharding import FORMATS, Wrapped, counted, ranks_of, wrap
+from advisor.validation.sharding import FORMATS, Wrapped, counted, ranks_of, whole_attention, wrap
 
 MOST_MICRO_STEPS = 3
 """A first micro-step, one between and a last: all between hold the same."""
@@ -92,6 +92,7 @@ def trace_described(description: Description, job: Job, plan: Plan, *, dropout: 
         counted() as counter,
         gpu_operators(),
         flash_attn_installed(),
+        whole_attention(plan, "cpu", counter),
     ):
         model = real_model(settings_of(description, dropout), description, FORMATS[job.model_format], job.attention)
         if plan.checkpointing is not Checkpointing.NONE:
@@ -102,8 +103,9 @@ def trace_described(description: Description, job: Job, plan: Plan, *, dropout: 
         parameters = sum(parameter.numel() for parameter in model.parameters())
         wrapped = wrap(adapted, mesh, job, plan)
         optimizer = traced_optimizer(model, job, counter)
-        ids = torch.zeros(int(plan.micro_batch), job.sequence_length, dtype=torch.long)
+        ids = torch.zeros(int(plan.micro_batch), job.sequence_length // plan.sequence_ranks, dtype=torch.long)
         inputs = {"input_ids": ids} | ({"attention_mask": torch.ones_like(ids)} if job.padded else {})
+        inputs |= {"position_ids": torch.zeros_like(ids)} if plan.sequence_ranks > 1 else {}
         shapes = frozenset(tuple(each.shape) for each in model.parameters())
         run = _Run(counter, model, wrapped, optimizer, inputs, plan, parameters, shapes)
         run.step()
@@ -174,7 +176,9 @@ class _Run:
         labels = torch.zeros_like(self.inputs["input_ids"])
         counter.mark([*self.inputs.values(), labels], "activations")
         with counter.phase(), _loss_noted(self.model, counter) as peaks:
-            loss = self.wrapped.run(**self.inputs, labels=labels).loss
+            # Labels of a part of a sequence come shifted.
+            shifted = {"shift_labels": labels} if self.plan.sequence_ranks > 1 else {}
+            loss = self.wrapped.run(**self.inputs, labels=labels, **shifted).loss
         peaks.append(counter.peak_bytes)
         after_forward = counter.live_bytes
         counter.mark_rest(lambda held: self._by_shape(held, "activations"))

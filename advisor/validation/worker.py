@@ -46,7 +46,7 @@ GLOO_THREAD_S = 0.003
 
 def by_file(model: Any, job: Job, plan: Plan, folder: Path, device: torch.device) -> Engine:
     """DeepSpeed, with the JSON that lies in *folder*."""
-    return by_deepspeed(model, job, json.loads((folder / "ds_config.json").read_text()), device)
+    return by_deepspeed(model, job, plan, json.loads((folder / "ds_config.json").read_text()), device)
 
 
 def by_plain_torch(model: Any, job: Job, plan: Plan, folder: Path, device: torch.device) -> Engine:

@@ -51,11 +51,11 @@ Named = tuple[str, Mapping[str, Any]]
 def cases(seed: int, count: int) -> list[Case]:
     """*count* cases, the same for the same *seed*."""
     draw = random.Random(seed)
-    families = _families()
-    return [_case(draw, families, *WAYS[number % len(WAYS)]) for number in range(count)]
+    known = families()
+    return [_case(draw, known, *WAYS[number % len(WAYS)]) for number in range(count)]
 
 
-def _families() -> dict[str, list[Named]]:
+def families() -> dict[str, list[Named]]:
     """Names and configurations of the profiles of causal models, by family."""
     found: dict[str, list[Named]] = {}
     for path in sorted(model_profiles().glob("*.json")):

@@ -271,6 +271,7 @@ def test_experts_are_cut_as_the_rest_unless_said_otherwise(words: Any, slices: i
         ({"trainer": "nemo", "strategy": "ddp"}, "--trainer must be one of advisor, hf, trl"),
         ({"strategy": "zero2"}, "--trainer megatron has a plan of its own"),
         ({"offload": "optimizer"}, "--offload is not for --trainer megatron"),
+        ({"sp": 2}, "--sp is not for --trainer megatron"),
         ({"compile": True}, "--compile is not for --trainer megatron"),
         ({"tp": 3}, "tensor_parallel 3 x pipeline_parallel 1 x context_parallel 1 take 3 GPUs or a multiple, got 4"),
         ({"tp": 4}, "Megatron tp 4 cannot train Qwen2.5-0.5B: 14 attention heads do not divide"),

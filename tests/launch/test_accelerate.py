@@ -245,3 +245,36 @@ def test_what_loading_takes_of_the_host_is_said(strategy: Strategy, family: str,
 
     assert said.format(f"{copy_gib} = {2 * copy_gib} GiB of 1,024 GiB") in written
     assert "host memory" not in text(plan(Strategy.ZERO2))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "sizes", "more"),
+    [
+        (plan(Strategy.ZERO3, gpus=8, ulysses_parallel=4), (2, 1, 1, 4), {"SP_ATTN_IMPLEMENTATION": "sdpa"}),
+        (plan(Strategy.FSDP, gpus=8, context_parallel=4), (1, 2, 4, 1), {"CP_COMM_STRATEGY": "allgather"}),
+        (
+            plan(Strategy.FSDP, gpus=8, context_parallel=8, fsdp=FsdpSettings(context_exchange="alltoall")),
+            (1, 1, 8, 1),
+            {"CP_COMM_STRATEGY": "alltoall"},
+        ),
+    ],
+    ids=["ulysses", "ring at once", "ring by and by"],
+)
+def test_the_launcher_hands_on_how_sequences_are_cut(
+    chosen: Plan, sizes: tuple[int, ...], more: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meshes = pytest.importorskip("accelerate.parallelism_config")
+    environment = launcher_environment(tmp_path, text(chosen), monkeypatch)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+    mesh = meshes.ParallelismConfig()
+
+    assert (mesh.dp_replicate_size, mesh.dp_shard_size, mesh.cp_size, mesh.sp_size) == sizes
+    assert mesh.data_parallel_size == (2 if chosen.strategy is Strategy.ZERO3 else sizes[1])
+    assert {name: environment[f"PARALLELISM_CONFIG_{name}"] for name in more} == more
+    # Launchers that start train.py without accelerate's set the same.
+    own = accelerate_environment(model(), Job(), chosen)
+    names = [name for name in own if "PARALLELISM" in name]
+    assert len(names) > 5
+    assert {name: own[name].lower() for name in names} == {name: environment[name].lower() for name in names}

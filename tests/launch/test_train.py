@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -96,7 +97,7 @@ def arguments(**given: Any) -> Namespace:
 
 
 def rank(index: int, processes: int = 2) -> SimpleNamespace:
-    return SimpleNamespace(process_index=index, num_processes=processes, device="cpu")
+    return SimpleNamespace(process_index=index, num_processes=processes, device="cpu", parallelism_config=None)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -328,6 +329,47 @@ def test_labels_ask_for_what_the_objective_restores(objective: str, data: Module
             kept = inputs != 0
             assert torch.equal(inputs[kept], labels[kept])
             assert (labels != -100).all()
+
+
+def mesh(sp: int = 1, cp: int = 1) -> SimpleNamespace:
+    return SimpleNamespace(sp_size=sp, cp_size=cp, sp_enabled=sp > 1, cp_enabled=cp > 1, non_data_parallel_size=sp * cp)
+
+
+def shared(index: int, processes: int, **sizes: int) -> SimpleNamespace:
+    """One of several processes that share sequences."""
+    return SimpleNamespace(process_index=index, num_processes=processes, device="cpu", parallelism_config=mesh(**sizes))
+
+
+def test_processes_that_share_sequences_by_ulysses_have_their_parts(data: ModuleType) -> None:
+    asked = arguments(sequence_length=8)
+    whole = [next(data.make_batches(rank(index), asked, None, 256))["input_ids"] for index in range(2)]
+    parts = [next(data.make_batches(shared(index, 4, sp=2), asked, None, 256)) for index in range(4)]
+
+    for group in range(2):
+        first, second = parts[2 * group : 2 * group + 2]
+        assert torch.equal(torch.cat([first["input_ids"], second["input_ids"]], dim=1), whole[group])
+        # The label of a part's last token is the first token of the next; of the last token of all there is none.
+        assert torch.equal(first["labels"], whole[group][:, 1:5])
+        assert torch.equal(second["labels"][:, :-1], whole[group][:, 5:])
+        assert (second["labels"][:, -1] == -100).all()
+        assert first["labels"] is first["shift_labels"]
+        assert [each["position_ids"][1].tolist() for each in (first, second)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_context_parallel_processes_get_whole_sequences_which_torch_cuts(data: ModuleType) -> None:
+    asked, seen = arguments(sequence_length=8), {}
+    one = shared(1, 4, cp=4)
+    batch = next(data.make_batches(one, asked, None, 256))
+    one.maybe_context_parallel = lambda **words: seen.update(words) or nullcontext()
+
+    with data.whole_attention(one, batch):
+        assert torch.equal(batch["input_ids"], next(data.make_batches(rank(0), asked, None, 256))["input_ids"])
+    assert [id(each) for each in seen["buffers"]] == [
+        id(batch[name]) for name in ("input_ids", "shift_labels", "position_ids")
+    ]
+    assert (seen["buffer_seq_dims"], len(seen["no_restore_buffers"])) == ([1, 1, 1], 3)
+    with data.whole_attention(rank(0), batch) as untouched:
+        assert untouched is None
 
 
 def test_padding_is_hidden_from_attention_and_from_the_loss(data: ModuleType, tmp_path: Path) -> None:

@@ -11,7 +11,17 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from advisor.errors import SpecError
-from advisor.search.space import SEARCHED_CHECKPOINTING, VARIANTS, Barred, bar, kept_to, micro_batches, sheets, variants
+from advisor.search.space import (
+    LONG_SEQUENCE,
+    SEARCHED_CHECKPOINTING,
+    VARIANTS,
+    Barred,
+    bar,
+    kept_to,
+    micro_batches,
+    sheets,
+    variants,
+)
 from advisor.specs.job import Job
 from advisor.specs.plan import OWN_STRATEGIES, Offload, Plan, Strategy
 from search.questions import ASKED, question, variant_of
@@ -166,3 +176,29 @@ def test_a_search_is_kept_to_what_is_wanted(strategy: str | None, offload: str |
 def test_words_that_leave_no_plan_are_named(strategy: str | None, offload: str | None, said: str) -> None:
     with pytest.raises(SpecError, match=said):
         variants(kept_to(ASKED["all fit"], strategy, offload))
+
+
+def test_long_sequences_are_cut_over_the_gpus_of_a_machine() -> None:
+    asked = question("Llama-3.2-1B", gpus=16, nodes=2, seq_len=LONG_SEQUENCE, global_batch=4)
+    found: dict[Strategy, set[int]] = {}
+    for plan in sheets(asked):
+        if isinstance(plan, Plan):
+            assert (np.asarray(plan.global_batch) == 4).all()
+            found.setdefault(plan.strategy, set()).add(plan.sequence_ranks)
+
+    # 4 sequences are not for 16 GPUs, nor for 8 pairs of them.
+    assert set(found) == {Strategy.ZERO1, Strategy.ZERO2, Strategy.ZERO3, Strategy.FSDP}
+    assert all(ranks == {4, 8} for ranks in found.values())
+    without = [each for each in sheets(asked) if isinstance(each, Barred) and each.strategy is Strategy.DDP]
+    assert without[0].why == "a global batch of 4 does not divide over 16 GPUs"
+
+
+def test_a_batch_that_no_cut_of_long_sequences_makes_up_is_refused() -> None:
+    with pytest.raises(SpecError, match="global batch of 3 does not divide over 16 GPUs"):
+        list(sheets(question("Llama-3.2-1B", gpus=16, nodes=2, seq_len=LONG_SEQUENCE, global_batch=3)))
+
+
+def test_short_sequences_stay_whole() -> None:
+    asked = question(gpus=8, seq_len=LONG_SEQUENCE // 2)
+
+    assert {each.sequence_ranks for each in sheets(asked) if isinstance(each, Plan)} == {1}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from advisor.step.flat_partition import copied, flat_shard, gathered_from, reductions, shares, undominated
+from advisor.step.flat_partition import all_reduces, copied, flat_shard, gathered_from, reductions, shares, undominated
 
 ranks_of_any_count = st.integers(1, 40)
 sizes_of_tensors = st.lists(st.integers(1, 60), min_size=1, max_size=12).map(tuple)
@@ -70,7 +70,9 @@ def test_a_bucket_is_copied_where_it_holds_slices_of_several_ranks(sizes, ranks,
             for tensor in reduction.tensors
             for element in range(starts[tensor], starts[tensor] + sizes[tensor])
         }
-        copy = copied(sizes, reduction, bucket, ranks)
+        sent = all_reduces(sizes, reduction, bucket, ranks)
+        copy = copied(sent)
+        assert sum(each.elements for each in sent) == whole
         if len(owners) == 1:
             assert copy == 0
         elif whole <= bucket:
@@ -85,7 +87,7 @@ def test_a_bucket_is_copied_where_it_holds_slices_of_several_ranks(sizes, ranks,
 def test_a_tensor_larger_than_the_bucket_is_reduced_in_slices(bucket: int, copy: int) -> None:
     (alone,) = reductions((1000,), (0,), bucket)
 
-    assert copied((1000,), alone, bucket, 4) == copy
+    assert copied(all_reduces((1000,), alone, bucket, 4)) == copy
 
 
 def test_a_large_embedding_weighs_on_its_ranks_however_many_there_are() -> None:

@@ -8,11 +8,12 @@ offload and little else, so that every bucket has DeepSpeed's default size, what
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from advisor.catalog.training_config.deepspeed import from_deepspeed
 from advisor.catalog.training_config.settings import AUTO, Setting, Settings, Table
 from advisor.errors import ConfigError
+from advisor.specs.cuts import KeyValueExchange
 
 DEFAULT = "accelerate's default"
 
@@ -111,9 +112,11 @@ def from_accelerate(file: str, held: Any, json_at: JsonReader, places: Mapping[s
     settings = Settings()
     if kind == "zero":
         settings = _deepspeed(deepspeed, json_at, precision, top)
+        warnings += _cuts(top.table("parallelism_config"), found, ("sp",))
     elif kind == "fsdp":
         warnings += _fsdp(fsdp, found, int(found["nodes"].value) if "nodes" in found else 1)
-        warnings += _replicas(top.table("parallelism_config"), found)
+        warnings += _cuts(top.table("parallelism_config"), found, ("cp",))
+        _replicas(top.table("parallelism_config"), found)
     elif kind == "ddp":
         found["strategy"] = Setting("ddp", top.place("distributed_type"))
     if precision is not None:
@@ -207,9 +210,21 @@ def _fsdp(block: Table, found: dict[str, Setting], nodes: int) -> Iterator[str]:
     block.refuse_others(FSDP_HARMLESS)
 
 
-def _replicas(block: Table, found: dict[str, Setting]) -> Iterator[str]:
+def _cuts(block: Table, found: dict[str, Setting], known: tuple[str, ...]) -> Iterator[str]:
+    """How many ranks share a sequence, of *known* ways; DeepSpeed takes the copies of the model from the others."""
+    for name in known:
+        size = block.count(f"parallelism_config_{name}_size")
+        if isinstance(size, int) and size > 1:
+            found[name] = Setting(size, block.place(f"parallelism_config_{name}_size"))
+    strategy = block.word("parallelism_config_cp_comm_strategy", {each: each for each in get_args(KeyValueExchange)})
+    if strategy is not None and "cp" in found:
+        found["cp_exchange"] = Setting(strategy, block.place("parallelism_config_cp_comm_strategy"))
+    others = {"tp", "cp", "sp"} - set(known)
+    yield from block.not_modelled({f"parallelism_config_{name}_size": 1 for name in sorted(others)})
+
+
+def _replicas(block: Table, found: dict[str, Setting]) -> None:
     """HSDP's mesh: groups of ranks that cut the states, and how many of those hold the same."""
-    yield from block.not_modelled({f"parallelism_config_{name}_size": 1 for name in ("tp", "cp", "sp")})
     replicas, shard = (block.count(f"parallelism_config_dp_{name}_size") for name in ("replicate", "shard"))
     if replicas in (None, 1):
         return

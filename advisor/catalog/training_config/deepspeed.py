@@ -122,7 +122,6 @@ TOP_UNMODELLED: dict[str, Any] = {
     "sparse_gradients": False,
     "sparse_attention": None,
     "pipeline": None,
-    "sequence_parallel_size": 1,
     "expert_parallel": None,
     "zero_force_ds_cpu_optimizer": True,
     "managed_gradient_accumulation": None,
@@ -190,6 +189,14 @@ FUSED_TYPES = ("adam", "adamw")
 (runtime/engine.py ``_configure_basic_optimizer``)."""
 
 
+REMOVED = {
+    "mics_shard_size": "deepspeed 0.19.8 has removed MiCS; hsdp cuts states over the GPUs of a machine as it did",
+    "mics_hierarchical_params_gather": "deepspeed 0.19.8 has removed MiCS; take the key out",
+    "zeropp_loco_param": "deepspeed 0.19.8 has removed LoCo; take the key out",
+}
+"""Keys of ``zero_optimization`` that DeepSpeed refuses (runtime/config.py ``_REMOVED_ZERO_CONFIG_KEYS``)."""
+
+
 def from_deepspeed(file: str, held: Any, places: Mapping[str, str] | None = None) -> Settings:
     """What DeepSpeed makes of the mapping *held* of a JSON *file*, of which *places* says what stands elsewhere."""
     top = Table(file, held, places=places)
@@ -213,9 +220,10 @@ def _batch(top: Table, found: dict[str, Setting]) -> None:
         ("global_batch", "train_batch_size"),
         ("micro_batch", "train_micro_batch_size_per_gpu"),
         ("grad_accum", "gradient_accumulation_steps"),
+        ("sp", "sequence_parallel_size"),
     ):
         value = top.count(key)
-        if isinstance(value, int):
+        if isinstance(value, int) and (name, value) != ("sp", 1):
             found[name] = Setting(value, top.place(key))
 
 
@@ -257,6 +265,9 @@ def _formats(top: Table, found: dict[str, Setting], warnings: list[str]) -> None
 
 
 def _zero(zero: Table, found: dict[str, Setting], warnings: list[str]) -> None:
+    for key, why in REMOVED.items():
+        if zero.raw(key) is not None:
+            raise ConfigError(f"{zero.place(key)}: {why}")
     stage = zero.count("stage", least=0)
     if isinstance(stage, int) and stage > 3:
         raise zero.error("stage", "0, 1, 2 or 3", stage)

@@ -60,15 +60,20 @@ def _with_gpus(found: dict[str, Setting]) -> dict[str, Setting]:
             f"{_said('global_batch', found)} is no multiple of {_said('micro_batch', found)} x "
             f"{_said('grad_accum', found)} = {micro * steps}, on whatever number of GPUs"
         )
-    place = found["global_batch"].place
+    place, cut = found["global_batch"].place, sequence_ranks(found)
     gpus = Setting(
-        total // (micro * steps), f"{place} / micro-batch {micro} / {steps} steps" if place != FLAG else FLAG
+        cut * total // (micro * steps), f"{place} / micro-batch {micro} / {steps} steps" if place != FLAG else FLAG
     )
     return {**found, "gpus": gpus}
 
 
+def sequence_ranks(found: Mapping[str, Setting]) -> int:
+    """How many ranks share each sequence."""
+    return int(found["cp"].value if "cp" in found else 1) * int(found["sp"].value if "sp" in found else 1)
+
+
 def batch(found: Mapping[str, Setting], gpus: int) -> Settings:
-    """Global batch, micro-batch and accumulation steps on *gpus*, where a file says any of them; else nothing.
+    """Global batch, micro-batch and accumulation steps of *gpus* with different sequences; nothing if no file has any.
 
     Those that are missing follow as in deepspeed 0.19.8, runtime/config.py ``_set_batch_related_parameters``; of three
     that disagree, one that no flag gave is made to fit, and without flags it is an error.
@@ -160,6 +165,7 @@ def offload_settings_of(found: Mapping[str, Setting]) -> OffloadSettings:
 
 def fsdp_of(found: Mapping[str, Setting]) -> FsdpSettings:
     named = {"version": found.get("fsdp_version"), "shard_ranks": found.get("shard_ranks")}
+    named["context_exchange"] = found.get("cp_exchange")
     return FsdpSettings(**{name: setting.value for name, setting in named.items() if setting})
 
 

@@ -12,6 +12,7 @@ import yaml
 from advisor.catalog.training_config.accelerate import TOP_HARMLESS, TOP_UNMODELLED
 from advisor.cost.estimate import plan_of
 from advisor.errors import ConfigError, SpecError
+from advisor.launch.files import launch_files
 from advisor.specs.plan import Checkpointing, FsdpSettings, Offload, Plan, Strategy, ZeroSettings
 from advisor.specs.question import Question
 from catalog.training_config.examples import (
@@ -177,3 +178,35 @@ def test_every_key_of_accelerate_s_file_is_known() -> None:
     read = {"distributed_type", "use_cpu", "num_processes", "num_machines", "mixed_precision"}
     read |= {"deepspeed_config", "fsdp_config", "dynamo_config"}
     assert {field.name for field in fields(ClusterConfig)} <= read | set(TOP_HARMLESS) | TOP_UNMODELLED.keys()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "words"),
+    [
+        ("zero3", {"sp": 4}),
+        ("zero1", {"sp": 2, "micro_batch": 2}),
+        ("fsdp", {"cp": 4}),
+        ("fsdp", {"cp": 8, "cp_exchange": "alltoall"}),
+    ],
+)
+def test_a_file_that_cuts_sequences_is_read_as_it_was_written(
+    strategy: str, words: dict[str, Any], tmp_path: Path
+) -> None:
+    asked: dict[str, Any] = {"gpus": 8, "gpu": "H100", "seq_len": 4096, "global_batch": 8}
+    written = launch_files("Llama-3.2-1B", strategy=strategy, **asked, **words)
+    for each in written.files:
+        (tmp_path / each.name).write_text(each.text, encoding="utf-8")
+
+    own = {"micro_batch": words.get("micro_batch", 1)} if strategy == "fsdp" else {}
+    _, plan = plan_of("Llama-3.2-1B", config=str(tmp_path / "accelerate.yaml"), **asked, **own)
+    _, again = plan_of("Llama-3.2-1B", strategy=strategy, **asked, **words)
+
+    assert plan == again
+
+
+def test_mics_is_refused_as_deepspeed_refuses_it(tmp_path: Path) -> None:
+    path = tmp_path / "ds_config.json"
+    path.write_text('{"zero_optimization": {"stage": 3, "mics_shard_size": 8}}')
+
+    with pytest.raises(ConfigError, match="has removed MiCS"):
+        plan_of("Llama-3.2-1B", config=str(path), gpus=8)
