@@ -137,10 +137,12 @@ def plan_of(
     offload = _member(Offload, "--offload", words.get("offload", "none"))
     if reason := unsupported(question, kind, offload):
         raise SpecError(f"{kind.title} cannot train {question.model.name}: {reason}")
-    to, nvme = _offload_to(words.get("offload_to", "cpu")), words.get("nvme")
+    to, nvme = _one_of(OffloadPlace, "--offload-to", words.get("offload_to", "cpu")), words.get("nvme")
     if to == "nvme" and not offload.optimizer:
         raise SpecError("--offload-to nvme says where, not what; give --offload optimizer or optimizer+params too")
-    zero = zero_settings(kind, words.get("bucket_size"), _gradient_format(words.get("grad_accum_dtype")))
+    summed_in = words.get("grad_accum_dtype")
+    gradient_format = _one_of(GradientFormat, "--grad-accum-dtype", summed_in) if summed_in is not None else None
+    zero = zero_settings(kind, words.get("bucket_size"), gradient_format)
     tensor, context, ulysses = words.get("tp", 1), words.get("cp", 1), words.get("sp", 1)
     cut = max(tensor, 1) * max(context, 1) * max(ulysses, 1)
     plan = Plan(
@@ -156,7 +158,7 @@ def plan_of(
         fsdp=FsdpSettings(
             version=words.get("fsdp_version") or legality.usual_fsdp_version(question.job, kind),
             shard_ranks=_shard_ranks(kind, words.get("shard_ranks"), question.cluster),
-            context_exchange=_key_value_exchange(words.get("cp_exchange", "allgather")),
+            context_exchange=_one_of(KeyValueExchange, "--cp-exchange", words.get("cp_exchange", "allgather")),
         ),
         tensor_parallel=tensor,
         context_parallel=context,
@@ -234,7 +236,7 @@ def _megatron_plan(model: str, words: PlanWords, ask_about: Callable[..., Questi
         megatron=MegatronSettings(
             first_stage_layers=words.get("decoder_first_pipeline_num_layers", 0),
             last_stage_layers=words.get("decoder_last_pipeline_num_layers", 0),
-            context_exchange=_context_exchange(words.get("cp_comm_type", "p2p")),
+            context_exchange=_one_of(ContextExchange, "--cp-comm-type", words.get("cp_comm_type", "p2p")),
         ),
     )
     from advisor.step.megatron_shard import check  # of use to no other plan
@@ -253,12 +255,6 @@ def _expert_slices(model: ModelSpec, given: int | None, tensor: int) -> int:
     """Ranks that cut each expert: those of *tensor* where nobody says otherwise, as Megatron has it."""
     mixed = any(isinstance(layer.feed_forward, Experts) for layer in model.described_layers)
     return given if given is not None else tensor if mixed else 1
-
-
-def _context_exchange(value: str) -> ContextExchange:
-    if value not in get_args(ContextExchange):
-        raise SpecError(f"--cp-comm-type must be one of {', '.join(get_args(ContextExchange))}, got {value!r}")
-    return cast(ContextExchange, value)
 
 
 def _plan_from_config(
@@ -306,7 +302,7 @@ def _plan_from_config(
         else _accumulation(question, micro_batch, cut),
         checkpointing=_member(Checkpointing, "--checkpointing", chosen("checkpointing", "none")),
         offload=offload,
-        offload_to=_offload_to(chosen("offload_to", "cpu")),
+        offload_to=_one_of(OffloadPlace, "--offload-to", chosen("offload_to", "cpu")),
         offload_settings=offload_settings_of(found),
         zero=_on_machines(zero_of(found, kind, width, job.precision), kind, question),
         fsdp=fsdp_of(found),
@@ -355,24 +351,6 @@ def _shard_ranks(strategy: Strategy, given: int | None, cluster: Cluster) -> int
     return None
 
 
-def _gradient_format(name: str | None) -> GradientFormat | None:
-    if name is not None and name not in get_args(GradientFormat):
-        raise SpecError(f"--grad-accum-dtype must be one of {', '.join(get_args(GradientFormat))}, got {name!r}")
-    return cast("GradientFormat | None", name)
-
-
-def _key_value_exchange(name: str) -> KeyValueExchange:
-    if name not in get_args(KeyValueExchange):
-        raise SpecError(f"--cp-exchange must be one of {', '.join(get_args(KeyValueExchange))}, got {name!r}")
-    return cast("KeyValueExchange", name)
-
-
-def _offload_to(name: str) -> OffloadPlace:
-    if name not in get_args(OffloadPlace):
-        raise SpecError(f"--offload-to must be one of {', '.join(get_args(OffloadPlace))}, got {name!r}")
-    return cast("OffloadPlace", name)
-
-
 def _offload_settings(model: ModelSpec, gpus: int, nvme: float | str | None) -> OffloadSettings:
     """DeepSpeed's own, with swap buffers of the size and number that the weights ask for."""
     usual = OffloadSettings(nvme_path=nvme) if isinstance(nvme, str) else OffloadSettings()
@@ -399,6 +377,12 @@ def _accumulation(question: Question, micro_batch: int, cut: int = 1) -> int:
             f"micro-batch {micro_batch} = {at_once}; change --global-batch or --micro-batch, or give --grad-accum"
         )
     return question.job.global_batch // at_once
+
+
+def _one_of(literal: Any, flag: str, value: str) -> Any:
+    if value not in get_args(literal):
+        raise SpecError(f"{flag} must be one of {', '.join(get_args(literal))}, got {value!r}")
+    return value
 
 
 def _member(kind: type[Choice], flag: str, value: str) -> Choice:

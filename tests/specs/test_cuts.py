@@ -29,9 +29,9 @@ def test_ranks_that_share_sequences_make_up_one_copy(ranks: int, copies: int, mi
     ("words", "said"),
     [
         ({"strategy": Strategy.DDP, "ulysses_parallel": 2}, "DDP is data parallel alone, got ulysses_parallel 2"),
-        ({"strategy": Strategy.FSDP, "ulysses_parallel": 2}, "it takes zero1, zero2 or zero3"),
-        ({"strategy": Strategy.ZERO3, "context_parallel": 2}, "it takes fsdp or megatron"),
-        ({"strategy": Strategy.FSDP, "pipeline_parallel": 2}, "it takes megatron"),
+        ({"strategy": Strategy.FSDP, "ulysses_parallel": 2}, "it needs zero1, zero2 or zero3"),
+        ({"strategy": Strategy.ZERO3, "context_parallel": 2}, "it needs fsdp or megatron"),
+        ({"strategy": Strategy.FSDP, "pipeline_parallel": 2}, "they need megatron"),
         ({"strategy": Strategy.FSDP, "tensor_parallel": 2}, "imports what transformers 5.23 no longer has"),
         ({"strategy": Strategy.ZERO3, "ulysses_parallel": 3}, "ulysses_parallel 3 take 3 GPUs or a multiple, got 8"),
         ({"strategy": Strategy.ZERO0, "ulysses_parallel": 2}, "not modelled like that"),
