@@ -127,6 +127,24 @@ def refusal_of_optimizer(job: Job, strategy: Strategy, offload: Offload, fsdp_ve
     return broken.text.format(strategy=strategy.title, optimizer=job.optimizer) if broken else None
 
 
+@lru_cache(maxsize=1)
+def _unrun() -> dict[str, str]:
+    """Why not, by the name of a strategy: the rules about one alone, which no plan has."""
+    known = {each.value for each in Strategy}
+    alone = (rule for rule in rules() if rule.conditions.keys() == {"strategy"})
+    return {name: rule.text for rule in alone for name in rule.conditions["strategy"] if name not in known}
+
+
+def why_not_run(strategy: str) -> str | None:
+    """Why advisor runs no strategy of that name though people know it, or None where it has not heard of it."""
+    return _unrun().get(strategy)
+
+
+def unrun_strategies() -> tuple[str, ...]:
+    """Names of those that are known not to be run."""
+    return tuple(_unrun())
+
+
 def usual_fsdp_version(job: Job, strategy: Strategy = Strategy.FSDP) -> int:
     """PyTorch's FSDP of the newest version that the job's trainer can be told to run and its optimizer goes with.
 

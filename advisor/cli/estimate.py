@@ -31,6 +31,17 @@ if TYPE_CHECKING:
     from advisor.cost.results import Estimate
 
 
+class StrategyChoice(click.Choice[str]):
+    """Names of strategies; of one that is known and not run, why not is said."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from advisor.catalog.legality import why_not_run
+
+        if value not in self.choices and (reason := why_not_run(value)):
+            self.fail(f"{value}: {reason}", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 plan_options = options(
     option(
         "The plan",
@@ -42,7 +53,7 @@ plan_options = options(
     option(
         "The plan",
         "--strategy",
-        type=click.Choice([each.value for each in OWN_STRATEGIES]),
+        type=StrategyChoice([each.value for each in OWN_STRATEGIES]),
         help="Who keeps which share of weights, gradients and optimizer.",
     ),
     option(

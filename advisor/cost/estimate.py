@@ -205,6 +205,8 @@ def _is_for_megatron(words: PlanWords) -> bool:
 
 def _own_strategy(flag: str, value: str) -> Strategy:
     """A strategy of advisor's own trainer."""
+    if reason := legality.why_not_run(value):
+        raise SpecError(f"{flag} {value}: {reason}")
     if value not in OWN:
         raise SpecError(f"{flag} must be one of {', '.join(OWN)}, got {value!r}")
     return Strategy(value)

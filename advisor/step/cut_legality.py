@@ -34,6 +34,8 @@ def _reasons(model: ModelSpec, job: Job, plan: Plan) -> Iterator[str]:
         yield "a traced layer is that of whole sequences; leave --trace out"
     if job.method != "full":
         yield f"--method {job.method} with cut sequences is not modelled"
+    if plan.ulysses_parallel > 1 and job.optimizer == "muon":
+        yield "how DeepSpeed's Muon fares with gradients of cut sequences is not modelled"
     # Context-parallel ranks have a piece of the first half and one of the second, so that all have as much to do.
     pieces = 2 * plan.context_parallel if plan.context_parallel > 1 else plan.ulysses_parallel
     if job.sequence_length % pieces:

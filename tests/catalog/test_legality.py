@@ -15,7 +15,9 @@ from advisor.catalog.legality import (
     refusal,
     refusal_of_optimizer,
     rules,
+    unrun_strategies,
     usual_fsdp_version,
+    why_not_run,
 )
 from advisor.catalog.models import find_model
 from advisor.specs.job import AttentionKernel, Job, Method, Optimizer, Precision, Trainer
@@ -38,7 +40,7 @@ def test_every_rule_has_a_name_of_its_own_a_source_and_some_condition() -> None:
 
 def test_every_pattern_names_something_that_there_is() -> None:
     names: dict[str, set[str]] = {
-        "strategy": {each.value for each in Strategy},
+        "strategy": {each.value for each in Strategy} | {*unrun_strategies()},
         "fsdp": {"fsdp1", "fsdp2"},
         "offload": {each.value for each in Offload},
         "method": set(get_args(Method)),
@@ -135,3 +137,11 @@ def test_fsdp_is_the_newest_that_the_optimizer_goes_with(name: Any, version: int
     job = Job(optimizer=name)
 
     assert (usual_fsdp_version(job), usual_fsdp_version(job, Strategy.HSDP)) == (version, 2)
+
+
+def test_strategies_that_people_know_and_nobody_should_run_are_refused_with_the_reason() -> None:
+    assert unrun_strategies() == ("dp", "mics")
+    assert "copies all weights to every GPU in each forward pass" in str(why_not_run("dp"))
+    assert "use --strategy hsdp" in str(why_not_run("mics"))
+    assert why_not_run("ddp") is None
+    assert why_not_run("zero9") is None
