@@ -122,6 +122,15 @@ def cut(seed: int, count: int) -> Iterator[Record]:
     yield from traced("Context parallelism, FSDP2, traced", cut_sequences.in_rings)(seed, count - count // 2)
 
 
+def with_lengths(seed: int, count: int) -> Iterator[Record]:
+    return traced("Adapters by DoRA, traced", adapters.with_lengths)(seed, count)
+
+
+def in_four_bits(seed: int, count: int) -> Iterator[Record]:
+    title = "Adapters beside four bits, real tensors"
+    return one_by_one(title, adapters.in_four_bits(seed, count))
+
+
 def for_real(seed: int, count: int) -> Iterator[Record]:
     """Real ranks through the real launchers; the fullest is recorded."""
     for case, launcher in gloo.cases(seed, count):
@@ -151,6 +160,8 @@ TRUTHS = {
     "adapters": Truth(with_adapters, 42),
     "optimizers": Truth(with_optimizers, 60),
     "cut-sequences": Truth(cut, 48),
+    "dora": Truth(with_lengths, 12),
+    "four-bits": Truth(in_four_bits, 16),
 }
 
 

@@ -1,8 +1,9 @@
 """Models with low-rank adapters: every weight frozen, and two small matrices beside each linear layer that has them.
 
 peft 0.21.2, tuners/lora/layer.py ``Linear``: the layer stays as ``base_layer``; ``lora_A`` (rank x inputs) and
-``lora_B`` (outputs x rank) are registered behind it. Left out: DoRA, modules that are trained whole
-(``modules_to_save``), and adapters outside of the layers.
+``lora_B`` (outputs x rank) are registered behind it, with DoRA ``lora_magnitude_vector`` (outputs) too. rsLoRA scales
+otherwise, and holds what LoRA does. Left out: ranks that differ by layer (``rank_pattern``), modules that are trained
+whole (``modules_to_save``), and adapters outside of the layers.
 """
 
 from __future__ import annotations
@@ -125,16 +126,19 @@ def _adapted(model: ModelSpec, layer: Layer, targets: tuple[str, ...], job: Job)
         parameters[-1] = replace(parameters[-1], name=f"{module}.base_layer.{kind}")
         follows = layer.parameters[number + 1].name if number + 1 < len(layer.parameters) else ""
         if follows.rpartition(".")[0] != module:
-            parameters += _adapter(adapted[module], module, model.family in INPUTS_FIRST, job.lora_rank)
+            parameters += _adapter(adapted[module], module, model.family in INPUTS_FIRST, job)
     return replace(layer, parameters=tuple(parameters), adapter_dropout=job.lora_dropout)
 
 
-def _adapter(matrix: Parameter, module: str, inputs_first: bool, rank: int) -> list[Parameter]:
+def _adapter(matrix: Parameter, module: str, inputs_first: bool, job: Job) -> list[Parameter]:
     outputs, inputs = reversed(matrix.shape) if inputs_first else matrix.shape
-    return [
-        Parameter(f"{module}.lora_A.default.weight", (rank, inputs)),
-        Parameter(f"{module}.lora_B.default.weight", (outputs, rank)),
+    found = [
+        Parameter(f"{module}.lora_A.default.weight", (job.lora_rank, inputs)),
+        Parameter(f"{module}.lora_B.default.weight", (outputs, job.lora_rank)),
     ]
+    if job.method == "dora":
+        found.append(Parameter(f"{module}.lora_magnitude_vector.default.weight", (outputs,)))
+    return found
 
 
 def _frozen(parameters: tuple[Parameter, ...]) -> tuple[Parameter, ...]:

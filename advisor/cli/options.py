@@ -172,7 +172,7 @@ _job = options(
         type=click.Choice(get_args(Method)),
         default="full",
         show_default=True,
-        help="Train every weight, or low-rank adapters beside frozen ones, or beside weights in four bits.",
+        help="Train every weight, or low-rank adapters beside frozen ones, with lengths, or beside four bits.",
     ),
     option(_TRAIN, "--lora-rank", type=int, default=8, show_default=True, help="Rank of the adapters."),
     option(

@@ -199,7 +199,7 @@ def _comments(
     if job.loss == "fused":
         lines.append("The fused loss is Liger's: pip install liger-kernel.")
     if job.method != "full":
-        packages = "peft" if job.method == "lora" else "peft bitsandbytes"
+        packages = "peft bitsandbytes" if job.method == "qlora" else "peft"
         lines.append(f"Adapters of rank {job.lora_rank} are trained, by peft: pip install {packages}.")
     if job.attention == "flash" and not model.eager_only:
         lines.append("The flash attention is Dao's: pip install flash-attn.")

@@ -65,8 +65,10 @@ def parse_arguments() -> argparse.Namespace:
     model.add_argument("--loss", choices=["full", "chunked", "fused"], default="full", help="fused needs liger-kernel")
     model.add_argument("--compile", action="store_true", help="compile each layer with torch.compile")
     model.add_argument("--checkpointing", choices=["none", "selective", "full"], default="none", help="of activations")
-    methods = ["full", "lora", "qlora"]
-    model.add_argument("--method", choices=methods, default="full", help="lora needs peft, qlora bitsandbytes too")
+    methods = ["full", "lora", "dora", "qlora"]
+    model.add_argument(
+        "--method", choices=methods, default="full", help="all but full need peft, qlora bitsandbytes too"
+    )
     model.add_argument("--lora-rank", type=int, default=8)
     model.add_argument("--lora-alpha", type=int, default=8, help="adapters are scaled by alpha / rank")
     model.add_argument("--lora-targets", default="", help="linear layers, joined by commas, or all-linear; else peft's")
@@ -174,7 +176,7 @@ def build_model(accelerator: Accelerator, arguments: argparse.Namespace) -> Any:
         if has_other_parts(arguments):
             options["key_mapping"] = TEXT_PART
         if arguments.method == "qlora":
-            options["quantization_config"] = in_four_bits(FORMATS[arguments.weights])
+            options["quantization_config"] = in_four_bits(FORMATS[arguments.weights], packed=elsewhere)
         model, loaded = model_class.from_pretrained(arguments.model, config=config, output_loading_info=True, **options)
         if loaded["missing_keys"]:
             names = sorted(loaded["missing_keys"])
@@ -191,7 +193,12 @@ def build_model(accelerator: Accelerator, arguments: argparse.Namespace) -> Any:
         fuse_loss(model)
     if arguments.method != "full":
         targets = [name for name in arguments.lora_targets.split(",") if name]
-        settings = {"alpha": arguments.lora_alpha, "dropout": arguments.lora_dropout}
+        settings = {
+            "alpha": arguments.lora_alpha,
+            "dropout": arguments.lora_dropout,
+            "widens": not elsewhere,
+            "lengths": arguments.method == "dora",
+        }
         return add_adapters(model, arguments.lora_rank, targets, in_fp32=arguments.lora_weights == "fp32", **settings)
     return model
 
@@ -259,28 +266,45 @@ def fuse_loss(model: Any) -> None:
         raise SystemExit(f"Liger has no fused loss for {type(model).__name__}: take --loss chunked or full")
 
 
-def in_four_bits(compute_dtype: torch.dtype) -> Any:
-    """The linear layers in NF4, their scales quantized too; Dettmers et al., 2023."""
+def in_four_bits(compute_dtype: torch.dtype, *, packed: bool) -> Any:
+    """The linear layers in NF4, their scales quantized too; Dettmers et al., 2023.
+
+    FSDP and ZeRO-3 cut them if *packed* into elements of the format that products read.
+    """
     nested: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     config: Any = BitsAndBytesConfig
-    return config(load_in_4bit=True, bnb_4bit_compute_dtype=compute_dtype, **nested)
+    storage = compute_dtype if packed else torch.uint8
+    return config(load_in_4bit=True, bnb_4bit_compute_dtype=compute_dtype, bnb_4bit_quant_storage=storage, **nested)
 
 
 def add_adapters(
-    model: Any, rank: int, targets: Sequence[str], *, alpha: int = 8, dropout: float = 0.0, in_fp32: bool = True
+    model: Any,
+    rank: int,
+    targets: Sequence[str],
+    *,
+    alpha: int = 8,
+    dropout: float = 0.0,
+    in_fp32: bool = True,
+    widens: bool = True,
+    lengths: bool = False,
 ) -> Any:
-    """Freeze *model* and put low-rank adapters beside its linear layers; without *targets*, beside peft's choice."""
+    """Freeze *model* and put low-rank adapters beside its linear layers; without *targets*, beside peft's choice.
+
+    Beside weights in four bits all others are brought to fp32 where that *widens*. With *lengths*, DoRA trains those of
+    the columns too.
+    """
     try:
         import peft  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
-        raise SystemExit("--method lora and qlora need peft: pip install peft") from None
-    if getattr(model, "is_loaded_in_4bit", False):
+        raise SystemExit("--method lora, dora and qlora need peft: pip install peft") from None
+    if widens and getattr(model, "is_loaded_in_4bit", False):
         prepare: Any = peft.prepare_model_for_kbit_training  # brings all other weights to fp32
         model = prepare(model, use_gradient_checkpointing=False)
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
+        use_dora=lengths,
         target_modules="all-linear" if "all-linear" in targets else list(targets) or None,
         task_type="CAUSAL_LM",
     )

@@ -28,7 +28,7 @@ Optimizer = Literal[
 AttentionKernel = Literal["sdpa", "flash", "eager"]
 LossKernel = Literal["full", "chunked", "fused", "tiled"]
 Trainer = Literal["advisor", "hf", "trl", "open-r1", "llama-factory", "axolotl", "torchtitan", "megatron"]
-Method = Literal["full", "lora", "qlora"]
+Method = Literal["full", "lora", "dora", "qlora"]
 
 PAGED = frozenset({"adamw-paged", "adamw-8bit-paged"})
 """Optimizers whose moments the driver moves to the host where the GPU has no room for them."""
@@ -61,8 +61,9 @@ class Job:
     trainer: Trainer = "advisor"
     """Whose program trains; ``advisor`` is launch/train.py."""
     method: Method = "full"
-    """``full`` trains every weight, ``lora`` low-rank adapters beside frozen ones (Hu et al., arXiv:2106.09685), and
-    ``qlora`` the same beside linear layers held in four bits (Dettmers et al., arXiv:2305.14314)."""
+    """``full`` trains every weight, ``lora`` low-rank adapters beside frozen ones (Hu et al., arXiv:2106.09685),
+    ``dora`` these and the length of each column of the sum (Liu et al., arXiv:2402.09353), and ``qlora`` adapters
+    beside linear layers held in four bits (Dettmers et al., arXiv:2305.14314)."""
     lora_rank: int = 8
     """This default and the next are peft's."""
     lora_targets: tuple[str, ...] = ()
@@ -88,6 +89,8 @@ class Job:
             raise SpecError(f"the dropout of adapters must be from 0 to below 1, got {self.lora_dropout}")
         if self.method != "full" and self.compile:
             raise SpecError(f"what torch.compile fuses of {self.method} is not modelled; leave out --compile")
+        if self.method == "dora" and self.lora_dropout:
+            raise SpecError("dora computes each product twice under dropout, which is not modelled; leave it out")
         if self.method == "qlora" and (self.parameter_format != "fp32" or self.precision == "fp32"):
             raise SpecError(
                 "qlora keeps adapters, norms and embeddings in fp32 and computes in half precision; got weights in "
@@ -120,7 +123,7 @@ class Job:
 
         Beside weights in four bits it is fp32 (peft 0.21.2, utils/other.py ``prepare_model_for_kbit_training``).
         """
-        return self.precision if self.method == "lora" else self.parameter_format
+        return self.precision if self.method in ("lora", "dora") else self.parameter_format
 
     @property
     def model_bytes(self) -> int:

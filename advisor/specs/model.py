@@ -62,14 +62,14 @@ def fp8_bytes(shape: tuple[int, ...]) -> int:
     return prod(shape) + 4 * prod(several) * -(-rows // FP8_BLOCK) * -(-columns // FP8_BLOCK)
 
 
-def nested_four_bit_bytes(numel: int) -> int:
-    """Bytes of *numel* weights in four bits whose scales are quantized too (bitsandbytes 0.50.2, functional.py).
+def nested_scale_bytes(numel: int) -> int:
+    """Bytes beside *numel* weights in four bits whose scales are quantized too (bitsandbytes 0.50.2, functional.py).
 
-    Half a byte for each; a byte for each scale; fp32 for the scales of these, for their mean, and for the tables of
-    16 and 256 values that the codes stand for.
+    A byte for each scale; fp32 for the scales of these, for their mean, and for the tables of 16 and 256 values that
+    the codes stand for.
     """
     scales = -(-numel // SCALED)
-    return -(-numel // 2) + scales + 4 * (-(-scales // SCALES_SCALED) + 1 + 16 + 256)
+    return scales + 4 * (-(-scales // SCALES_SCALED) + 1 + 16 + 256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,24 @@ class Parameter:
         object.__setattr__(self, "numel", prod(self.shape))
 
     @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Its shape as frameworks cut it over ranks.
+
+        Four bits lie packed in one column of elements of two bytes, ``bnb_4bit_quant_storage``.
+        """
+        return (-(-self.numel // 4), 1) if self.held == "four bits" else self.shape
+
+    @property
+    def stored_numel(self) -> int:
+        """Elements of that shape."""
+        return -(-self.numel // 4) if self.held == "four bits" else self.numel
+
+    @property
+    def scale_bytes(self) -> int:
+        """What it takes besides to read four bits, which no framework cuts."""
+        return nested_scale_bytes(self.numel) if self.held == "four bits" else 0
+
+    @property
     def module(self) -> str:
         """The module that owns it, within the part."""
         return self.name.rpartition(".")[0]
@@ -101,7 +119,7 @@ class Parameter:
         """Its bytes, where the model and what products read have so many per element."""
         match self.held:
             case "four bits":
-                return nested_four_bit_bytes(self.numel)
+                return -(-self.numel // 2) + self.scale_bytes
             case "four bits, plain scales":
                 return plain_four_bit_bytes(self.numel)
             case "int8":
@@ -407,6 +425,11 @@ class ModelSpec:
     def frozen(self) -> tuple[Parameter, ...]:
         """The tensors that stay as they are, in the order of :meth:`parameters`."""
         return tuple(parameter for parameter in self.parameters() if not parameter.trained)
+
+    @cached_property
+    def scale_bytes(self) -> int:
+        """What it takes besides to read the weights in four bits."""
+        return sum(parameter.scale_bytes for parameter in self.frozen)
 
     @cached_property
     def tensor_count(self) -> int:

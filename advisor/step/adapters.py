@@ -23,17 +23,19 @@ def refuse_unmodelled(job: Job, plan: Plan) -> None:
     """Raise SpecError where *job* freezes weights and *plan* does with them what is not modelled."""
     if job.method == "full" or (what := _unmodelled(job, plan)) is None:
         return
-    others = "ddp" if job.method == "qlora" else ", ".join(sorted(each.value for each in MODELLED))
+    others = ", ".join(sorted(each.value for each in MODELLED))
     raise SpecError(f"--method {job.method} with {what} is not modelled; take {others}")
 
 
 def _unmodelled(job: Job, plan: Plan) -> str | None:
-    if job.method == "qlora" and plan.strategy is not Strategy.DDP:
-        return f"{plan.strategy.title}, whose code cuts or joins weights in four bits,"
     if plan.strategy not in MODELLED:
         return plan.strategy.title
+    if job.method == "qlora" and plan.offload.parameters:
+        return "parameter offload"
     if plan.swaps:
         return "offload to NVMe"
+    if job.method == "dora" and plan.strategy is Strategy.ZERO3:
+        return "ZeRO-3, whose weights peft reads outside of their modules,"
     if plan.fsdp.version == 1 and plan.strategy.is_fsdp:
         return "FSDP1"
     return "gradients summed in another format" if plan.zero.gradient_format is not None else None

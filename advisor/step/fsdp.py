@@ -241,7 +241,7 @@ class FullyShardedDataParallel(Sharded):
         return (self._share((parameter,)) for parameter in self.model.trained)
 
     def held_sizes(self) -> Iterator[Amount]:
-        formats = {True: self.job.parameter_bytes, False: self.job.model_bytes}
+        formats = {True: self.job.parameter_bytes, False: self.built_bytes}
         return (self._share((each,)) * formats[each.trained] for each in self.model.parameters())
 
     def _gather(self, group: Group) -> Block:

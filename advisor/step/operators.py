@@ -7,10 +7,12 @@ until it has run, which is how "saved for backward" is expressed here.
 
 from __future__ import annotations
 
-from advisor.specs.model import Parameter
+from advisor.specs.model import SCALED, Parameter
 from advisor.step.program import Matmul
 from advisor.step.quantized import product_out_of_bits
 from advisor.step.tape import Adapter, Gradients, Product, Tape, Tensor, Weight
+
+DEQUANTIZED = "weight out of four bits"
 
 
 def view(tape: Tape, x: Tensor, numel: int | None = None) -> Tensor:
@@ -255,6 +257,8 @@ def linear(tape: Tape, x: Tensor, weight: Weight, bias: Weight | None = None) ->
     output = _product(tape, x, weight, bias)
     if weight.adapter is None:
         return output
+    if weight.adapter.magnitude:
+        return _decomposed(tape, x, output, weight, weight.adapter, weight.adapter.magnitude, biased=bias is not None)
     return _adapted(tape, x, output, weight.adapter, quantized=weight.parameter.held == "four bits")
 
 
@@ -273,35 +277,91 @@ def _adapted(tape: Tape, x: Tensor, output: Tensor, adapter: Adapter, *, quantiz
     return cast(tape, add(tape, output, more), output.element_bytes)
 
 
+def _decomposed(
+    tape: Tape, x: Tensor, output: Tensor, weight: Weight, adapter: Adapter, magnitude: Weight, *, biased: bool
+) -> Tensor:
+    """*output* with what DoRA adds to it (peft 0.21.2, tuners/lora/dora.py ``DoraLinearLayer.forward``).
+
+    Left out: tensors of a number for each output, and what bringing the first of *magnitude* out of a weight takes.
+    """
+    x = cast(tape, x, adapter.inner.element_bytes)
+    whole = _sum_of_weights(tape, weight, adapter, x.element_bytes)
+    more = _product(tape, _product(tape, x, adapter.inner), adapter.outer)
+    base = add_constant(tape, output) if biased else output
+    wide = max(output.element_bytes, magnitude.element_bytes)
+    scaled = multiply_weight(tape, base, magnitude, wide)
+    del base
+    more = multiply_weight(tape, more, magnitude, wide)
+    more = multiply_constant(tape, more)
+    added = add(tape, scaled, more)
+    del scaled, more, whole
+    return cast(tape, add(tape, output, added), output.element_bytes)
+
+
+def _sum_of_weights(tape: Tape, weight: Weight, adapter: Adapter, element_bytes: int) -> list[Tensor]:
+    """What lives until *output* is there of the norm of a weight and its adapter together.
+
+    The adapter's product is formed by sending the unit matrix through it (``get_lora_weight``), whose graph no
+    gradient ever comes back through.
+    """
+    outside, inside = weight.shape
+    rank, compute_bytes = adapter.inner.shape[0], tape.compute_bytes
+
+    def fixed(numel: int, element_bytes: int) -> Tensor:
+        return tape.new(numel, element_bytes, scales=False, category="temporaries", label="weight norm of DoRA")
+
+    unit = fixed(inside * inside, adapter.inner.element_bytes)
+    read = unit if unit.element_bytes == compute_bytes else fixed(inside * inside, compute_bytes)
+    first, second = compute_copy(tape, adapter.inner), compute_copy(tape, adapter.outer)
+    low = fixed(inside * rank, compute_bytes)
+    inwards = Product(Matmul(inside, rank, inside, element_bytes=compute_bytes), None)
+    tape.work(unit, read, low, matmuls=(inwards,), fixed_moved_bytes=first.size_bytes, kernels=3)
+    kept = [read, low] if tape.grad_enabled else []
+    del read
+    product = fixed(inside * outside, compute_bytes)
+    outwards = Product(Matmul(inside, outside, rank, element_bytes=compute_bytes), None)
+    tape.work(low, product, matmuls=(outwards,), fixed_moved_bytes=second.size_bytes)
+    del low, unit, first, second
+    if product.element_bytes != element_bytes:
+        product = fixed(inside * outside, element_bytes)
+    kept.append(product)
+    if weight.element_bytes != element_bytes:
+        kept.append(fixed(inside * outside, element_bytes))
+    scaled = fixed(inside * outside, element_bytes)
+    added = fixed(inside * outside, element_bytes)
+    tape.work(product, scaled, scaled, added, added, fixed_moved_bytes=weight.size_bytes, kernels=4)
+    return kept
+
+
 def _quantized_product(tape: Tape, x: Tensor, weight: Weight) -> Tensor:
     """bitsandbytes 0.50.2, nn/modules.py ``Linear4bit`` and autograd/_functions.py ``MatMul4Bit``.
 
     Each product makes the weight anew in the compute format, for itself alone. What backward needs is the weight in
-    four bits, which no saved tensor stands for. Left out: the scales in fp32 from which that is made, and the kernel
-    that needs no such copy, for few tokens.
+    four bits, which no saved tensor stands for. Its scales are brought to fp32 first. Left out: the kernel that needs
+    no such copy, for few tokens.
     """
     outside, inside = weight.shape
     arrived_bytes = x.element_bytes
     x = cast(tape, x, tape.compute_bytes)
     tokens, numel, passes = x.numel // inside, weight.parameter.numel, x.needs_gradient
+    weight.is_passed = tape.grad_enabled and passes
     stored_bytes = weight.parameter.held_bytes(tape.stream_bytes, tape.compute_bytes)
 
-    def dequantized(tape: Tape) -> Tensor:
-        found = tape.new(
-            numel, tape.compute_bytes, scales=False, category="temporaries", label="weight out of four bits"
-        )
-        tape.work(found, fixed_moved_bytes=stored_bytes)
-        return found
+    def dequantized(tape: Tape) -> tuple[Tensor, Tensor]:
+        scales = tape.new(-(-numel // SCALED), 4, scales=False, category="temporaries", label=DEQUANTIZED)
+        found = tape.new(numel, tape.compute_bytes, scales=False, category="temporaries", label=DEQUANTIZED)
+        tape.work(found, scales, scales, fixed_moved_bytes=stored_bytes, kernels=3)
+        return found, scales
 
-    matrix = dequantized(tape)
+    matrix, fp32_scales = dequantized(tape)
     output = tape.new(tokens * outside, tape.compute_bytes)
     tape.work(x, output, matrix, matmuls=(Product(Matmul(tokens, outside, inside), "m"),))
-    del matrix
+    del matrix, fp32_scales
 
     def backward(tape: Tape, gradient: Tensor) -> Gradients:
         if not passes:
             return (None,)
-        matrix = dequantized(tape)
+        matrix = dequantized(tape)[0]
         for_x = tape.new(tokens * inside, gradient.element_bytes)
         tape.work(gradient, for_x, matrix, matmuls=(Product(Matmul(tokens, inside, outside), "m"),))
         return (for_x,)

@@ -90,10 +90,13 @@ def passage(
     forward = _forward_calls(model, mode, checkpointed, recordings)
     backward = _backward_calls(model, mode, checkpointed, recordings)
     limits = Limits(zero.prefetch_bucket, zero.max_live_parameters, zero.max_reuse_distance, zero.persistence_threshold)
-    sizes = tuple(parameter.numel for parameter in model.parameters())
+    sizes = tuple(parameter.stored_numel for parameter in model.parameters())
     levels = gathered(tuple(call[1] for call in (*forward, *backward)), sizes, limits, accumulates, buffers)
     first_freed = _first_freed(model, levels) if zero.hpz_partition > 1 else ((),) * len(levels)
-    stays, held = _stays(model, forward, levels, first_freed, mode.loss == "full", checkpointed)
+    seen: dict[Where, tuple[Parameter, ...]] = {
+        number: _seen(model, layer, mode, checkpointed, recordings) for number, layer in enumerate(model.layers)
+    }
+    stays, held = _stays(model, forward, levels, first_freed, mode.loss == "full", seen)
     first, after, last = _changes(arrived, backward, levels[len(forward) :], first_freed[len(forward) :], held)
     return Passage(
         forward=stays,
@@ -174,7 +177,7 @@ def _stays(
     levels: tuple[Level, ...],
     first_freed: Freed,
     loss_after: bool,
-    checkpointed: bool,
+    seen: dict[Where, tuple[Parameter, ...]],
 ) -> tuple[dict[Where, Stay], float]:
     """Each part's forward pass takes the most that any of its module calls finds, as if from its start to its end.
 
@@ -191,20 +194,38 @@ def _stays(
             most = left if loss_after else part[-1].running
         peak = max(level.peak for level in part)
         freed = {tensor for level in part for tensor in level.freed}
-        kept = () if checkpointed else _kept(model, calls[start][0], freed)
+        kept = _kept(model, calls[start][0], freed, seen)
         first = tuple(each for call in first_freed[start:end] for each in call)
         found[calls[start][0]] = Stay(Move(most - held, peak - held), Move(left - most, 0, first), kept)
         held, start = left, end
     return found, held
 
 
-def _kept(model: ModelSpec, part: Where, freed: set[int]) -> tuple[Parameter, ...]:
+def _seen(
+    model: ModelSpec, layer: AnyLayer, mode: Mode, checkpointed: bool, recordings: Recordings
+) -> tuple[Parameter, ...]:
+    """The weights of *layer* of which the forward pass leaves views to backward.
+
+    Checkpointing drops what autograd saves, but not what bitsandbytes' product sets aside: a view of each weight in
+    four bits (0.50.2, autograd/_functions.py ``MatMul4Bit``).
+    """
+    packed = tuple(each for each in layer.parameters if each.held == "four bits")
+    if checkpointed:
+        return packed
+    views = (*packed, *seen_transposed(model, layer))
+    unpassed = recordings.layer(layer, model.hidden_size, mode, checkpointed).unpassed if views else ()
+    return tuple(each for each in views if each not in unpassed)
+
+
+def _kept(
+    model: ModelSpec, part: Where, freed: set[int], seen: dict[Where, tuple[Parameter, ...]]
+) -> tuple[Parameter, ...]:
     """What views keep of the tensors *freed* in *part*."""
-    if not isinstance(part, int) or not (seen := seen_transposed(model, model.layers[part])):
+    if not isinstance(part, int) or not seen[part]:
         return ()
     first = len(model.embedding) + sum(len(layer.parameters) for layer in model.layers[:part])
     numbered = enumerate(model.layers[part].parameters, first)
-    return tuple(each for number, each in numbered if number in freed and each in seen)
+    return tuple(each for number, each in numbered if number in freed and each in seen[part])
 
 
 def _changes(
@@ -357,7 +378,7 @@ def _in_use(
 ) -> list[Parameter]:
     """The weights of *layer* in the order in which forward uses them: the reverse of their gradients', had all one."""
     if any(not each.trained for each in layer.parameters):
-        known = {replace(each, trained=True): each for each in layer.parameters}
+        known = {replace(each, trained=True, held="as model"): each for each in layer.parameters}
         thawed = replace(layer, parameters=tuple(known))
         recorded = recordings.layer(thawed, model.hidden_size, mode, checkpointed).backward
         return [known[each] for each in handed_over(recorded)[::-1]]

@@ -24,6 +24,8 @@ from advisor.step.recording import FORMULAS, Mode, Source, mode_of
 
 Nodes = Sequence[Node]
 
+SCALES = "scales of weights in four bits"
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -44,7 +46,7 @@ class Part:
 
     @property
     def numel(self) -> int:
-        return sum(parameter.numel for parameter in self.parameters)
+        return sum(parameter.stored_numel for parameter in self.parameters)
 
     @property
     def trained(self) -> tuple[Parameter, ...]:
@@ -116,6 +118,18 @@ class Scheme:
             return mode
         normed = self.model.embedding_norm == "layer"
         return replace(mode, adapter_bytes=self.trained_bytes, embedding_norm=normed)
+
+    @property
+    def uncut_bytes(self) -> int:
+        """Weights that are whole on the device before a framework cuts them.
+
+        Those in four bits, which are made there and on every rank (transformers 5.23, modeling_utils.py
+        ``get_init_context``, quantizers/quantizer_bnb_4bit.py ``update_device_map``).
+        """
+        if self.job.method != "qlora":
+            return 0
+        half = self.job.compute_bytes
+        return sum(each.stored_numel for each in self.model.frozen) * half
 
     @property
     def tables_bytes(self) -> int:

@@ -12,7 +12,7 @@ from functools import cached_property
 from advisor.specs.plan import Strategy
 from advisor.step.optimizers.rule import Given, Piece
 from advisor.step.program import Amount, Block, Collective, hold, release, scratch
-from advisor.step.scheme import MicroStep, Nodes, Scheme
+from advisor.step.scheme import SCALES, MicroStep, Nodes, Scheme
 
 
 class Sharded(Scheme, ABC):
@@ -25,6 +25,11 @@ class Sharded(Scheme, ABC):
     @property
     def trained_bytes(self) -> int:
         return self.job.compute_bytes
+
+    @property
+    def built_bytes(self) -> int:
+        """Beside four bits the rest of a model is left in the half format: it is gathered in that anyway."""
+        return self.job.compute_bytes if self.job.method == "qlora" else self.job.model_bytes
 
     @property
     def reshards(self) -> bool:
@@ -86,11 +91,13 @@ class Sharded(Scheme, ABC):
     def held_bytes(self) -> Amount:
         """Of the weights on this rank: accelerate brings those that are trained to fp32 (``fsdp2_prepare_model``)."""
         trained = (self.shard - self.frozen_shard) * self.job.parameter_bytes
-        return trained + self.frozen_shard * self.job.model_bytes
+        return trained + self.frozen_shard * self.built_bytes
 
     def states(self) -> Nodes:
         return (
+            scratch("weights before they are cut", self.uncut_bytes, "parameters"),
             hold("weights, rank's share", "parameters", self.held_bytes),
+            hold(SCALES, "parameters", self.model.scale_bytes),
             *self.optimizer.kept(self.given),
         )
 
@@ -123,6 +130,11 @@ class Sharded(Scheme, ABC):
         return tuple(self.optimizer.host(self.given))
 
     def host_once(self) -> Nodes:
-        """``cpu_ram_efficient_loading``: rank 0 alone reads the weights and sends them to the others."""
+        """``cpu_ram_efficient_loading``: rank 0 alone reads the weights and sends them to the others.
+
+        Weights in four bits go to each GPU as they are made.
+        """
+        if self.job.method == "qlora":
+            return ()
         size = self.model.parameter_count * self.job.model_bytes
         return (scratch("weights while loading", size, "parameters"),)

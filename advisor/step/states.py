@@ -27,14 +27,13 @@ ADAM_MOVES = 7
 
 def tensor_shards(parameters: Sequence[Parameter], ranks: Count) -> Amount:
     """Elements of one rank's shares when each tensor is cut alone (deepspeed 0.19.8, partition_parameters.py)."""
-    return _summed_ceilings([(parameter.numel, 1) for parameter in parameters], ranks)
+    return _summed_ceilings([(parameter.stored_numel, 1) for parameter in parameters], ranks)
 
 
 def row_shards(parameters: Sequence[Parameter], ranks: Count) -> Amount:
     """Elements of rank 0's shares when each tensor is cut by rows (torch 2.13, fsdp/_fully_shard/_fsdp_param.py)."""
-    return _summed_ceilings(
-        [(parameter.shape[0], parameter.numel // parameter.shape[0]) for parameter in parameters], ranks
-    )
+    shapes = [(parameter.stored_shape[0], parameter.stored_numel) for parameter in parameters]
+    return _summed_ceilings([(rows, numel // rows) for rows, numel in shapes], ranks)
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,6 +148,12 @@ class Adapter(NamedTuple):
     outer: Weight
     """outputs x rank"""
     dropout: float
+    magnitude: Weight | None = None
+    """DoRA's length of each output's weights."""
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        return (self.inner, self.outer) if self.magnitude is None else (self.inner, self.outer, self.magnitude)
 
 
 @dataclass(eq=False, slots=True)

@@ -22,7 +22,7 @@ class Weights:
 
     def every(self) -> list[Weight]:
         """Those that are unclaimed, and the adapters beside them."""
-        adapters = (each for weight in self.unclaimed if weight.adapter for each in weight.adapter[:2])
+        adapters = (each for weight in self.unclaimed if weight.adapter for each in weight.adapter.weights)
         return [*self.unclaimed, *adapters]
 
     def take(self, *shape: int) -> Weight:
@@ -66,6 +66,6 @@ def weights_of(
     for weight in found:
         module, is_adapted, kind = weight.parameter.name.partition(ADAPTED_INFIX)
         if is_adapted and kind == "weight":
-            inner, outer = beside[module]
-            weight.adapter = Adapter(inner, outer, adapter_dropout)
+            inner, outer, *magnitude = beside[module]
+            weight.adapter = Adapter(inner, outer, adapter_dropout, magnitude[0] if magnitude else None)
     return Weights(found)

@@ -36,7 +36,8 @@ class Zero(Scheme, ABC):
     @property
     def frozen_bytes(self) -> int:
         """Of weights that stay as they are, which no flat buffer takes."""
-        return self.model.frozen_count * self.job.compute_bytes
+        half = self.job.compute_bytes
+        return sum(each.held_bytes(half, half) for each in self.model.frozen)
 
     @property
     def state_bytes(self) -> int:

@@ -17,7 +17,7 @@ from advisor.step.optimizers.rule import Given, flat
 from advisor.step.passage import Move, Passage, block_of_experts, passage, reduced
 from advisor.step.program import Amount, Block, Collective, hold, release, released, scratch
 from advisor.step.recording import Mode
-from advisor.step.scheme import MicroStep, Nodes, Part
+from advisor.step.scheme import SCALES, MicroStep, Nodes, Part
 from advisor.step.states import tensor_shards
 from advisor.step.zero import NORM_BYTES, Zero
 
@@ -69,7 +69,7 @@ class ZeroThree(Zero):
     def small(self) -> tuple[Parameter, ...]:
         """The tensors that every rank keeps whole."""
         threshold = self.plan.zero.persistence_threshold
-        return tuple(each for each in self.model.parameters() if each.numel <= threshold)
+        return tuple(each for each in self.model.parameters() if each.stored_numel <= threshold)
 
     @cached_property
     def persistent(self) -> Amount:
@@ -97,7 +97,8 @@ class ZeroThree(Zero):
     @cached_property
     def gathers(self) -> int:
         """Gathers of the whole model in a micro-step: one where it stays whole from forward to backward."""
-        cut = self.model.parameter_count - sum(each.numel for each in self.small)
+        whole = sum(each.stored_numel for each in self.model.parameters())
+        cut = whole - sum(each.stored_numel for each in self.small)
         return 1 if self.passage.most >= cut else 2
 
     @cached_property
@@ -175,7 +176,9 @@ class ZeroThree(Zero):
     def states(self) -> Nodes:
         shard, half = self.trained_shard, self.job.compute_bytes
         return (
+            scratch("weights before they are cut", self.uncut_bytes, "parameters"),
             hold("weights, rank's share", "parameters", self.shard * half),
+            hold(SCALES, "parameters", self.model.scale_bytes),
             hold("small weights kept whole", "parameters", self.persistent * half),
             hold("gradients, rank's share", "gradients", shard * half),
             hold("gradient bucket", "buffers", self.bucket_bytes),
@@ -212,7 +215,7 @@ class ZeroThree(Zero):
 
     def _kept(self, parameter: Parameter) -> Block:
         """What a view of a weight keeps of it until the view has been used in backward."""
-        return hold("gathered weights seen by backward", "parameters", parameter.numel * self.job.compute_bytes)
+        return hold("gathered weights seen by backward", "parameters", parameter.stored_numel * self.job.compute_bytes)
 
     def _gathered(self, move: Move) -> Block:
         half = self.job.compute_bytes

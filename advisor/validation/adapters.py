@@ -16,23 +16,34 @@ from advisor.launch.train import add_adapters
 from advisor.specs.job import Job
 
 
-def with_adapters(model: Any, job: Job, *, dropout: bool = False) -> Any:
-    """What peft makes of *model* where adapters are trained, else *model*; by the training program's own code."""
+def with_adapters(model: Any, job: Job, *, dropout: bool = False, widens: bool = True) -> Any:
+    """What peft makes of *model* where adapters are trained, else *model*; by the training program's own code.
+
+    *widens* as in :func:`~advisor.launch.train.add_adapters`.
+    """
     if job.method == "full":
         return model
-    if job.method == "qlora":
+    if job.method == "qlora" and not getattr(model, "is_loaded_in_4bit", False):
         raise SpecError("weights in four bits are not traced: bitsandbytes makes them on real tensors alone")
     probability = job.lora_dropout if dropout else 0.0
     with quiet_about_checkpointing():
         return add_adapters(
-            model, job.lora_rank, job.lora_targets, dropout=probability, in_fp32=job.parameter_format == "fp32"
+            model,
+            job.lora_rank,
+            job.lora_targets,
+            dropout=probability,
+            in_fp32=job.parameter_format == "fp32",
+            widens=widens,
+            lengths=job.method == "dora",
         )
 
 
 def import_before_counting(job: Job) -> None:
-    """Import what adapts a model for *job*: some of it makes tensors as it is imported."""
+    """Import what adapts a model for *job*: it makes tensors of its own once, such as bitsandbytes' table of codes."""
     if job.method != "full":
         import_module("peft")
+    if job.method == "qlora":
+        import_module("bitsandbytes.functional").quantize_blockwise(torch.zeros(1))
 
 
 @contextmanager

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -89,6 +89,7 @@ def emulate(
 
     from advisor.validation.adapters import import_before_counting
     from advisor.validation.engines import built_model, by_deepspeed, by_torch, leave_out_cpu_adam
+    from advisor.validation.four_bits import as_on_a_gpu
     from advisor.validation.loop import random_tokens, record_of, train
     from advisor.validation.meter import meter_of
 
@@ -97,7 +98,8 @@ def emulate(
     import_before_counting(job)
     if plan.offload.optimizer and (device == "cpu" or int(plan.gpus) > 1):
         leave_out_cpu_adam()
-    with _nvme(plan) as plan, meter_of(place) as meter:
+    products = as_on_a_gpu() if job.method == "qlora" and device == "cpu" else nullcontext()
+    with _nvme(plan) as plan, products, meter_of(place) as meter:
         model = built_model(config, job, plan, place)
         vocabulary = model.config.get_text_config().vocab_size
         if plan.strategy.zero_stage is not None:

@@ -24,6 +24,7 @@ from advisor.specs.job import Job
 from advisor.specs.plan import Checkpointing, Plan
 from advisor.tracing.real_model import described, real_model, recompute_layers, settings_of
 from advisor.validation.adapters import with_adapters
+from advisor.validation.four_bits import in_four_bits
 from advisor.validation.measured import Messages
 from advisor.validation.optimizers import optimizer_of
 from advisor.validation.sharding import FORMATS, data_parallel_emulated, fully_sharded, mesh_of
@@ -65,7 +66,8 @@ def built_model(config: Mapping[str, Any], job: Job, plan: Plan, device: torch.d
     """The causal model with random weights on *device*, in the format in which its framework expects them."""
     description = described(config)
     # DeepSpeed keeps fp32 masters beside weights in the format that it computes in.
-    built_in = job.precision if plan.strategy.zero_stage is not None else job.model_format
+    halves = plan.strategy.zero_stage is not None or job.method == "qlora"
+    built_in = job.precision if halves else job.model_format
     on_gpu = device.type == "cuda"
     # A CPU runs no flash-attn; its own fused kernel saves what that one saves.
     attention = "sdpa" if job.attention == "flash" and not on_gpu else job.attention
@@ -77,7 +79,14 @@ def built_model(config: Mapping[str, Any], job: Job, plan: Plan, device: torch.d
         fuse_loss_on_gpu(model)
     else:
         take_loss(model, job)
-    return with_adapters(model, job)
+    if job.method == "qlora":
+        model = in_four_bits(model, FORMATS[job.precision], packed=cuts_weights(plan))
+    return with_adapters(model, job, widens=plan.framework == "ddp")
+
+
+def cuts_weights(plan: Plan) -> bool:
+    """Whether frozen weights are cut over ranks."""
+    return plan.strategy.is_fsdp or plan.strategy.zero_stage == 3
 
 
 def by_deepspeed(model: Any, job: Job, plan: Plan, settings: Mapping[str, Any], device: torch.device) -> Engine:

@@ -62,6 +62,19 @@ def test_the_usual_targets_are_peft_s() -> None:
     assert table == {family: truth[family] for family in table}
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_dora_s_lengths_are_registered_where_peft_registers_them() -> None:
+    peft = pytest.importorskip("peft")
+    config = small("llama")
+    settings = peft.LoraConfig(r=4, target_modules=["o_proj"], use_dora=True, task_type="CAUSAL_LM")
+    truth = parameters_of(peft.get_peft_model(built_model(config), settings).get_base_model())
+    model = as_trained(
+        model_from_config(config, "small", "test"), Job(method="dora", lora_rank=4, lora_targets=("o_proj",))
+    )
+
+    assert [(each.name, each.shape) for each in model.parameters()] == as_described("llama", truth)
+
+
 @given(rank=st.integers(1, 64), more=st.integers(1, 64))
 def test_adapters_grow_with_their_rank_and_frozen_weights_stay(rank: int, more: int) -> None:
     narrow, wide = adapted(QWEN, rank=rank), adapted(QWEN, rank=rank + more)

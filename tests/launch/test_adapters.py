@@ -62,7 +62,7 @@ def test_four_bits_leave_no_choice_of_formats() -> None:
         Job(method="qlora", parameter_format="bf16")
 
 
-@pytest.mark.parametrize(("name", "value"), [("lora_rank", 0), ("lora_dropout", 1.0), ("method", "dora")])
+@pytest.mark.parametrize(("name", "value"), [("lora_rank", 0), ("lora_dropout", 1.0), ("method", "ia3")])
 def test_a_job_refuses_adapters_that_cannot_be(name: str, value: object) -> None:
     with pytest.raises(SpecError, match=f"must be .*, got {value!r}"):
         Job(**{name: value})

@@ -17,7 +17,7 @@ from advisor.specs.model import Parameter
 from advisor.specs.plan import Checkpointing, FsdpSettings, Offload, Plan, Strategy, zero_settings
 from advisor.step.build import StepProgram, build
 from advisor.step.operators import linear
-from advisor.step.program import Collective, blocks, fold, held_after, peak_of, then
+from advisor.step.program import Collective, Node, Sequence, blocks, fold, held_after, peak_of, then
 from advisor.step.recording import FORMULAS, Mode
 from advisor.step.schemes import scheme_of
 from advisor.step.tape import Weight
@@ -27,6 +27,7 @@ MODEL = find_model("Qwen2.5-0.5B").model
 STRATEGIES = (Strategy.DDP, Strategy.ZERO1, Strategy.ZERO2, Strategy.ZERO3, Strategy.FSDP, Strategy.FSDP_GRAD_OP)
 OFFLOADED = ((Strategy.ZERO2, Offload.OPTIMIZER), (Strategy.ZERO3, Offload.OPTIMIZER_AND_PARAMETERS))
 LENGTH = 128
+FEED_FORWARD_WIDTH = 4864
 
 
 def job(**said: Any) -> Job:
@@ -114,7 +115,12 @@ def test_backward_comes_by_no_frozen_weight_that_stands_before_what_is_trained(c
 
 
 @pytest.mark.parametrize(
-    ("method", "strategy"), [("qlora", Strategy.DDP), *(("lora", each) for each in STRATEGIES)], ids=str
+    ("method", "strategy"),
+    [
+        *((method, each) for method in ("lora", "qlora") for each in STRATEGIES),
+        *(("dora", each) for each in (Strategy.DDP, Strategy.ZERO2, Strategy.FSDP)),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("checkpointing", [Checkpointing.NONE, Checkpointing.FULL], ids=lambda each: each.value)
 def test_a_step_gives_back_all_that_it_takes(method: str, strategy: Strategy, checkpointing: Checkpointing) -> None:
@@ -190,9 +196,61 @@ def moved(found: StepProgram) -> float:
     return float(sum(runs * block.moved_bytes for _, block, runs in blocks(found.step)))
 
 
-def test_four_bits_are_for_one_gpu_and_ddp() -> None:
-    with pytest.raises(SpecError, match="--method qlora with ZeRO-3, whose code cuts or joins weights in four bits"):
-        program(job(method="qlora"), plan(Strategy.ZERO3))
+@pytest.mark.parametrize("strategy", [Strategy.FSDP, Strategy.ZERO3], ids=lambda each: each.value)
+def test_weights_in_four_bits_are_cut_and_what_it_takes_to_read_them_is_not(strategy: Strategy) -> None:
+    asked = job(method="qlora", optimizer="adamw-foreach")
+    model = as_trained(MODEL, asked)
+
+    def held(gpus: int) -> dict[str, int]:
+        states = then(*scheme_of(model, asked, plan(strategy, gpus=gpus)).states())
+        return {line.label: line.size_bytes for line in held_after(states)}
+
+    few, many = held(2), held(64)
+    assert few["scales of weights in four bits"] == many["scales of weights in four bits"] == model.scale_bytes
+    four_bits = [each for each in model.frozen if each.held == "four bits"]
+    cut = sum(each.numel // 2 if each in four_bits else 2 * each.numel for each in model.frozen)
+    assert few["weights, rank's share"] == pytest.approx(cut / 2 + 2 * model.trained_count, rel=0.01)
+
+
+def test_a_product_in_four_bits_leaves_its_weight_whole_to_backward_under_zero_three_even_with_checkpoints() -> None:
+    asked = job(method="qlora", lora_targets=("all-linear",))
+    frees_soon = replace(
+        zero_settings(Strategy.ZERO3), prefetch_bucket=0, max_reuse_distance=0, persistence_threshold=0
+    )
+    whole = program(asked, plan(Strategy.ZERO3, zero=frees_soon, checkpointing=Checkpointing.FULL))
+
+    packed = sum(each.numel // 2 for each in as_trained(MODEL, asked).frozen if each.held == "four bits")
+    forward = held_after(parts(whole.step)[0])
+    assert {line.label: line.size_bytes for line in forward}["gathered weights seen by backward"] == packed
+
+
+def parts(step: Node) -> tuple[Node, ...]:
+    """The phases of a step of one micro-batch."""
+    assert isinstance(step, Sequence)
+    assert isinstance(step.steps[0], Sequence)
+    return step.steps[0].steps
+
+
+def test_weights_in_four_bits_are_not_moved_to_the_host() -> None:
+    with pytest.raises(SpecError, match="--method qlora with parameter offload is not modelled"):
+        program(job(method="qlora"), plan(Strategy.ZERO3, offload=Offload.OPTIMIZER_AND_PARAMETERS))
+
+
+def test_dora_trains_a_length_for_each_output_and_norms_a_whole_weight_besides() -> None:
+    plain, with_lengths = (as_trained(MODEL, job(method=method)) for method in ("lora", "dora"))
+    adapted = [each for each in plain.frozen if ".base_layer.weight" in each.name]
+    assert with_lengths.trained_count - plain.trained_count == sum(each.shape[0] for each in adapted)
+
+    # The sum of weights in fp32 four times over: the adapter's, the weight's, the scaled one's and the sum itself.
+    found = program(job(method="dora", lora_targets=("down_proj",)), plan(Strategy.DDP, gpus=1))
+    label = "weight norm of DoRA"
+    norms = [block for _, block, _ in blocks(found.step) if block.label == label and block.net_bytes > 0]
+    assert max(int(block.peak_bytes) for block in norms) > 4 * 4 * MODEL.hidden_size * FEED_FORWARD_WIDTH
+
+
+def test_dora_under_zero_three_is_refused() -> None:
+    with pytest.raises(SpecError, match="--method dora with ZeRO-3, whose weights peft reads outside"):
+        program(job(method="dora"), plan(Strategy.ZERO3))
 
 
 @pytest.mark.parametrize(("strategy", "offload"), OFFLOADED, ids=str)

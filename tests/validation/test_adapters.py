@@ -42,6 +42,8 @@ CASES = [
     case(Strategy.FSDP, 4, Checkpointing.NONE, lora_targets=("all-linear",)),
     case(Strategy.FSDP_GRAD_OP, 2, Checkpointing.FULL),
     case(Strategy.HSDP, 4, Checkpointing.NONE, lora_targets=("all-linear",)),
+    case(Strategy.DDP, 4, Checkpointing.FULL, method="dora", lora_targets=("all-linear",)),
+    case(Strategy.FSDP, 4, Checkpointing.FULL, method="dora", parameter_format="bf16"),
 ]
 
 
@@ -54,7 +56,8 @@ def test_a_step_with_adapters_holds_what_is_predicted(each: Case) -> None:
     assert found.difference_bytes("between steps") == -written
     # A few index tensors of 256 tokens come and go at other moments.
     assert abs(found.difference_bytes("end of forward")) < 4096
-    assert abs(found.error("peak")) < 0.001
+    # DoRA keeps numbers for each output besides, which a model of this size shows.
+    assert abs(found.error("peak")) < (0.003 if each.job.method == "dora" else 0.001)
 
 
 def test_dropout_before_adapters_is_traced_where_it_is_asked_for() -> None:

@@ -1,10 +1,8 @@
-"""Weights in four bits, beside what bitsandbytes and peft really hold and save on a CPU.
-
-What a GPU's product makes of a weight for itself alone is inside one operator, and not seen here.
-"""
+"""Weights in four bits, beside what bitsandbytes and peft really hold and save on a CPU."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -35,24 +33,14 @@ JOB = Job(method="qlora", sequence_length=128, global_batch=2, lora_rank=4, lora
 PLAN = Plan(strategy=Strategy.DDP, gpus=1, micro_batch=2)
 
 
-def model_in_four_bits() -> Any:
-    """What ``train.py`` loads and prepares, made of random weights."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    from advisor.launch.train import add_adapters
+def model_in_four_bits(*, packed: bool) -> Any:
+    """What ``train.py`` loads and prepares, made of random weights; *packed* where it is cut over ranks."""
     from advisor.tracing.real_model import described, real_model, settings_of
+    from advisor.validation.adapters import with_adapters
+    from advisor.validation.four_bits import in_four_bits
 
     model = real_model(settings_of(described(CONFIG)), described(CONFIG), torch.bfloat16, "sdpa")
-    settings = {"compress_statistics": True, "quant_type": "nf4"}
-    for name, module in list(model.named_modules()):
-        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
-            held = Linear4bit(module.in_features, module.out_features, True, torch.bfloat16, **settings)
-            held.weight = Params4bit(module.weight.data, requires_grad=False, **settings)
-            held.bias = module.bias
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, held.to("cpu"))
-    model.is_loaded_in_4bit = True
-    return add_adapters(model, JOB.lora_rank, JOB.lora_targets)
+    return with_adapters(in_four_bits(model, torch.bfloat16, packed=packed), JOB, widens=not packed)
 
 
 def parts_of(weight: Any) -> list[Any]:
@@ -62,14 +50,22 @@ def parts_of(weight: Any) -> list[Any]:
     return [weight, *beside]
 
 
+@pytest.fixture
+def gpu() -> Iterator[None]:
+    from advisor.validation.adapters import import_before_counting
+    from advisor.validation.four_bits import as_on_a_gpu
+
+    import_before_counting(JOB)
+    with as_on_a_gpu():
+        yield
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_weights_in_four_bits_hold_and_save_what_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("gpu")
+def test_weights_in_four_bits_hold_and_save_what_is_predicted() -> None:
     from advisor.tracing.counter import StorageCounter
 
-    # peft asks whether a GPU's autocast is on, and here it is the CPU's.
-    of_device = torch.is_autocast_enabled
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cpu": of_device(device))
-    built = model_in_four_bits()
+    built = model_in_four_bits(packed=False)
     ids = torch.zeros(2, JOB.sequence_length, dtype=torch.long)
 
     def loss() -> Any:
@@ -95,3 +91,32 @@ def test_weights_in_four_bits_hold_and_save_what_is_predicted(monkeypatch: pytes
     predicted = int(phases["loss"][1]) - int(phases["init"][1])
     labels = 3 * 8 * ids.numel()  # here the ids themselves, and what the loss makes of them is gone
     assert saved == pytest.approx(predicted - labels, rel=0.001)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("gpu")
+def test_fsdp_cuts_what_is_packed_and_a_step_holds_what_is_predicted() -> None:
+    from advisor.tracing.counter import StorageCounter, resizes_counted
+    from advisor.validation.accuracy import predicted
+    from advisor.validation.sharding import fully_sharded, ranks_of
+
+    plan = Plan(strategy=Strategy.FSDP, gpus=4, micro_batch=2)
+    with ranks_of(plan) as mesh, StorageCounter() as counter, resizes_counted(counter):
+        built = model_in_four_bits(packed=True)
+        fully_sharded(built, mesh, JOB, plan)
+        counter.include([*built.buffers()])
+        before = counter.live_bytes
+        ids = torch.zeros(2, JOB.sequence_length, dtype=torch.long)
+        with counter.phase():
+            loss = built(input_ids=ids, labels=ids.clone()).loss
+        forward = counter.peak_bytes
+        with counter.phase():
+            loss.backward()
+        backward = counter.peak_bytes
+
+    model = as_trained(model_from_config(CONFIG, "tiny", "test"), JOB)
+    found = predicted(model, JOB, plan)
+    moments_and_counters = found["between steps"] - before
+    assert moments_and_counters == 8 * model.trained_count // 4 + 4 * len(model.trained)
+    for measured, counter_name in ((forward, "peak in forward"), (backward, "peak in backward")):
+        assert measured == pytest.approx(found[counter_name] - moments_and_counters, rel=0.001)
