@@ -210,10 +210,6 @@ def bar(question: Question, strategy: Strategy, offload: Offload) -> str | None:
     gpus = question.cluster.gpus
     if gpus == 1 and strategy is not Strategy.DDP and not offload.optimizer:
         return "one GPU has nobody to share with"
-    if question.job.method == "dora" and strategy in (Strategy.ZERO3, Strategy.ZERO3_PLUS):
-        return "peft's DoRA reads frozen weights outside of their modules, which under ZeRO-3 is not modelled"
-    if question.job.method == "qlora" and offload.parameters:
-        return "transformers puts weights in four bits on the GPU, and their offload is not modelled"
     version = fsdp_settings(strategy, question).version
     if reason := refusal_of_optimizer(question.job, strategy, offload, version):
         return reason

@@ -48,6 +48,11 @@ def under_deepspeed(seed: int, count: int) -> list[Case]:
     return _adapted(seed, deepspeed.cases(seed, 2 * count))[:count]
 
 
+def offloaded(seed: int, count: int) -> list[Case]:
+    """*count* cases whose optimizer, or weights too, are in host memory."""
+    return _adapted(seed, [case for case in deepspeed.offload_cases(seed, 4 * count) if not case.plan.swaps])[:count]
+
+
 def with_lengths(seed: int, count: int) -> list[Case]:
     """*count* cases of DoRA on one GPU, under DDP and under FSDP2; of models without experts."""
     plain = [
