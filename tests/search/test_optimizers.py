@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
 from advisor.search.recommend import recommend
-from advisor.specs.job import Optimizer
 from search.questions import question
 
 
-@pytest.mark.parametrize("name", get_args(Optimizer)[3:])
+@pytest.mark.parametrize("name", ["adamw-8bit-paged", "adafactor", "sgd-momentum", "lion", "muon", "galore"])
 def test_every_optimizer_gets_a_plan_or_a_reason_for_each_strategy(name: Any) -> None:
     found = recommend(model="gpt2", gpus=2, gpu="A100-80GB", global_batch=4, seq_len=128, optimizer=name)
     considered = {(each.plan.strategy, each.plan.offload) for each in (*found.plans, *found.rejected)}

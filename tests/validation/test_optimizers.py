@@ -35,8 +35,6 @@ QWEN2 = {
         ("adamw-8bit-paged", Strategy.DDP, "fp32"),
         ("lion-8bit", Strategy.FSDP, "fp32"),
         ("adafactor", Strategy.DDP, "bf16"),
-        ("adafactor", Strategy.FSDP, "fp32"),
-        ("sgd-momentum", Strategy.DDP, "fp32"),
         ("muon", Strategy.DDP, "fp32"),
         ("galore", Strategy.DDP, "bf16"),
     ],

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from advisor.specs.job import Job, Optimizer
+from advisor.specs.job import Job
 from advisor.step.optimizers.rule import Given, Piece, flat
 from advisor.step.optimizers.rules import rule_of
 from advisor.step.program import Block, fold, then
 
-OPTIMIZERS: tuple[Any, ...] = get_args(Optimizer)
+ONE_OF_EACH_RULE: tuple[Any, ...] = ("adamw-fused", "sgd-momentum", "adamw-8bit", "lion", "adafactor", "muon", "galore")
 sizes = st.integers(1, 300_000)
 shapes = st.lists(st.integers(1, 300), min_size=1, max_size=3).map(tuple)
 
@@ -59,7 +59,7 @@ def test_what_is_kept_of_one_tensor(name: str, shape: tuple[int, ...], element_b
     assert kept_bytes(name, tensors(shape, element_bytes=element_bytes)) == kept
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ONE_OF_EACH_RULE)
 @given(st.lists(shapes, min_size=1, max_size=5), st.sampled_from([2, 4]))
 def test_the_tensors_that_are_kept_sum_to_what_is_kept(name: Any, found: list[Any], element_bytes: int) -> None:
     given_, rule = tensors(*found, element_bytes=element_bytes), rule_of(Job(optimizer=name))
@@ -87,7 +87,7 @@ def test_eight_bits_never_take_more_than_their_tables_beyond_fp32(found: list[in
     assert kept_bytes("lion-8bit", given_) < kept_bytes("adamw-8bit", given_)
 
 
-@pytest.mark.parametrize("name", [each for each in OPTIMIZERS if each not in ("muon", "galore")])
+@pytest.mark.parametrize("name", ONE_OF_EACH_RULE[:5])
 @given(st.lists(sizes, min_size=1, max_size=4))
 def test_many_plans_at_once_are_each_alone(name: Any, found: list[int]) -> None:
     rule, together = rule_of(Job(optimizer=name)), flat(np.array(found), 4)
