@@ -27,7 +27,7 @@ from advisor.catalog.calibrations import find_calibration
 from advisor.catalog.gpus import find_gpu
 from advisor.catalog.models import find_model
 from advisor.catalog.profiles import profiles_folder
-from advisor.cost.compute import busy_seconds, rates
+from advisor.cost.compute import load, rates
 from advisor.specs.calibration import Calibration
 from advisor.specs.model import FeedForward, Parameter
 from advisor.step.feed_forward import feed_forward
@@ -214,7 +214,7 @@ def heading(shares: Sequence[float]) -> str:
 
 def operator_errors(rows: list[Row], calibration: Calibration) -> Numbers:
     at = rates(find_gpu(rows[0]["gpu"]), "bf16", calibration)
-    predicted = [busy_seconds(operator(row), at) for row in rows]
+    predicted = [load(operator(row), at).busy_s for row in rows]
     return np.abs(np.array(predicted) * 1e3 / np.array([float(row["ms"]) for row in rows]) - 1)
 
 

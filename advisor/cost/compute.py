@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from typing import NamedTuple, get_args
 
-import numpy as np
-
 from advisor.cost.kernels import Rates, product_seconds
 from advisor.errors import SpecError
 from advisor.specs.calibration import Calibration
 from advisor.specs.hardware import Gpu
 from advisor.specs.job import Precision
-from advisor.step.program import Amount, Block, FusedAttention, Node, Repeat, Sequence, read_once, total
+from advisor.step.program import Amount, Block, FusedAttention, Node, Repeat, Sequence, larger, read_once, total
 
 
 def rates(gpu: Gpu, precision: Precision, calibration: Calibration) -> Rates:
@@ -88,7 +86,7 @@ def work(node: Node) -> Work:
 
 
 def _block_work(block: Block) -> Work:
-    if _is_idle(block):
+    if block.is_idle:
         return NO_WORK
     linear = total(product.flop for product in block.matmuls if product.kind == "linear")
     scores = [product for product in block.matmuls if product.kind == "attention"]
@@ -97,50 +95,58 @@ def _block_work(block: Block) -> Work:
     return Work(linear, attention, whole, block.moved_bytes, block.kernels)
 
 
-def _is_idle(block: Block) -> bool:
-    """Whether *block* gives a GPU nothing to do, as most blocks."""
-    return not block.matmuls and _is_zero(block.moved_bytes) and _is_zero(block.kernels)
+class Load(NamedTuple):
+    """What one run of a stretch of the program keeps busy, outside of its init phase."""
+
+    busy_s: Amount
+    """The GPU itself; what launching the kernels costs the CPU is not in it."""
+    kernels: Amount
+    """Launched in eager mode."""
+    host_updated_parameters: Amount
+    """By an optimizer on the CPU."""
 
 
-def _is_zero(amount: Amount) -> bool:
-    """Whether *amount* is a plain zero; arrays are not looked into."""
-    return isinstance(amount, int) and amount == 0
+NO_LOAD = Load(0.0, 0, 0)
 
 
-def kernels(node: Node) -> Amount:
-    """How many kernels one run of *node* launches in eager mode, outside of its init phase."""
-    return work(node).kernels
-
-
-def busy_seconds(node: Node, at: Rates) -> Amount:
-    """How long the GPU itself is busy with one run of *node*, outside of its init phase.
-
-    What launching the kernels costs the CPU is not in it (:func:`kernels`). Of sequences and repeats, what was read
-    last is kept with them.
-    """
+def load(node: Node, at: Rates) -> Load:
+    """The load of *node*. Of sequences and repeats, what was read last is kept with them."""
     if isinstance(node, Block):
-        return _block_seconds(node, at)
-    found: tuple[Rates, Amount] | None = node.read.get(busy_seconds)
-    if found is None or found[0] != at:
-        found = at, _seconds(node, at)
-        node.read[busy_seconds] = found
+        return _block_load(node, at)
+    found: tuple[Rates, Load] | None = node.read.get(load)
+    if found is None or (found[0] is not at and found[0] != at):
+        found = at, _load(node, at)
+        node.read[load] = found
     return found[1]
 
 
-def _seconds(node: Sequence | Repeat, at: Rates) -> Amount:
+def _load(node: Sequence | Repeat, at: Rates) -> Load:
     if isinstance(node, Repeat):
-        return node.times * busy_seconds(node.body, at)
+        once = load(node.body, at)
+        return once if once is NO_LOAD else Load(*(node.times * amount for amount in once))
     if node.phase == "init":
-        return 0.0
-    idle = (isinstance(step, Block) and _is_idle(step) for step in node.steps)
-    return total(busy_seconds(step, at) for step, skipped in zip(node.steps, idle, strict=True) if not skipped)
+        return NO_LOAD
+    busy_s, kernels, updated = NO_LOAD
+    loaded = False
+    for step in node.steps:
+        more = _block_load(step, at) if isinstance(step, Block) else load(step, at)
+        if more is not NO_LOAD:
+            loaded = True
+            busy_s, kernels, updated = busy_s + more[0], kernels + more[1], updated + more[2]
+    return Load(busy_s, kernels, updated) if loaded else NO_LOAD
+
+
+def _block_load(block: Block, at: Rates) -> Load:
+    if block.is_idle:
+        return NO_LOAD
+    return Load(_block_seconds(block, at), block.kernels, block.host_updated_parameters)
 
 
 def _block_seconds(block: Block, at: Rates) -> Amount:
     if not block.matmuls:
         return block.moved_bytes / at.moved_bytes_per_s + block.kernels * at.kernel_floor_s
     others = max(block.kernels - sum(product.fused is None for product in block.matmuls), 0)
-    moved = np.maximum(block.moved_bytes - total(product.operand_bytes for product in block.matmuls), 0)
+    moved = larger(block.moved_bytes - total(product.operand_bytes for product in block.matmuls), 0)
     return (
         total(product_seconds(product, at) for product in block.matmuls)
         + moved / (at.moved_bytes_per_s if others else at.operand_bytes_per_s)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypedDict, cast, get_args
 
 from advisor.catalog.quantized import FP8_CAPABILITY, as_held
 from advisor.catalog.request import resolve
-from advisor.cost.compute import busy_seconds, kernels, rates
+from advisor.cost.compute import load, rates
 from advisor.cost.estimate import judge
 from advisor.cost.kernels import Rates
 from advisor.cost.memory import footprint, memory, short_by
@@ -294,12 +294,12 @@ class _Pricing:
         at: Rates = rates(self.cluster.gpu, inference.precision, self.calibration)
         ways = Ways(self.cluster, self.plan)
         costs = Costs(
-            busy_s=lambda each: busy_seconds(each, at),
-            launch_s=lambda each: kernels(each) * at.kernel_launch_s,
+            busy_s=lambda each: load(each, at).busy_s,
+            launch_s=lambda each: load(each, at).kernels * at.kernel_launch_s,
             transfer_s=ways.seconds,
         )
         launch = float(waits(node, costs).get(LAUNCHES, 0.0))
-        compute = float(busy_seconds(node, at))
+        compute = float(load(node, at).busy_s)
         sent = sum(float(flow.seconds) for flow in flows(node, ways))
         seconds = compute + launch + sent
         low, high = self.calibration.time_range(likeness(self.plan, self.cluster.gpu.compute_capability))

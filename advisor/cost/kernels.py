@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from advisor.step.program import Amount, FusedAttention, Matmul
+from advisor.step.program import Amount, FusedAttention, Matmul, larger, smaller
 
 GRANULE = 64
 """Rows and columns of a product's result that are computed together."""
@@ -66,7 +66,7 @@ def _alone(product: Matmul, at: Rates) -> Amount:
     rate = at.single_flop_per_s if product.element_bytes == 4 else at.linear_flop_per_s
     operands = product.operand_bytes
     together = flop / rate + operands / at.operand_bytes_per_s
-    return at.product_floor_s + np.maximum(together, operands / at.copied_bytes_per_s)
+    return at.product_floor_s + larger(together, operands / at.copied_bytes_per_s)
 
 
 def _fused(product: Matmul, kernel: FusedAttention, at: Rates) -> Amount:
@@ -76,10 +76,12 @@ def _fused(product: Matmul, kernel: FusedAttention, at: Rates) -> Amount:
     """
     if product.splits_keys:
         return product.operand_bytes / at.moved_bytes_per_s
-    narrow = np.minimum(product.n, product.k) <= NARROW_HEAD
-    rate = at.attention_flop_per_s[kernel][product.backward] * np.where(narrow, at.attention_narrow_share, 1.0)
+    rate: Amount = at.attention_flop_per_s[kernel][product.backward]
+    narrow = smaller(product.n, product.k) <= NARROW_HEAD
+    if np.any(narrow):
+        rate = rate * np.where(narrow, at.attention_narrow_share, 1.0)
     columns_seen = product.m * product.flop_share
     blocks = product.count * product.m / QUERY_BLOCK
     waiting = (at.multiprocessors or 0) / blocks
     computing = product.flop / rate * (1 + at.attention_extra_columns / columns_seen) * (1 + waiting)
-    return np.maximum(computing, product.operand_bytes / at.copied_bytes_per_s)
+    return larger(computing, product.operand_bytes / at.copied_bytes_per_s)

@@ -9,24 +9,23 @@ A pipeline goes at the pace of its slowest stage (:attr:`StepProgram.pace`), and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
 
-from advisor.cost.compute import busy_seconds, kernels, rates, work
-from advisor.cost.kernels import Rates
+from advisor.cost.compute import Load, load, rates, work
 from advisor.cost.results import StepTime, TrafficLine
-from advisor.cost.streams import LAUNCHES, Costs, waits
-from advisor.cost.traffic import Flow, Ways, flows, transfers
+from advisor.cost.streams import LAUNCHES, Cause, Costs, waits
+from advisor.cost.traffic import Flow, Routes, Ways, flows, transfers
 from advisor.specs.calibration import Calibration, Range, likeness
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
 from advisor.specs.plan import Count, Plan
 from advisor.step.pipeline import bubble_share
-from advisor.step.program import Amount, Block, Node, Repeat, Sequence, read_once, total
+from advisor.step.program import Amount, Block, Node, Sequence, total
 
 MODEL_FLOP_PER_FORWARD = 3
 """Forward, and twice as much for the gradients of inputs and weights."""
@@ -41,28 +40,53 @@ class TimedFlow(NamedTuple):
     exposed_seconds: Amount
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class StepTimes:
-    """Times of every plan that a program stands for, side by side."""
+    """Times of every plan that a program stands for, side by side. Streams are played when what waits is asked for."""
 
+    step: Node
     tokens: Amount
     """Tokens of one optimizer step over all GPUs."""
     compute_s: Amount
-    launch_s: Amount
-    exposed_communication_s: Amount
-    bubble_s: Amount
-    """What a pipeline stage waits for others while it fills and drains (``bubble_share`` of what it works)."""
     optimizer_s: Amount
     model_flop: Amount
     """Per GPU and step, no recomputation: 6 per parameter in a matrix product and token, and 12·layers·width·length
     per token for attention (Chowdhery et al., arXiv:2204.02311, appendix B). It counts active experts only, no
     embedding lookups, and the whole score matrix under a causal mask; two thirds of it where weights are frozen."""
     peak_flop_per_s: float
-    timed_flows: tuple[TimedFlow, ...]
+    costs: Costs
+    overlap_share: float
+    bubble_share: Amount
     gpus: Count
     ways: Ways
     range: Range
     """Where the measured time may lie, as shares of the predicted."""
+
+    @cached_property
+    def waited_s(self) -> dict[Cause, Amount]:
+        """What compute waits for on streams that are idle otherwise."""
+        return waits(self.step, self.costs)
+
+    @property
+    def launch_s(self) -> Amount:
+        return self.waited_s.get(LAUNCHES, 0.0)
+
+    @cached_property
+    def timed_flows(self) -> tuple[TimedFlow, ...]:
+        serial = 1 - self.overlap_share
+        return tuple(
+            TimedFlow(flow, self.overlap_share * self.waited_s.get(flow[:2], 0.0) + serial * flow.seconds)
+            for flow in flows(self.step, self.ways)
+        )
+
+    @cached_property
+    def exposed_communication_s(self) -> Amount:
+        return sum((flow.exposed_seconds for flow in self.timed_flows), 0.0)
+
+    @property
+    def bubble_s(self) -> Amount:
+        """What a pipeline stage waits for others while it fills and drains (``bubble_share`` of what it works)."""
+        return self.bubble_share * (self.compute_s + self.launch_s + self.exposed_communication_s)
 
     @property
     def step_s(self) -> Amount:
@@ -71,6 +95,17 @@ class StepTimes:
     @property
     def tokens_per_s(self) -> Amount:
         return self.tokens / self.step_s
+
+    @property
+    def most_tokens_per_s(self) -> Amount:
+        """At most: with launches, and all that compute does not have to wait for, hidden in full. Plays nothing."""
+        serial = 1 - self.overlap_share
+        exposed = total(
+            runs * self.ways.seconds(each) * (1.0 if each.waits and _is_zero(each.ahead) else serial)
+            for each, runs in transfers(self.step)
+        )
+        least_s = (1 + self.bubble_share) * (self.compute_s + exposed) + self.optimizer_s
+        return self.tokens / least_s
 
     def at(self, index: int) -> StepTime:
         """The plan at *index*."""
@@ -108,90 +143,61 @@ class StepTimes:
 
 
 def step_time(
-    step: Node, job: Job, plan: Plan, cluster: Cluster, calibration: Calibration, excess: float = 1.0
+    step: Node,
+    job: Job,
+    plan: Plan,
+    cluster: Cluster,
+    calibration: Calibration,
+    excess: float = 1.0,
+    routes: Routes | None = None,
 ) -> StepTimes:
     """Times of one optimizer step for every plan that *step* was built for, whose model FLOPs are *excess* times those
-    of a GPU on average."""
-    at, ways = rates(cluster.gpu, job.precision, calibration), Ways(cluster, plan)
+    of a GPU on average. *routes* are known ways through *cluster*."""
+    at, ways = rates(cluster.gpu, job.precision, calibration), Ways(cluster, plan, routes)
     host = partial(_host_update_seconds, plan.gpus, cluster, calibration)
-    compute, optimizer, forward_flop = _busy(step, at, host)
+    compute: Amount = 0.0
+    optimizer: Amount = 0.0
+    forward_flop: Amount = 0.0
+    for phase, times in _phases(step, 1):
+        done = load(phase, at)
+        if phase.phase == "step":
+            optimizer = optimizer + times * (done.busy_s + host(done))
+        else:
+            compute = compute + times * done.busy_s
+        if phase.phase == "forward":
+            forward_flop = forward_flop + times * work(phase).whole_flop
     needed = MODEL_FLOP_PER_FORWARD if job.method == "full" else FROZEN_FLOP_PER_FORWARD
-    waited = waits(
-        step,
-        Costs(
-            busy_s=lambda node: busy_seconds(node, at) + host(node),
-            launch_s=lambda node: kernels(node) * at.kernel_launch_s,
-            transfer_s=ways.seconds,
-        ),
-    )
-    serial = 1 - calibration.overlap_share
-    timed = tuple(
-        TimedFlow(flow, calibration.overlap_share * waited.get(flow[:2], 0.0) + serial * flow.seconds)
-        for flow in flows(step, ways)
-    )
-    launching = waited.get(LAUNCHES, 0.0)
-    exposed = sum((flow.exposed_seconds for flow in timed), 0.0)
+
+    def busy_s(node: Node) -> Amount:
+        done = load(node, at)
+        return done.busy_s + host(done)
+
+    def launch_s(node: Node) -> Amount:
+        return load(node, at).kernels * at.kernel_launch_s
+
     return StepTimes(
+        step=step,
         tokens=plan.global_batch * job.sequence_length,
         compute_s=compute,
-        launch_s=launching,
-        exposed_communication_s=exposed,
-        bubble_s=bubble_share(plan) * (compute + launching + exposed),
         optimizer_s=optimizer,
         model_flop=needed * forward_flop / excess,
         peak_flop_per_s=at.peak_flop_per_s,
-        timed_flows=timed,
+        costs=Costs(busy_s, launch_s, ways.seconds),
+        overlap_share=calibration.overlap_share,
+        bubble_share=bubble_share(plan),
         gpus=plan.gpus,
         ways=ways,
         range=calibration.time_range(likeness(plan, cluster.gpu.compute_capability)),
     )
 
 
-def least_step_s(step: Node, job: Job, plan: Plan, ways: Ways, calibration: Calibration) -> Amount:
-    """What a step takes at least: with launches, and all that compute does not have to wait for, hidden in full."""
-    cluster = ways.cluster
-    at = rates(cluster.gpu, job.precision, calibration)
-    compute, optimizer, _ = _busy(step, at, partial(_host_update_seconds, plan.gpus, cluster, calibration))
-    serial = 1 - calibration.overlap_share
-    exposed = total(
-        runs * ways.seconds(each) * (1.0 if each.waits and _is_zero(each.ahead) else serial)
-        for each, runs in transfers(step)
-    )
-    return (1 + bubble_share(plan)) * (compute + exposed) + optimizer
-
-
-def _busy(step: Node, at: Rates, host: Callable[[Node], Amount]) -> tuple[Amount, Amount, Amount]:
-    """Seconds of compute and of the update, and products of forward passes with whole scores matrices."""
-    compute: Amount = 0.0
-    optimizer: Amount = 0.0
-    forward_flop: Amount = 0.0
-    for phase, times in _phases(step, 1):
-        if phase.phase == "step":
-            optimizer = optimizer + times * (busy_seconds(phase, at) + host(phase))
-        else:
-            compute = compute + times * busy_seconds(phase, at)
-        if phase.phase == "forward":
-            forward_flop = forward_flop + times * work(phase).whole_flop
-    return compute, optimizer, forward_flop
-
-
-def _host_update_seconds(gpus: Count, cluster: Cluster, calibration: Calibration, node: Node) -> Amount:
+def _host_update_seconds(gpus: Count, cluster: Cluster, calibration: Calibration, done: Load) -> Amount:
     """An optimizer on the CPU streams its states through host memory, which the ranks of a machine share."""
-    parameters = _host_updated(node)
+    parameters = done.host_updated_parameters
     if isinstance(parameters, int) and not parameters:
         return 0.0
     moved = parameters * calibration.cpu_adam_bytes_per_parameter * np.minimum(gpus, cluster.gpus_per_node)
     return moved / cluster.cpu_memory_bandwidth_bytes_per_s
-
-
-@read_once
-def _host_updated(node: Node) -> Amount:
-    """Parameters that an optimizer on the CPU updates in *node*."""
-    if isinstance(node, Block):
-        return node.host_updated_parameters
-    if isinstance(node, Repeat):
-        return node.times * _host_updated(node.body)
-    return total(_host_updated(step) for step in node.steps)
 
 
 def _phases(node: Node, times: Amount) -> Iterator[tuple[Sequence, Amount]]:

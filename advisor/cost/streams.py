@@ -35,7 +35,9 @@ from advisor.step.program import (
     Repeat,
     Sequence,
     Transfer,
+    larger,
     read_once,
+    smaller,
     then,
 )
 
@@ -73,13 +75,13 @@ Item = Node | Transfer | Await | Loop | End
 
 @read_once
 def items(node: Node) -> tuple[Item, ...]:
-    """What follows one another in *node*, outside of its init phase."""
+    """What follows one another in *node*, outside of its init phase; of what is idle, nothing."""
     if isinstance(node, Block):
-        return (*([Await(node.awaits)] if node.awaits else ()), node, *node.transfers)
+        return (*([Await(node.awaits)] if node.awaits else ()), *(() if node.is_idle else (node,)), *node.transfers)
     if isinstance(node, Repeat):
         inside = items(node.body)
         if not any(map(_stands_alone, inside)):
-            return (node,)
+            return (node,) if inside else ()
         if isinstance(node.times, int) and node.times < 2:
             return inside * node.times
         return (Loop(inside, node.times),)
@@ -88,6 +90,10 @@ def items(node: Node) -> tuple[Item, ...]:
     found: list[Item] = []
     quiet: list[Node] = []
     for step in node.steps:
+        if isinstance(step, Block) and not step.transfers and not step.awaits:
+            if not step.is_idle:
+                quiet.append(step)
+            continue
         for each in items(step):
             if isinstance(each, Block | Sequence | Repeat):
                 quiet.append(each)
@@ -96,9 +102,11 @@ def items(node: Node) -> tuple[Item, ...]:
                 found.append(then(*quiet))
                 quiet = []
             found.append(each)
+    joins = node.phase in JOINING_PHASES
     if quiet:
-        found.append(then(*quiet))
-    if node.phase in JOINING_PHASES:
+        # A stretch without transfers is an item itself, which other readings know already.
+        found.append(then(*quiet) if found or joins else node)
+    if joins:
         found.append(End())
     return tuple(found)
 
@@ -121,7 +129,7 @@ def waits(node: Node, costs: Costs) -> dict[Cause, Amount]:
     of = (*items(node), End())
     score = _Score(costs, tuple(_leaves(of)))
     events = score.events(of)
-    clocks = np.zeros((score.rows, *score.shape))
+    clocks: Clocks = [np.zeros(score.shape) if score.shape else 0.0] * score.rows
     _play(events, clocks)
     return {cause: clocks[row] for cause, row in score.causes.items()}
 
@@ -143,8 +151,8 @@ def _cause(transfer: Transfer) -> Cause:
     return transfer.what, transfer.kind
 
 
-Clocks = NDArray[np.float64]
-"""One row for each time, each with an entry for every plan."""
+Clocks = list[Amount]
+"""Times, each of one plan or of every plan side by side. None is changed in place."""
 
 COMPUTE, LAUNCHED, FIRST_ROW = 0, 1, 2
 """Rows: when compute is done with what it was given, and when the last kernel was launched; then those of streams."""
@@ -168,7 +176,7 @@ class Stream(NamedTuple):
 
 
 Event = Callable[[Clocks], None]
-"""Moves the clocks on, in place."""
+"""Moves the clocks on."""
 
 
 class _Score:
@@ -188,7 +196,7 @@ class _Score:
                 self.streams[name] = Stream(*range(self.rows, self.rows + len(Stream._fields)))
                 self.rows += len(Stream._fields)
         self.beside = {_stream(each): _cause(each) for each in transfers if not each.waits and each.what not in awaited}
-        """By stream, what runs on it that nothing waits for at once."""
+        """For each stream, what runs on it that nothing waits for at once."""
         self.causes: dict[Cause, int] = {}
         """The row that sums up how long each was waited for."""
         self._loops: dict[int, tuple[Loop, Event]] = {}
@@ -207,28 +215,25 @@ class _Score:
         if isinstance(item, End):
             running = [(self.streams[name], self._row(cause)) for name, cause in self.beside.items()]
             return _end(list(self.streams.values()), running)
-        busy_s, launch_s = self.costs.busy_s(item), self.costs.launch_s(item)
+        busy_s, launch_s = self._seen(self.costs.busy_s(item)), self._seen(self.costs.launch_s(item))
         if _is_zero(busy_s) and _is_zero(launch_s):
             return None
-        self._see(busy_s, launch_s)
         return _run(busy_s, launch_s, self._row(LAUNCHES))
 
     def _loop(self, loop: Loop) -> Event:
         """One event for a loop that stands at several places."""
         if id(loop) not in self._loops:
             events = self.events(loop.items)
-            self._see(loop.times)
-            self._loops[id(loop)] = loop, partial(_repeat, events, loop.times)
+            self._loops[id(loop)] = loop, partial(_repeat, events, self._seen(loop.times))
         return self._loops[id(loop)][1]
 
     def _transfer(self, transfer: Transfer) -> Event | None:
-        takes_s = self.costs.transfer_s(transfer)
+        takes_s = self._seen(self.costs.transfer_s(transfer))
         if _is_zero(takes_s):
             return None
-        self._see(takes_s, transfer.ahead)
         stream = self.streams[_stream(transfer)]
         if transfer.waits:
-            return _fetch(stream, takes_s, transfer.ahead, *self._blamed(transfer))
+            return _fetch(stream, takes_s, self._seen(transfer.ahead), *self._blamed(transfer))
         return _ask(stream, takes_s) if transfer.what in self.awaited else _send(stream, takes_s)
 
     def _await(self, item: Await) -> Event | None:
@@ -246,18 +251,22 @@ class _Score:
             self.rows += 1
         return self.causes[cause]
 
-    def _see(self, *amounts: Amount) -> None:
-        for amount in amounts:
-            if isinstance(amount, np.ndarray) and amount.shape != self.shape:
-                self.shape = np.broadcast_shapes(self.shape, amount.shape)
+    def _seen(self, amount: Amount) -> Amount:
+        """*amount*, a plain number where it is one number."""
+        if not isinstance(amount, np.ndarray) or not amount.ndim:
+            return float(amount)
+        if amount.shape != self.shape:
+            self.shape = np.broadcast_shapes(self.shape, amount.shape)
+        return amount
 
 
 def _run(busy_s: Amount, launch_s: Amount, launches: int) -> Event:
     def run(clocks: Clocks) -> None:
-        clocks[LAUNCHED] += launch_s
+        launched = clocks[LAUNCHED] + launch_s
         done = clocks[COMPUTE] + busy_s
-        clocks[COMPUTE] = np.maximum(done, clocks[LAUNCHED])
-        clocks[launches] += clocks[COMPUTE] - done
+        ends = larger(done, launched)
+        clocks[LAUNCHED], clocks[COMPUTE] = launched, ends
+        clocks[launches] = clocks[launches] + (ends - done)
 
     return run
 
@@ -269,7 +278,7 @@ def _send(stream: Stream, takes_s: Amount) -> Event:
         _carry_pending(clocks, stream)
         clocks[stream.ready], clocks[stream.pending] = clocks[COMPUTE], takes_s
 
-    return send
+    return _of_some(send, takes_s)
 
 
 def _ask(stream: Stream, takes_s: Amount) -> Event:
@@ -277,17 +286,17 @@ def _ask(stream: Stream, takes_s: Amount) -> Event:
 
     def ask(clocks: Clocks) -> None:
         _carry_pending(clocks, stream)
-        clocks[stream.free] = np.maximum(clocks[stream.free], clocks[COMPUTE]) + takes_s
+        clocks[stream.free] = larger(clocks[stream.free], clocks[COMPUTE]) + takes_s
         clocks[stream.arrives], clocks[stream.carried] = clocks[stream.free], takes_s
 
-    return ask
+    return _of_some(ask, takes_s)
 
 
 def _await(stream: Stream, cause: int, beside: int) -> Event:
     def wait(clocks: Clocks) -> None:
-        waited = np.maximum(clocks[stream.arrives] - clocks[COMPUTE], 0)
+        waited = larger(clocks[stream.arrives] - clocks[COMPUTE], 0.0)
         _blame(clocks, waited, clocks[stream.carried], cause, beside)
-        clocks[COMPUTE] += waited
+        clocks[COMPUTE] = clocks[COMPUTE] + waited
 
     return wait
 
@@ -299,28 +308,48 @@ def _fetch(stream: Stream, takes_s: Amount, ahead: Amount, cause: int, beside: i
     def fetch(clocks: Clocks) -> None:
         if in_order:
             _carry_pending(clocks, stream)
-        now = clocks[COMPUTE].copy()
-        clocks[stream.free] = np.maximum(clocks[stream.free], now - ahead * (now - clocks[stream.part])) + takes_s
-        waited = np.maximum(clocks[stream.free] - now, 0)
+        now = clocks[COMPUTE]
+        starts = larger(clocks[stream.free], now - ahead * (now - clocks[stream.part]))
+        clocks[stream.free] = starts + takes_s
+        waited = larger(clocks[stream.free] - now, 0.0)
         _blame(clocks, waited, takes_s, cause, beside)
         clocks[COMPUTE] = clocks[stream.part] = now + waited
         if not in_order:
             _carry_pending(clocks, stream)
 
-    return fetch
+    return _of_some(fetch, takes_s)
+
+
+def _of_some(event: Event, takes_s: Amount) -> Event:
+    """*event* for those of the plans in which it takes any time; in the others it does not happen."""
+    if not isinstance(takes_s, np.ndarray) or takes_s.all():
+        return event
+    happens = takes_s > 0
+
+    def of_some(clocks: Clocks) -> None:
+        before = clocks.copy()
+        event(clocks)
+        for row, was in enumerate(before):
+            if clocks[row] is not was:
+                clocks[row] = np.where(happens, clocks[row], was)
+
+    return of_some
 
 
 def _blame(clocks: Clocks, waited: Amount, takes_s: Amount, cause: int, beside: int) -> None:
     """Waiting longer than a transfer takes is put down to what ran before it."""
-    own = np.minimum(waited, takes_s)
-    clocks[cause] += own
-    clocks[beside] += waited - own
+    own = smaller(waited, takes_s)
+    clocks[cause] = clocks[cause] + own
+    clocks[beside] = clocks[beside] + (waited - own)
 
 
 def _carry_pending(clocks: Clocks, stream: Stream) -> None:
-    starts = np.maximum(clocks[stream.free], clocks[stream.ready])
-    clocks[stream.free] = np.where(clocks[stream.pending] > 0, starts + clocks[stream.pending], clocks[stream.free])
-    clocks[stream.pending] = 0
+    pending = clocks[stream.pending]
+    if _is_zero(pending):
+        return
+    ends = larger(clocks[stream.free], clocks[stream.ready]) + pending
+    clocks[stream.free] = ends if isinstance(pending, float) else np.where(pending > 0, ends, clocks[stream.free])
+    clocks[stream.pending] = 0.0
 
 
 def _end(streams: list[Stream], running: list[tuple[Stream, int]]) -> Event:
@@ -329,9 +358,9 @@ def _end(streams: list[Stream], running: list[tuple[Stream, int]]) -> Event:
     def end(clocks: Clocks) -> None:
         for stream, cause in running:
             _carry_pending(clocks, stream)
-            waited = np.maximum(clocks[stream.free] - clocks[COMPUTE], 0)
-            clocks[cause] += waited
-            clocks[COMPUTE] += waited
+            waited = larger(clocks[stream.free] - clocks[COMPUTE], 0.0)
+            clocks[cause] = clocks[cause] + waited
+            clocks[COMPUTE] = clocks[COMPUTE] + waited
         for stream in streams:
             clocks[stream.part] = clocks[COMPUTE]
 
@@ -345,19 +374,37 @@ def _play(events: tuple[Event, ...], clocks: Clocks) -> None:
 
 def _repeat(events: tuple[Event, ...], times: Amount, clocks: Clocks) -> None:
     """Plays *events* as often as each plan has it, in as few runs as show how the rest goes on."""
-    left = np.broadcast_to(np.asarray(times, dtype=float), clocks.shape[1:])
+    left = times
     while np.any(left > 0):
-        before = clocks.copy()
+        begun = clocks.copy()
         _play(events, clocks)
-        moved = clocks - before
-        last = before + np.maximum(left - 1, 0) * moved
+        more = larger(left - 1, 0.0)
+        last = [was if now is was else was + more * (now - was) for was, now in zip(begun, clocks, strict=True)]
         ended = last.copy()
         _play(events, ended)
-        alike = np.abs(ended - last - moved) <= SAME_S * np.maximum(1, np.abs(ended))
+        rows = [row for row, was in enumerate(begun) if not was is clocks[row] is ended[row]]
+        before, after, latest, end = (_stacked(each, rows) for each in (begun, clocks, last, ended))
+        moved = after - before
+        alike = np.abs(end - latest - moved) <= SAME_S * np.maximum(1, np.abs(end))
         settled = alike.all(axis=0) | (left <= 1)
-        clocks[...] = np.where(left > 0, np.where(settled, last + np.minimum(left, 1) * moved, clocks), before)
+        goes_on = np.where(settled, latest + np.minimum(left, 1) * moved, after)
+        for row, moves_to in zip(rows, _plain(np.where(left > 0, goes_on, before)), strict=True):
+            clocks[row] = moves_to
         left = np.where(settled, 0, left - 1)
 
 
+def _stacked(clocks: Clocks, rows: list[int]) -> NDArray[np.float64]:
+    found = np.empty((len(rows), *np.shape(clocks[COMPUTE])))
+    for place, row in enumerate(rows):
+        found[place] = clocks[row]
+    return found
+
+
+def _plain(rows: NDArray[np.float64]) -> Iterable[Amount]:
+    """Each of *rows*, a plain number where it is one number."""
+    found: Iterable[Amount] = rows.tolist() if rows.ndim == 1 else rows
+    return found
+
+
 def _is_zero(amount: Amount) -> bool:
-    return np.ndim(amount) == 0 and amount == 0
+    return isinstance(amount, float) and amount == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import numpy as np
@@ -45,8 +46,8 @@ class Routes:
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
         self._paths: dict[tuple[object, ...], Path] = {}
-        # What is timed is kept beside its time, so that nothing else takes its identity.
-        self.known: dict[tuple[int, int], tuple[Transfer, Amount]] = {}
+        self.known: dict[Hashable, tuple[object, Amount]] = {}
+        """Times, each beside what it is known by the identity of, so that nothing else takes that."""
 
     def path(self, group: Group) -> Path:
         """What the messages of each *group* go over."""
@@ -79,11 +80,19 @@ class Ways:
 
     def seconds(self, transfer: Transfer) -> Amount:
         """Time of *transfer* on an idle link."""
-        key = id(transfer), id(self.path(transfer.group)) if isinstance(transfer, Collective) else 0
-        known = self._routes.known
+        known, key = self._routes.known, self._key(transfer)
         if key not in known:
             known[key] = transfer, self._seconds(transfer)
         return known[key][1]
+
+    def _key(self, transfer: Transfer) -> Hashable:
+        """Of messages of plain sizes what they are, of others which."""
+        if not isinstance(transfer, Collective):
+            return id(transfer)
+        over = id(self.path(transfer.group))
+        if isinstance(transfer.payload_bytes, np.ndarray) or isinstance(transfer.messages, np.ndarray):
+            return id(transfer), over
+        return transfer.kind, transfer.payload_bytes, transfer.messages, over
 
     def _seconds(self, transfer: Transfer) -> Amount:
         if isinstance(transfer, Collective):
@@ -124,6 +133,8 @@ def transfers(node: Node) -> tuple[tuple[Transfer, Amount], ...]:
         return ()
     found: dict[int, tuple[Transfer, Amount]] = {}
     for step in node.steps:
+        if isinstance(step, Block) and not step.transfers:
+            continue
         for each, runs in transfers(step):
             found[id(each)] = each, runs + found[id(each)][1] if id(each) in found else runs
     return tuple(found.values())

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advisor.cost.memory import footprint
-from advisor.cost.schedule import least_step_s
-from advisor.cost.traffic import Routes, Ways
+from advisor.cost.schedule import step_time
+from advisor.cost.traffic import Routes
 from advisor.search.layouts import LayoutSheet
 from advisor.search.sheet import Sheet, shortfall
 from advisor.specs.plan import Plan
@@ -38,12 +38,13 @@ def price_layouts(question: Question, sheet: LayoutSheet, routes: Routes | None)
     tokens_per_s: Amount = 0.0
     if routes is not None and np.any(short <= 0):
         slowest = _most([flop(stage.step).done for stage in stages], stages, plan)
-        ways = Ways(question.cluster, plan, routes)
-        least_s = [least_step_s(stage.step, question.job, plan, ways, question.calibration) for stage in stages]
-        tokens_per_s = plan.global_batch * question.job.sequence_length / _of(slowest, least_s, plan)
+        asked, at = question.job, (question.cluster, question.calibration)
+        bounds = [step_time(stage.step, asked, plan, *at, routes=routes).most_tokens_per_s for stage in stages]
+        tokens_per_s = _of(slowest, bounds, plan)
     ranks = [stage.number * (plan.gpus // plan.pipeline_parallel) for stage in stages]
-    readings = (_of(fullest, ranks, plan), np.broadcast_to(tokens_per_s, plan.shape), used, short)
-    return Sheet(plan, *(each.reshape(-1) for each in readings))
+    readings = (_of(fullest, ranks, plan), used, short, np.broadcast_to(tokens_per_s, plan.shape))
+    rank, used, short, most = (each.reshape(-1) for each in readings)
+    return Sheet(plan, rank, used, short, most)
 
 
 def _program(stage: StageStep) -> StepProgram:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from advisor.cost.estimate import explained
 from advisor.cost.results import Estimate
 from advisor.search.explain import leaner, lost, saves, won
-from advisor.search.sheet import Sheet, possible
+from advisor.search.sheet import BOUND_SLACK, Sheet, possible
 from advisor.search.space import VARIANTS
 from advisor.specs.plan import Plan, Strategy
 from advisor.specs.training import Objective
@@ -39,22 +39,27 @@ def ordered(estimates: Sequence[Estimate], objective: Objective) -> list[Estimat
 
 def promise(sheets: Sequence[Sheet], objective: Objective) -> float:
     """What the plans of one strategy's *sheets* take of *objective* at least, for an order; by bounds."""
-    places = possible(sheets)
-    if not places:
+    able = [sheet for sheet in sheets if sheet.fitting.size]
+    if not able:
         return math.inf
     if objective == "memory":
-        return min(float(sheet.device_used_bytes[index]) for sheet, index in places)
-    sheet, index = places[0]
-    return -float(sheet.tokens_per_s[index]) * _credit(sheet.plan)
+        return min(float(sheet.device_used_bytes[sheet.fitting].min()) for sheet in able)
+    fastest = max(float(sheet.most_tokens_per_s[sheet.fitting].max()) for sheet in able)
+    return -fastest * BOUND_SLACK * _credit(able[0].plan)
 
 
 def outdone(sheets: Sequence[Sheet], best: Sequence[Estimate], objective: Objective) -> bool:
     """Whether no plan of *sheets* can come before all of *best*."""
     if not best:
         return False
+    least = promise(sheets, objective)
     if objective == "memory":
-        return promise(sheets, objective) > min(each.memory.device_used_bytes for each in best)
-    return -promise(sheets, objective) < max(map(_standing, best)) * (1 - TIE_SHARE)
+        return least > min(each.memory.device_used_bytes for each in best)
+    floor = max(map(_standing, best)) * (1 - TIE_SHARE)
+    if -least < floor:
+        return True
+    sheet, index = next(possible(sheets))
+    return float(sheet.tokens_per_s[index]) * _credit(sheet.plan) < floor
 
 
 def _by_speed(estimates: Sequence[Estimate]) -> list[Estimate]:

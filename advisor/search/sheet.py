@@ -6,8 +6,10 @@ Its memory is a bound that no plan can stay below; a plan that is offered or ref
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
+from heapq import heappop, heappush
 from typing import Any
 
 import numpy as np
@@ -26,24 +28,36 @@ from advisor.step.build import StepProgram, fullest
 from advisor.step.program import Amount
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Sheet:
     """Plans with what decides between them, one entry each."""
 
     plan: Plan
     rank: NDArray[Any]
     """The one that holds most."""
-    tokens_per_s: NDArray[Any]
-    """Of layouts at most. 0 where none of the sheet can fit, whose times nobody asks for."""
     device_used_bytes: NDArray[Any]
     """At least."""
     short_by_bytes: NDArray[Any]
     """Device or host memory that is lacking at least, whichever is worse; above 0, a plan cannot fit."""
+    most_tokens_per_s: NDArray[Any]
+    """At most; 0 where none of the sheet can fit, whose times nobody asks for."""
+    timed: Callable[[], NDArray[Any]] | None = None
+    """Says what they are; None of layouts, of which only the bounds are read side by side."""
+
+    @cached_property
+    def tokens_per_s(self) -> NDArray[Any]:
+        """Read when first asked for; of layouts at most."""
+        return self.timed() if self.timed else self.most_tokens_per_s
 
     @property
     def size(self) -> int:
         """How many plans it has; what lacks infinitely much is none."""
         return int(np.isfinite(self.short_by_bytes).sum())
+
+    @cached_property
+    def fitting(self) -> NDArray[np.int64]:
+        """Which of the plans may fit."""
+        return np.flatnonzero(self.short_by_bytes <= 0)
 
 
 def price_sheet(question: Question, plan: Plan) -> Sheet:
@@ -51,22 +65,21 @@ def price_sheet(question: Question, plan: Plan) -> Sheet:
     step = program_of_contenders(question, plan)
     found = footprint(step, plan, question.cluster, question.calibration)
     short = shortfall(found, question.cluster, question.margin_share(plan))
-    tokens_per_s: Amount = 0.0
-    if np.any(short <= 0):
-        timed = step_time(step.pace, question.job, plan, question.cluster, question.calibration, step.slowest_excess)
-        tokens_per_s = timed.tokens_per_s
-    counts = (plan.gpus, plan.micro_batch, plan.accumulation_steps)
-    shape = np.broadcast_shapes(*(np.shape(each) for each in counts))
-    readings = (step.rank, tokens_per_s, found.device_used_bytes, short)
-    return Sheet(plan, *of_fullest(step, shape, *readings))
+    read = partial(of_fullest, step, plan.shape)
+    rank, used, lacking = read(step.rank, found.device_used_bytes, short)
+    if not np.any(short <= 0):
+        return Sheet(plan, rank, used, lacking, most_tokens_per_s=np.zeros(lacking.shape))
+    times = step_time(step.pace, question.job, plan, question.cluster, question.calibration, step.slowest_excess)
+    (most,) = read(times.most_tokens_per_s)
+    return Sheet(plan, rank, used, lacking, most, timed=lambda: next(read(times.tokens_per_s)))
 
 
 def of_fullest(step: StepProgram, shape: tuple[int, ...], *readings: Amount) -> Iterator[NDArray[Any]]:
     """*readings* of a program of contenders as the one has them that holds most; *shape* is that of its plans."""
     place = fullest(step) if step.contenders else None
     for reading in readings:
-        every = np.broadcast_to(reading, (step.contenders, *shape) if step.contenders else shape or (1,))
-        yield every if place is None else np.take_along_axis(every, place, axis=0).reshape(shape or (1,))
+        every = np.broadcast_to(reading, (step.contenders, *shape) if step.contenders else shape)
+        yield (every if place is None else np.take_along_axis(every, place, axis=0)).reshape(-1)
 
 
 def shortfall(found: Footprint, cluster: Cluster, margin_share: float) -> NDArray[Any]:
@@ -77,14 +90,25 @@ def shortfall(found: Footprint, cluster: Cluster, margin_share: float) -> NDArra
     return short
 
 
+BOUND_SLACK = 1 + 1e-9
+"""Bounds are sums of the same terms as times, in another order."""
+
 Place = tuple[Sheet, int]
 """A sheet and which of its plans."""
 
 
-def possible(sheets: Sequence[Sheet]) -> list[Place]:
-    """The plans whose bounds fit, fastest first."""
-    places = [(sheet, int(index)) for sheet in sheets for index in np.flatnonzero(sheet.short_by_bytes <= 0)]
-    return sorted(places, key=lambda place: -place[0].tokens_per_s[place[1]])
+def possible(sheets: Sequence[Sheet]) -> Iterator[Place]:
+    """The plans whose bounds fit, fastest first. A sheet's times are read once one of its plans may be next."""
+    bounds = [float(sheet.most_tokens_per_s[sheet.fitting].max(initial=0)) for sheet in sheets]
+    untimed = sorted((number for number, sheet in enumerate(sheets) if sheet.fitting.size), key=bounds.__getitem__)
+    timed: list[tuple[float, int, int]] = []
+    while timed or untimed:
+        while untimed and (not timed or bounds[untimed[-1]] * BOUND_SLACK >= -timed[0][0]):
+            number = untimed.pop()
+            for index in sheets[number].fitting.tolist():
+                heappush(timed, (-float(sheets[number].tokens_per_s[index]), number, index))
+        _, number, index = heappop(timed)
+        yield sheets[number], index
 
 
 def fastest(question: Question, sheets: Sequence[Sheet]) -> Estimate | None:

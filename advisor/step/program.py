@@ -113,7 +113,7 @@ class Matmul:
     def operand_bytes(self) -> Amount:
         """What it reads and writes in device memory, each matrix once; a fused kernel never writes the scores."""
         if self.fused is not None:
-            elements = np.minimum(self.n, self.k) * (self.m + np.maximum(self.n, self.k))
+            elements = smaller(self.n, self.k) * (self.m + larger(self.n, self.k))
         elif self.matrix_bytes is not None:
             return (self.m * self.k + self.m * self.n) * self.count * self.element_bytes + self.matrix_bytes
         else:
@@ -148,6 +148,21 @@ class Block:
     """What net and peak were recorded as, for one sequence or for any number; empty where that is not known."""
     sequences: Amount = 1
     """How often each of the events' sizes counts."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it gives neither a GPU nor a CPU anything to compute, as most blocks; arrays are not looked into."""
+        return not (
+            self.matmuls
+            or not _is_none(self.moved_bytes)
+            or not _is_none(self.kernels)
+            or not _is_none(self.host_updated_parameters)
+        )
+
+
+def _is_none(amount: Amount) -> bool:
+    """Whether *amount* is a plain zero."""
+    return isinstance(amount, int) and amount == 0
 
 
 Known = dict[Callable[..., Any], Any]
@@ -254,7 +269,7 @@ def _fold_steps(node: Sequence) -> Extent:
     for step in node.steps:
         # Most steps are blocks, which say it themselves.
         extent = step if isinstance(step, Block) else fold(step)
-        peak = _larger(peak, net + extent.peak_bytes)
+        peak = larger(peak, net + extent.peak_bytes)
         net = net + extent.net_bytes
     return Extent(net, peak)
 
@@ -262,7 +277,7 @@ def _fold_steps(node: Sequence) -> Extent:
 def _fold_repeat(node: Repeat) -> Extent:
     once = fold(node.body)
     last = (node.times - 1) * once.net_bytes + once.peak_bytes
-    peak = _larger(once.peak_bytes, last)
+    peak = larger(once.peak_bytes, last)
     if isinstance(node.times, int):
         return Extent(node.times * once.net_bytes, peak) if node.times else EMPTY
     return Extent(node.times * once.net_bytes, np.where(np.asarray(node.times) > 0, peak, 0))
@@ -384,7 +399,7 @@ def phase_peaks(node: Node) -> dict[str, tuple[Amount, Amount]]:
             extent = fold(part)
             peak, end = before + extent.peak_bytes, before + extent.net_bytes
             earlier = found.get(part.phase)
-            found[part.phase] = (peak if earlier is None else _larger(earlier[0], peak), end)
+            found[part.phase] = (peak if earlier is None else larger(earlier[0], peak), end)
         elif isinstance(part, Sequence):
             for step in part.steps:
                 visit(step, before)
@@ -420,10 +435,18 @@ def _unroll(node: Node, name: str) -> Iterator[tuple[str, Block]]:
             yield from _unroll(node.body, name)
 
 
-def _larger(first: Amount, second: Amount) -> Amount:
+def larger(first: Amount, second: Amount) -> Amount:
+    """Of each plan's two amounts the larger."""
     if isinstance(first, int | float) and isinstance(second, int | float):
-        return max(first, second)
+        return first if first > second else second
     return np.maximum(first, second)
+
+
+def smaller(first: Amount, second: Amount) -> Amount:
+    """Of each plan's two amounts the smaller."""
+    if isinstance(first, int | float) and isinstance(second, int | float):
+        return first if first < second else second
+    return np.minimum(first, second)
 
 
 def without(node: Node, category: Category) -> Node:

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from advisor.cost.compute import busy_seconds, rates
+from advisor.cost.compute import load, rates
 from advisor.cost.schedule import step_time
 from advisor.specs.calibration import Calibration, likeness
 from advisor.specs.hardware import Cluster, Gpu
@@ -85,7 +85,7 @@ def errors(timed: Timed, share: float, calibration: Calibration) -> Numbers:
         single_flop_per_s=rate,
         attention_flop_per_s=dict.fromkeys(get_args(FusedAttention), (rate, rate)),
     )
-    found: Numbers = np.abs(busy_seconds(timed.block, at) / timed.seconds - 1)
+    found: Numbers = np.abs(load(timed.block, at).busy_s / timed.seconds - 1)
     return found
 
 

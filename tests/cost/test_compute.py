@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from advisor.cost.compute import Work, busy_seconds, kernels, rates, work
-from advisor.cost.kernels import product_seconds
+from advisor.cost.compute import Work, load, rates, work
+from advisor.cost.kernels import Rates, product_seconds
 from advisor.errors import SpecError
-from advisor.step.program import Block, Matmul, phase, repeat, then
+from advisor.step.program import Amount, Block, Matmul, Node, phase, repeat, then
 
 from .machines import CALIBRATION, GPU
 
@@ -22,6 +22,10 @@ LINEAR = Block("linear", "activations", matmuls=(PRODUCT,), moved_bytes=PRODUCT.
 SCORES = Matmul(128, 128, 64, 4, "attention", 0.5, fused="sdpa")
 ATTENTION = Block("attention", "activations", matmuls=(SCORES, SCORES), kernels=3)
 MOVING = Block("moving", "activations", moved_bytes=8e6, kernels=2)
+
+
+def busy_seconds(node: Node, at: Rates) -> Amount:
+    return load(node, at).busy_s
 
 
 def test_rates_are_shares_of_the_gpus_peaks() -> None:
@@ -75,7 +79,7 @@ def test_every_kernel_takes_its_least_time() -> None:
 def test_launching_kernels_is_counted_and_not_in_what_keeps_the_gpu_busy() -> None:
     small = repeat(Block("small", "activations", moved_bytes=200, kernels=1), 5000)
 
-    assert kernels(small) == 5000
+    assert load(small, AT).kernels == 5000
     assert busy_seconds(small, AT) == pytest.approx(5000 * 200 / 1e12)
 
 
