@@ -157,7 +157,8 @@ def build_contenders(model: ModelSpec, job: Job, plan: Plan, source: Source = FO
     """
     if plan.strategy is Strategy.MEGATRON:
         return _megatron_program(model, job, plan, None)
-    gpus = np.broadcast_arrays(plan.gpus, plan.micro_batch, plan.accumulation_steps)[0]
+    # Contenders stand in front of all the axes that the plan's counts have together.
+    gpus = np.reshape(plan.gpus, (1,) * (len(plan.shape) - np.ndim(plan.gpus)) + np.shape(plan.gpus))
     counts, where = np.unique(gpus, return_inverse=True)
     scheme = scheme_of(model, job, plan, source=source)
     contenders = [scheme.contenders(int(count)) for count in counts]
@@ -167,12 +168,13 @@ def build_contenders(model: ModelSpec, job: Job, plan: Plan, source: Source = FO
     ranks = rows[:, where.reshape(gpus.shape)]
     if width > 1:
         return replace(_program(scheme_of(model, job, plan, ranks, source)), contenders=width)
-    return _program(scheme_of(model, job, plan, ranks[0] if gpus.ndim else int(ranks[0]), source))
+    return _program(scheme_of(model, job, plan, ranks[0] if np.ndim(plan.gpus) else int(ranks.item()), source))
 
 
 def fullest(program: StepProgram) -> NDArray[Any]:
     """Where in the first axis of a program of contenders the first one stands whose peak is highest, for each plan."""
-    peaks = np.broadcast_to(fold(program.device).peak_bytes, np.shape(program.rank))
+    peaks: NDArray[Any] = np.asarray(fold(program.device).peak_bytes)
+    peaks = np.broadcast_to(peaks, np.broadcast_shapes(peaks.shape, np.shape(program.rank)))
     place: NDArray[Any] = np.argmax(peaks, axis=0, keepdims=True)
     return place
 

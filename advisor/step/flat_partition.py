@@ -8,7 +8,7 @@ Everything here counts elements.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -104,11 +104,14 @@ def _over(reduce: np.ufunc, values: NDArray[Any], starts: NDArray[Any], ends: ND
     return found
 
 
-def owned(start: int, size: int, shard: int) -> Iterator[tuple[int, int]]:
-    """Who owns how many elements of the tensor of *size* at *start*, where a rank's share is *shard*."""
+def owned(start: int, size: int, shard: int) -> tuple[slice, NDArray[np.int64]]:
+    """The ranks that own the tensor of *size* at *start*, and how many elements each, a share being *shard*."""
     end = start + size
-    for owner in range(start // shard, (end - 1) // shard + 1):
-        yield owner, min(end, (owner + 1) * shard) - max(start, owner * shard)
+    first, last = start // shard, (end - 1) // shard
+    elements = np.full(last - first + 1, shard, dtype=np.int64)
+    elements[0] -= start - first * shard
+    elements[-1] -= (last + 1) * shard - end
+    return slice(first, last + 1), elements
 
 
 @lru_cache(maxsize=512)
@@ -192,6 +195,11 @@ def starts(sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 def undominated(columns: NDArray[Any]) -> NDArray[Any]:
     """Row numbers of *columns* (rows by criteria) that no other row equals or exceeds in everything."""
-    rows, at = np.unique(columns, axis=0, return_index=True)
-    exceeded = np.array([(rows >= row).all(axis=1).sum() > 1 for row in rows])
-    return np.sort(at[~exceeded])
+    # In ascending order only a later row can exceed one, so that the last of those left is one that none does.
+    rows, left = np.unique(columns, axis=0, return_index=True)
+    found: list[int] = []
+    while left.size:
+        found.append(int(left[-1]))
+        others = ~(rows <= rows[-1]).all(axis=1)
+        rows, left = rows[others], left[others]
+    return np.sort(np.array(found, dtype=np.int64))

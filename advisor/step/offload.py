@@ -7,12 +7,12 @@ only while states are made, which is less than Adam's moments take afterwards.
 
 from __future__ import annotations
 
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 
 import numpy as np
 
 from advisor.specs.model import Parameter
-from advisor.step.flat_partition import Reduction, flat_shard, gathered_from, owned, owned_total
+from advisor.step.flat_partition import Reduction, flat_shard, gathered_from, owned, owned_total, starts
 from advisor.step.program import Amount, Block, Copy, hold, release, scratch
 from advisor.step.scheme import MicroStep, Nodes, Part
 from advisor.step.states import FP32_BYTES, MOMENTS
@@ -49,6 +49,22 @@ def _beside_the_bucket(size_bytes: int) -> Block:
     return scratch("copy of a gradient too large for the bucket", size_bytes, "gradients")
 
 
+@lru_cache(maxsize=512)
+def norms_by_rank(sizes: tuple[int, ...], tensors: tuple[int, ...], ranks: int) -> tuple[np.ndarray, np.ndarray]:
+    """For every rank: bytes that the norms of its slices of *tensors* take at most, and what stays of them.
+
+    *sizes* are those of all tensors. ``set_norm_for_param_grad_in_gpu`` casts a slice to fp64 and keeps its norm until
+    the optimizer has stepped. The cast to the optimizer's format that follows takes no more.
+    """
+    peaks, kept = np.zeros(ranks, dtype=np.int64), np.zeros(ranks, dtype=np.int64)
+    begins, shard = starts(sizes), int(flat_shard(sum(sizes), ranks))
+    for tensor in tensors:
+        owners, elements = owned(begins[tensor], sizes[tensor], shard)
+        peaks[owners] = np.maximum(peaks[owners], kept[owners] + NORM_BYTES * (elements + 1))
+        kept[owners] += NORM_BYTES
+    return peaks, kept
+
+
 class OffloadedFlat(ZeroFlat):
     """What the two stages share: a rank's slices leave for the host one after another when their bucket is reduced."""
 
@@ -80,27 +96,7 @@ class OffloadedFlat(ZeroFlat):
         )
 
     def _norms(self, reduction: Reduction, ranks: int) -> tuple[np.ndarray, np.ndarray]:
-        if (reduction, ranks) not in self._known_norms:
-            self._known_norms[reduction, ranks] = self._norms_by_rank(reduction, ranks)
-        return self._known_norms[reduction, ranks]
-
-    @cached_property
-    def _known_norms(self) -> dict[tuple[Reduction, int], tuple[np.ndarray, np.ndarray]]:
-        return {}
-
-    def _norms_by_rank(self, reduction: Reduction, ranks: int) -> tuple[np.ndarray, np.ndarray]:
-        """For every rank: bytes that the norms of its slices in *reduction* take at most, and what stays of them.
-
-        ``set_norm_for_param_grad_in_gpu`` casts a slice to fp64 and keeps its norm until the optimizer has stepped.
-        The cast to the optimizer's format that follows takes no more.
-        """
-        peaks, kept = np.zeros(ranks, dtype=np.int64), np.zeros(ranks, dtype=np.int64)
-        shard = int(flat_shard(self.model.trained_count, ranks))
-        for tensor in reduction.tensors:
-            for owner, elements in owned(self.starts[tensor], self.sizes[tensor], shard):
-                peaks[owner] = max(peaks[owner], kept[owner] + NORM_BYTES * (elements + 1))
-                kept[owner] += NORM_BYTES
-        return peaks, kept
+        return norms_by_rank(self.sizes, reduction.tensors, ranks)
 
     def _norms_at(self, at: int, reduction: Reduction, ranks: int) -> np.ndarray:
         return self._norms(reduction, ranks)[at]
