@@ -104,11 +104,13 @@ def one_by_one(title: str, drawn: Sequence[Case]) -> Iterator[Record]:
 
 
 def with_adapters(seed: int, count: int) -> Iterator[Record]:
-    """Half traced, the others under DeepSpeed, two in five of these with offload."""
-    of_deepspeed, of_offload = 3 * count // 10, count // 5
-    yield from traced("Adapters, one GPU, DDP and FSDP2, traced", adapters.traced)(seed, count // 2)
-    yield from one_by_one("Adapters, DeepSpeed, real tensors", adapters.under_deepspeed(seed, of_deepspeed))
-    yield from one_by_one("Adapters, DeepSpeed with offload, real tensors", adapters.offloaded(seed, of_offload))
+    """Two in three traced, the others under DeepSpeed."""
+    yield from traced("Adapters, one GPU, DDP and FSDP2, traced", adapters.traced)(seed, count - count // 3)
+    yield from one_by_one("Adapters, DeepSpeed, real tensors", adapters.under_deepspeed(seed, count // 3))
+
+
+def offloaded_adapters(seed: int, count: int) -> Iterator[Record]:
+    return one_by_one("Adapters, DeepSpeed with offload, real tensors", adapters.offloaded(seed, count))
 
 
 def with_optimizers(seed: int, count: int) -> Iterator[Record]:
@@ -159,7 +161,8 @@ TRUTHS = {
     "offload": Truth(offloaded, 20),
     "zero-plus": Truth(zero_plus, 20),
     "real-runs": Truth(for_real, 60),
-    "adapters": Truth(with_adapters, 60),
+    "adapters": Truth(with_adapters, 42),
+    "adapters-offload": Truth(offloaded_adapters, 12),
     "optimizers": Truth(with_optimizers, 60),
     "cut-sequences": Truth(cut, 48),
     "dora": Truth(with_lengths, 12),

@@ -173,6 +173,8 @@ def build_model(accelerator: Accelerator, arguments: argparse.Namespace) -> Any:
     else:
         if not elsewhere:
             options["device_map"] = {"": accelerator.device}
+        elif arguments.method == "qlora" and not zero3:
+            options["device_map"] = {"": "cpu"}  # whole on every process, which a GPU need not have room for
         if has_other_parts(arguments):
             options["key_mapping"] = TEXT_PART
         if arguments.method == "qlora":

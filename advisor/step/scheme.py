@@ -121,15 +121,14 @@ class Scheme:
 
     @property
     def uncut_bytes(self) -> int:
-        """Weights that are whole on the device before a framework cuts them.
+        """Frozen weights that every rank has whole before a framework cuts them: those beside four bits, and these.
 
-        Those in four bits, which are made there and on every rank (transformers 5.23, modeling_utils.py
-        ``get_init_context``, quantizers/quantizer_bnb_4bit.py ``update_device_map``).
+        transformers 5.23 spares no rank of quantized weights (modeling_utils.py ``get_init_context``,
+        ``_move_missing_keys_from_meta_to_device``).
         """
         if self.job.method != "qlora":
             return 0
-        half = self.job.compute_bytes
-        return sum(each.stored_numel for each in self.model.frozen) * half
+        return sum(each.stored_numel for each in self.model.frozen) * self.job.compute_bytes
 
     @property
     def tables_bytes(self) -> int:

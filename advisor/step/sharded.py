@@ -95,7 +95,6 @@ class Sharded(Scheme, ABC):
 
     def states(self) -> Nodes:
         return (
-            scratch("weights before they are cut", self.uncut_bytes, "parameters"),
             hold("weights, rank's share", "parameters", self.held_bytes),
             hold(SCALES, "parameters", self.model.scale_bytes),
             *self.optimizer.kept(self.given),
@@ -127,13 +126,15 @@ class Sharded(Scheme, ABC):
         )
 
     def host(self) -> Nodes:
-        return tuple(self.optimizer.host(self.given))
+        """Weights in four bits are made in host memory, whole on every rank, and cut from there layer by layer.
+
+        torch 2.13, _fully_shard/_fsdp_init.py ``_move_states_to_device``.
+        """
+        whole = self.uncut_bytes + self.model.scale_bytes
+        return (*self.optimizer.host(self.given), scratch("weights while loading", whole, "parameters"))
 
     def host_once(self) -> Nodes:
-        """``cpu_ram_efficient_loading``: rank 0 alone reads the weights and sends them to the others.
-
-        Weights in four bits go to each GPU as they are made.
-        """
+        """``cpu_ram_efficient_loading``: rank 0 alone reads the weights and sends them to the others."""
         if self.job.method == "qlora":
             return ()
         size = self.model.parameter_count * self.job.model_bytes

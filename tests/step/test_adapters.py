@@ -289,3 +289,13 @@ def test_hsdp_sums_the_gradients_of_adapters_alone_over_its_replicas() -> None:
 def test_what_has_no_terms_for_frozen_weights_is_refused(chosen: Plan, said: str) -> None:
     with pytest.raises(SpecError, match=f"--method lora with {said} is not modelled"):
         program(job(), chosen)
+
+
+def test_fsdp_cuts_four_bits_out_of_host_memory_and_zero_three_out_of_the_gpu_s() -> None:
+    asked = job(method="qlora")
+    model = as_trained(MODEL, asked)
+    whole = sum(2 * each.stored_numel for each in model.frozen)
+
+    sharded, zero = (program(asked, plan(strategy, gpus=64)) for strategy in (Strategy.FSDP, Strategy.ZERO3))
+    assert fold(sharded.host).peak_bytes == whole + model.scale_bytes
+    assert fold(sharded.init).peak_bytes < whole < fold(zero.init).peak_bytes

@@ -22,7 +22,7 @@ def holds_no_weights(weights_from: str) -> bool:
 
 def packages_beside(job: Job) -> str:
     """What ``pip install`` is given for what *job* asks for, after the program's own packages."""
-    of_method = {"full": "", "lora": "peft", "qlora": "peft bitsandbytes"}[job.method]
+    of_method = {"full": "", "lora": "peft", "dora": "peft", "qlora": "peft bitsandbytes"}[job.method]
     of_loss = "liger-kernel" if job.loss == "fused" else ""
     named = dict.fromkeys(f"{of_method} {of_loss} {packages_of(job)}".split())
     return "".join(f" {each}" for each in named)
