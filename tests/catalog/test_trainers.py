@@ -150,11 +150,6 @@ def test_a_search_keeps_to_what_the_trainer_runs() -> None:
     assert any(each.startswith("torchtitan: ") for each in answer.warnings)
 
 
-def test_megatrons_plans_are_not_searched() -> None:
-    with pytest.raises(SpecError, match="Megatron's plans are not searched; price one by estimate --trainer megatron"):
-        advisor.recommend(**QUESTION, trainer="megatron")
-
-
 def test_a_search_uses_the_fsdp_that_the_trainers_accelerate_has() -> None:
     answer = advisor.recommend(**QUESTION, trainer="open-r1")
 
