@@ -303,6 +303,7 @@ layout_options = options(
     option(_SEARCH, "--pp", type=int, help="Stages of layers (pipeline)."),
     option(_SEARCH, "--vpp", type=int, help="Runs of layers a stage (interleaved)."),
     option(_SEARCH, "--cp", type=int, help="GPUs that cut a sequence (context)."),
+    option(_SEARCH, "--ep", type=int, help="GPUs that experts are spread over."),
     option(_SEARCH, "--micro-batch", type=int, help="Sequences a GPU takes at once."),
     option(
         _SEARCH,

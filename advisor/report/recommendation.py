@@ -160,6 +160,8 @@ def _layout_columns(estimates: Sequence[Estimate]) -> list[Column]:
         Column(header="CP", cells=[str(plan.context_parallel) for plan in plans]),
         Column(header="DP", cells=[str(plan.data_parallel) for plan in plans]),
     ]
+    if any(plan.expert_parallel > 1 for plan in plans):
+        found.append(Column(header="EP", cells=[str(plan.expert_parallel) for plan in plans]))
     if not all(plan.megatron.distributed_optimizer for plan in plans):
         held = ["cut" if plan.megatron.distributed_optimizer else "whole" for plan in plans]
         found.append(Column(header="Opti-\nmizer", cells=held))

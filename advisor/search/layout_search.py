@@ -31,8 +31,8 @@ NEAREST = 3
 MOST_DOUBLINGS = 6
 GIB = 2**30
 
-Layout = tuple[int, int, int]
-"""Tensor, pipeline and context parallelism."""
+Layout = tuple[int, int, int, int]
+"""Tensor, pipeline, context and expert parallelism."""
 
 
 class Found(NamedTuple):
@@ -55,12 +55,15 @@ class _Places:
     tensor: NDArray[np.int64]
     pipeline: NDArray[np.int64]
     context: NDArray[np.int64]
+    expert: NDArray[np.int64]
     tokens_per_s: NDArray[np.float64]
     used_bytes: NDArray[np.float64]
     short_bytes: NDArray[np.float64]
 
     def layout(self, place: int) -> Layout:
-        return int(self.tensor[place]), int(self.pipeline[place]), int(self.context[place])
+        cuts = self.tensor[place], self.pipeline[place], self.context[place], self.expert[place]
+        tensor, pipeline, context, expert = map(int, cuts)
+        return tensor, pipeline, context, expert
 
 
 def search_layouts(question: Question, objective: Objective = "time", shown: int = SHOWN) -> Found:
@@ -117,7 +120,7 @@ def _in_order(question: Question, sheets: Sequence[Sheet], places: _Places, obje
 
 
 def _layout_of(plan: Plan) -> Layout:
-    return plan.tensor_parallel, int(plan.pipeline_parallel), plan.context_parallel
+    return plan.tensor_parallel, int(plan.pipeline_parallel), plan.context_parallel, plan.expert_parallel
 
 
 def _places(sheets: Sequence[Sheet]) -> _Places:
@@ -133,6 +136,7 @@ def _places(sheets: Sequence[Sheet]) -> _Places:
         tensor=joined([plan.tensor_parallel for plan in plans]),
         pipeline=joined([np.broadcast_to(plan.pipeline_parallel, plan.shape).reshape(-1) for plan in plans]),
         context=joined([plan.context_parallel for plan in plans]),
+        expert=joined([plan.expert_parallel for plan in plans]),
         tokens_per_s=joined([sheet.tokens_per_s for sheet in sheets]),
         used_bytes=joined([sheet.device_used_bytes for sheet in sheets]),
         short_bytes=joined([sheet.short_by_bytes for sheet in sheets]),

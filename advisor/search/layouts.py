@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from advisor.errors import SpecError
 from advisor.specs.layout import FLAGS, GivenLayout, LayoutWords
 from advisor.specs.megatron import MegatronSettings
+from advisor.specs.model import Experts, Layer
 from advisor.specs.plan import Checkpointing, Plan, Strategy
 from advisor.specs.question import Input, Question
 from advisor.step.megatron_shard import kinds_of, refusal_of_cut, refusal_of_job
@@ -59,6 +60,7 @@ def kept_to_layout(question: Question, words: LayoutWords) -> Question:
         pipeline_parallel=words.get("pp"),
         virtual_stages=words.get("vpp"),
         context_parallel=words.get("cp"),
+        expert_parallel=words.get("ep"),
         micro_batch=words.get("micro_batch"),
         checkpointing=None if checkpointing is None else Checkpointing(checkpointing),
     )
@@ -95,6 +97,9 @@ class Cut(NamedTuple):
     tensor: int
     sequence: bool
     context: int
+    experts: int
+    slices: int
+    """Ranks that cut each expert."""
 
 
 class Pipeline(NamedTuple):
@@ -140,12 +145,12 @@ def _shown(value: object) -> str:
 
 
 def _sheets(question: Question, given: GivenLayout, excluded: dict[str, Excluded]) -> Iterator[LayoutSheet]:
-    known: dict[int, list[Pipeline]] = {}
+    known: dict[tuple[int, int], list[Pipeline]] = {}
     for cut in _cuts(question, given, excluded):
-        ranks = question.cluster.gpus // (cut.tensor * cut.context)
-        if ranks not in known:
-            known[ranks] = _pipelines(question, given, ranks, excluded)
-        pipelines = known[ranks]
+        key = question.cluster.gpus // (cut.tensor * cut.context), cut.experts * cut.slices
+        if key not in known:
+            known[key] = _pipelines(question, given, *key, excluded)
+        pipelines = known[key]
         batches = sorted({size for each in pipelines for size in divisors(each.share)})
         if given.micro_batch is not None:
             batches = [size for size in batches if size == given.micro_batch]
@@ -209,6 +214,8 @@ def _sheet(
         pipeline_parallel=rows[0].stages if single else stages,
         virtual_stages=virtual if interleaved and not single else rows[0].virtual,
         context_parallel=cut.context,
+        expert_parallel=cut.experts,
+        expert_tensor_parallel=cut.slices,
         megatron=settings,
     )
     return LayoutSheet(plan, np.broadcast_to((steps * sizes == share) & alike, plan.shape))
@@ -219,7 +226,12 @@ def _cuts(question: Question, given: GivenLayout, excluded: dict[str, Excluded])
     gpus, machine = question.cluster.gpus, question.cluster.gpus_per_node
     for tensor in _degrees(gpus, given.tensor_parallel):
         plan = _plain(question, tensor_parallel=tensor)
-        why = _refusal(question, plan)
+        slices = next(_spreads(question, given, tensor))[1]
+        reasons = [
+            _refusal(question, replace(plan, sequence_parallel=sequence, expert_tensor_parallel=slices))
+            for sequence in _sequence_parallel(tensor, given)
+        ]
+        why = reasons[0] if reasons and all(reasons) else None
         if not why and machine % tensor and given.tensor_parallel is None:
             why = (
                 f"groups of {tensor} tensor-parallel GPUs would cross machines of {machine}, whose network is slower "
@@ -230,12 +242,33 @@ def _cuts(question: Question, given: GivenLayout, excluded: dict[str, Excluded])
             continue
         for context in _degrees(gpus // tensor, given.context_parallel):
             whole = _plain(question, tensor_parallel=tensor, context_parallel=context)
-            for sequence in _sequence_parallel(tensor, given):
-                plan = replace(whole, sequence_parallel=sequence)
+            spreads = _spreads(question, given, tensor)
+            for sequence, (experts, slices) in product(_sequence_parallel(tensor, given), spreads):
+                if gpus % (experts * slices):
+                    why = f"expert_parallel {experts} x expert_tensor_parallel {slices} do not divide {gpus} GPUs"
+                    excluded.setdefault(why, Excluded(whole, why))
+                    continue
+                plan = replace(
+                    whole, sequence_parallel=sequence, expert_parallel=experts, expert_tensor_parallel=slices
+                )
                 if why := _refusal(question, plan):
                     excluded.setdefault(why, Excluded(plan, why))
                 else:
-                    yield Cut(tensor, sequence, context)
+                    yield Cut(tensor, sequence, context, experts, slices)
+
+
+def _spreads(question: Question, given: GivenLayout, tensor: int) -> Iterator[tuple[int, int]]:
+    """Ranks that experts are spread over, and those that cut each: none, or as many as cut the other weights."""
+    mixed = any(
+        isinstance(layer, Layer) and isinstance(layer.feed_forward, Experts) for layer in kinds_of(question.model)
+    )
+    if not mixed:
+        yield (given.expert_parallel or 1), 1
+        return
+    for experts in _degrees(question.cluster.gpus, given.expert_parallel):
+        yield experts, tensor
+        if experts > 1 and tensor > 1:
+            yield experts, 1
 
 
 def _refusal(question: Question, plan: Plan) -> str | None:
@@ -250,14 +283,21 @@ def _sequence_parallel(tensor: int, given: GivenLayout) -> Sequence[bool]:
     return (False, True) if given.sequence_parallel is None else (given.sequence_parallel,)
 
 
-def _pipelines(question: Question, given: GivenLayout, ranks: int, excluded: dict[str, Excluded]) -> list[Pipeline]:
-    """Stages and virtual stages that the layers, the global batch and *ranks* for each cut of a layer divide over."""
+def _pipelines(
+    question: Question, given: GivenLayout, ranks: int, expert_ranks: int, excluded: dict[str, Excluded]
+) -> list[Pipeline]:
+    """Stages and virtual stages that the layers, the global batch and the GPUs divide over.
+
+    *ranks* are left for stages and copies of the model, and each stage has a multiple of *expert_ranks*.
+    """
     batch, found = question.job.global_batch, []
     for stages in _degrees(ranks, given.pipeline_parallel):
         plan = _plain(question, pipeline_parallel=stages)
         why = refusal_of_cut(question.model, question.job, plan)
         if not why and ranks % stages:
             why = f"{stages} stages do not divide the {ranks} GPUs that layers and sequences are not cut over"
+        elif not why and question.cluster.gpus % (expert_ranks * stages):
+            why = f"{stages} stages x {expert_ranks} GPUs of experts do not divide {question.cluster.gpus} GPUs"
         elif not why and batch % (ranks // stages):
             why = f"a global batch of {batch} does not divide over {ranks // stages} copies of the model"
         if why:

@@ -89,5 +89,5 @@ def _simplicity(estimate: Estimate) -> int:
     plan = estimate.plan
     if plan.strategy is Strategy.MEGATRON:
         cuts = (plan.tensor_parallel, plan.pipeline_parallel, plan.virtual_stages, plan.context_parallel)
-        return sum(int(cut) > 1 for cut in cuts)
+        return sum(int(cut) > 1 for cut in (*cuts, plan.expert_parallel))
     return VARIANTS.index((plan.strategy, plan.offload))

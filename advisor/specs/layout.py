@@ -18,6 +18,7 @@ class LayoutWords(TypedDict, total=False):
     vpp: int | None
     """Virtual stages of each pipeline stage."""
     cp: int | None
+    ep: int | None
     micro_batch: int | None
     checkpointing: str | None
 
@@ -31,6 +32,7 @@ class GivenLayout:
     pipeline_parallel: int | None = None
     virtual_stages: int | None = None
     context_parallel: int | None = None
+    expert_parallel: int | None = None
     micro_batch: int | None = None
     checkpointing: Checkpointing | None = None
 
@@ -51,6 +53,7 @@ FLAGS = {
     "pipeline_parallel": "--pp",
     "virtual_stages": "--vpp",
     "context_parallel": "--cp",
+    "expert_parallel": "--ep",
     "micro_batch": "--micro-batch",
     "checkpointing": "--checkpointing",
 }

@@ -32,7 +32,7 @@ from search.questions import with_memory
 
 
 @cache
-def asked(model: str = "Llama-3.2-1B", gpus: int = 8, **words: Any) -> Question:
+def asked(model: str = "Llama-3.2-1B", gpus: int = 4, **words: Any) -> Question:
     usual = {"gpu": "H100", "trainer": "megatron", "seq_len": 1024, "global_batch": 16}
     return resolve(model, gpus=gpus, **{**usual, **words})
 
@@ -52,7 +52,7 @@ def given(question: Question, **layout: Any) -> Question:
 
 
 def test_every_plan_that_divides_is_in_the_space_once() -> None:
-    question, powers = asked(gpus=4, global_batch=4), [1, 2, 4, 8, 16]
+    question, powers = asked(global_batch=4), [1, 2, 4, 8, 16]
     found = [each.plan.at(int(index)) for each in layout_space(question).sheets for index in np.flatnonzero(each.legal)]
     whole = MegatronSettings(distributed_optimizer=False, overlaps_weights=False)
     expected = set()
@@ -85,13 +85,14 @@ def test_every_plan_that_divides_is_in_the_space_once() -> None:
     assert set(found) == expected
 
 
-@pytest.mark.parametrize(("model", "words"), [("Llama-3.2-1B", {}), ("Qwen3-0.6B", {"gpus": 4, "nodes": 2})])
+@pytest.mark.parametrize(("model", "words"), [("Llama-3.2-1B", {}), ("Qwen3-0.6B", {"nodes": 2, "global_batch": 4})])
 def test_a_sheet_has_the_bytes_and_seconds_of_each_plan_by_itself(model: str, words: dict[str, Any]) -> None:
     question = asked(model, **words)
     sheets = sheets_of(model, **words)
     every = [(sheet, int(index)) for sheet in sheets for index in np.flatnonzero(np.isfinite(sheet.short_by_bytes))]
     drawn = np.random.default_rng(7).choice(len(every), size=len(every) // 100, replace=False)
 
+    assert len(drawn) >= 5
     for sheet, index in (every[number] for number in drawn):
         plan = sheet.plan.at(index)
         alone = program(question, plan)
@@ -104,7 +105,7 @@ def test_a_sheet_has_the_bytes_and_seconds_of_each_plan_by_itself(model: str, wo
 
 
 def test_the_search_finds_the_fastest_of_all_plans() -> None:
-    question = given(asked(gpus=4, global_batch=4), checkpointing=Checkpointing.NONE, context_parallel=1)
+    question = given(asked(global_batch=4), checkpointing=Checkpointing.NONE, context_parallel=1)
     one_by_one = [price(question, sheet.plan.at(index)) for sheet, index in possible(priced(question))]
     fitting = [each for each in one_by_one if each.verdict == "fits"]
 
@@ -202,6 +203,17 @@ def test_where_nothing_fits_the_nearest_misses_and_the_gpus_that_would_do_are_to
     assert f"the fewest that would do: {found.fewest_gpus} GPUs" in found.headline
     more = replace(question, cluster=replace(question.cluster, gpus=found.fewest_gpus, nodes=found.fewest_gpus // 2))
     assert search_layouts(more, shown=1).best
+
+
+def test_experts_are_spread_over_as_many_ranks_as_is_fastest() -> None:
+    question = given(asked("Qwen3-30B-A3B-Base", gpus=8), micro_batch=1, context_parallel=1, tensor_parallel=1)
+
+    found = search_layouts(question, shown=2)
+
+    plans = [each.plan for each in found.best]
+    assert {sheet.plan.expert_parallel for sheet in found.sheets} == {1, 2, 4, 8}
+    assert plans[0].expert_parallel > 1
+    assert len({(plan.pipeline_parallel, plan.expert_parallel) for plan in plans}) == 2
 
 
 def test_counts_of_gpus_are_compared_by_their_best_layouts() -> None:
