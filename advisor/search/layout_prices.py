@@ -6,7 +6,7 @@ the pace of its slowest, as a plan by itself has (step/megatron.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,26 +25,29 @@ from advisor.step.megatron import StageStep, stage_steps
 from advisor.step.program import NOTHING, Amount, fold, phase, then
 
 
-def price_layouts(question: Question, sheet: LayoutSheet, routes: Routes | None) -> Sheet:
+def price_layouts(question: Question, sheet: LayoutSheet, routes: Routes | None) -> Iterator[Sheet]:
     """Bounds of every plan of *sheet*; without *routes* of memory alone. What is no plan lacks infinitely much."""
-    plan = sheet.plan
-    stages = stage_steps(question.model, question.job, plan)
-    fullest = _most([fold(then(stage.states, stage.step)).peak_bytes for stage in stages], stages, plan)
-    found = [footprint(_program(stage), plan, question.cluster, question.calibration) for stage in stages]
-    margin_share = question.margin_share(plan)
-    used = _of(fullest, [each.device_used_bytes for each in found], plan)
-    short = _of(fullest, [shortfall(each, question.cluster, margin_share) for each in found], plan)
-    short = np.where(sheet.legal, short, np.inf)
-    tokens_per_s: Amount = 0.0
-    if routes is not None and np.any(short <= 0):
-        slowest = _most([flop(stage.step).done for stage in stages], stages, plan)
-        asked, at = question.job, (question.cluster, question.calibration)
-        bounds = [step_time(stage.step, asked, plan, *at, routes=routes).most_tokens_per_s for stage in stages]
-        tokens_per_s = _of(slowest, bounds, plan)
-    ranks = [stage.number * (plan.gpus // plan.pipeline_parallel) for stage in stages]
-    readings = (_of(fullest, ranks, plan), used, short, np.broadcast_to(tokens_per_s, plan.shape))
-    rank, used, short, most = (each.reshape(-1) for each in readings)
-    return Sheet(plan, rank, used, short, most)
+    model, job = question.model, question.job
+    steps = stage_steps(model, job, sheet.plans)
+    slowest: NDArray[Any] | None = None
+    for plan, legal, stages in zip(sheet.plans, sheet.legal, steps, strict=True):
+        fullest = _most([fold(then(stage.states, stage.step)).peak_bytes for stage in stages], stages, plan)
+        found = [footprint(_program(stage), plan, question.cluster, question.calibration) for stage in stages]
+        margin_share = question.margin_share(plan)
+        used = _of(fullest, [each.device_used_bytes for each in found], plan)
+        short = _of(fullest, [shortfall(each, question.cluster, margin_share) for each in found], plan)
+        short = np.where(legal, short, np.inf)
+        tokens_per_s: Amount = 0.0
+        if routes is not None and np.any(short <= 0):
+            if slowest is None:  # no product is the optimizer's
+                slowest = _most([flop(stage.step).done for stage in stages], stages, plan)
+            at = question.cluster, question.calibration
+            bounds = [step_time(stage.step, job, plan, *at, routes=routes).most_tokens_per_s for stage in stages]
+            tokens_per_s = _of(slowest, bounds, plan)
+        ranks = [stage.number * (plan.gpus // plan.pipeline_parallel) for stage in stages]
+        readings = (_of(fullest, ranks, plan), used, short, np.broadcast_to(tokens_per_s, plan.shape))
+        rank, used, short, most = (each.reshape(-1) for each in readings)
+        yield Sheet(plan, rank, used, short, most)
 
 
 def _program(stage: StageStep) -> StepProgram:

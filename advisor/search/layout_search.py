@@ -73,7 +73,7 @@ def search_layouts(question: Question, objective: Objective = "time", shown: int
     come before what was found. Raises SpecError where what is given leaves no plan.
     """
     space, routes = layout_space(question), Routes(question.cluster)
-    sheets = tuple(price_layouts(question, each, routes) for each in space.sheets)
+    sheets = tuple(sheet for each in space.sheets for sheet in price_layouts(question, each, routes))
     places = _places(sheets)
     best: dict[Layout, Estimate] = {}
     beyond: list[Estimate] = []
@@ -213,6 +213,6 @@ def _leanest_fits(question: Question, gpus: int) -> bool:
         space = layout_space(larger)
     except SpecError:
         return False
-    sheets = [price_layouts(larger, each, None) for each in space.sheets]
+    sheets = [sheet for each in space.sheets for sheet in price_layouts(larger, each, None)]
     places = sorted(possible(sheets), key=lambda place: place[0].short_by_bytes[place[1]])
     return bool(places) and refused_by_price(larger, places[0][0].plan.at(places[0][1])).short_by_bytes <= 0

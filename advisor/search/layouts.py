@@ -71,9 +71,10 @@ def kept_to_layout(question: Question, words: LayoutWords) -> Question:
 class LayoutSheet(NamedTuple):
     """Plans of one structure side by side."""
 
-    plan: Plan
-    legal: NDArray[np.bool_]
-    """Of the plan's shape: whether the global batch is made up so. Elsewhere stands what nobody asks for."""
+    plans: tuple[Plan, ...]
+    """Alike but for the optimizer: one for each of :data:`SETTINGS`."""
+    legal: tuple[NDArray[np.bool_], ...]
+    """Of each plan's shape: whether the global batch is made up so. Elsewhere stands what nobody asks for."""
 
 
 class Excluded(NamedTuple):
@@ -160,10 +161,9 @@ def _sheets(question: Question, given: GivenLayout, excluded: dict[str, Excluded
                 excluded[why] = Excluded(_plain(question, micro_batch=given.micro_batch), why)
         checkpointings = tuple(Checkpointing) if given.checkpointing is None else (given.checkpointing,)
         for checkpointing, sizes, rows in product(checkpointings, _sizes(batches), _rows(question, pipelines)):
-            for settings in SETTINGS:
-                sheet = _sheet(question, cut, checkpointing, sizes, rows, settings)
-                if sheet.legal.any():
-                    yield sheet
+            sheet = _sheet(question, cut, checkpointing, sizes, rows)
+            if sheet.plans:
+                yield sheet
 
 
 def _sizes(batches: Sequence[int]) -> Iterator[int | NDArray[np.int64]]:
@@ -194,14 +194,12 @@ def _sheet(
     checkpointing: Checkpointing,
     sizes: int | NDArray[np.int64],
     rows: Sequence[Pipeline],
-    settings: MegatronSettings,
 ) -> LayoutSheet:
     stages, virtual, share = (np.array(each)[:, np.newaxis] for each in zip(*rows, strict=True))
     interleaved = rows[0].virtual > 1
     group = stages if interleaved else 1
     steps = group * np.maximum(share // (sizes * group), 1)
     ranks = question.cluster.gpus // stages // cut.tensor
-    alike = settings.distributed_optimizer | (ranks > 1)
     single = len(rows) == 1
     plan = Plan(
         strategy=Strategy.MEGATRON,
@@ -216,9 +214,11 @@ def _sheet(
         context_parallel=cut.context,
         expert_parallel=cut.experts,
         expert_tensor_parallel=cut.slices,
-        megatron=settings,
     )
-    return LayoutSheet(plan, np.broadcast_to((steps * sizes == share) & alike, plan.shape))
+    there = steps * sizes == share
+    legal = [np.broadcast_to(there & (each.distributed_optimizer | (ranks > 1)), plan.shape) for each in SETTINGS]
+    found = [(replace(plan, megatron=each), mask) for each, mask in zip(SETTINGS, legal, strict=True) if mask.any()]
+    return LayoutSheet(tuple(each for each, _ in found), tuple(mask for _, mask in found))
 
 
 def _cuts(question: Question, given: GivenLayout, excluded: dict[str, Excluded]) -> Iterator[Cut]:

@@ -11,7 +11,7 @@ dispatchers hold of the last micro-batch's routing where it was kept for backwar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from math import prod
 from typing import NamedTuple
@@ -25,7 +25,7 @@ from advisor.specs.model import Layer, ModelSpec, Parameter
 from advisor.specs.plan import Checkpointing, Count, GroupName, Plan
 from advisor.step.flop import flop
 from advisor.step.megatron_exchanges import Exchanges
-from advisor.step.megatron_parts import parts_of
+from advisor.step.megatron_parts import Parts, parts_of
 from advisor.step.megatron_shard import (
     OUTPUT_LAYER,
     WORD_EMBEDDINGS,
@@ -36,7 +36,7 @@ from advisor.step.megatron_shard import (
     place_of,
     stage_of,
 )
-from advisor.step.pipeline import Passes, schedule
+from advisor.step.pipeline import Passes, between_ends, schedule
 from advisor.step.program import (
     Amount,
     Block,
@@ -112,48 +112,51 @@ def rank_step(model: ModelSpec, job: Job, plan: Plan, rank: int | None = None) -
     return RankStep(named, chosen.states, chosen.step, slowest.step, chosen.has_experts, excess)
 
 
-def stage_steps(model: ModelSpec, job: Job, plan: Plan) -> tuple[StageStep, ...]:
-    """The steps of the stages one of which is the fullest, and one the slowest, in each of the plans of *plan*.
+def stage_steps(model: ModelSpec, job: Job, plans: Sequence[Plan]) -> list[tuple[StageStep, ...]]:
+    """For each of *plans*, which differ in the optimizer alone, the steps of the stages that it is about.
 
-    Of the stages between the first and the last, the first has most micro-batches in flight.
+    One of these is the fullest, and one the slowest, of each plan that a plan stands for. Of the stages between the
+    first and the last, the first has most micro-batches in flight.
     """
-    stages = plan.pipeline_parallel
+    found: list[list[StageStep]] = [[] for _ in plans]
+    for number, place, exists in _contending(plans[0].pipeline_parallel):
+        like = None
+        for plan, steps in zip(plans, found, strict=True):
+            like = _Layout(model, job, plan, number, place, like)
+            steps.append(StageStep(number, like.states, like.step, exists))
+    return [tuple(steps) for steps in found]
+
+
+def _contending(stages: Count) -> Iterator[tuple[Count, Place, bool | NDArray[np.bool_]]]:
+    """Numbers and places of stages, and which pipelines have them."""
     if np.all(np.asarray(stages) == 1):
-        alone = _Layout(model, job, plan, 0, "only")
-        return (StageStep(0, alone.states, alone.step),)
+        yield 0, "only", True
+        return
     longer = np.asarray(stages) > 2
-    contending: tuple[tuple[Count, Place, bool | NDArray[np.bool_]], ...] = (
-        (0, "first", True),
-        (np.where(longer, 1, 0), "between", longer),
-        (stages - 1, "last", True),
-    )
-    found = []
-    for number, place, exists in contending:
-        layout = _Layout(model, job, plan, number, place)
-        found.append(StageStep(number, layout.states, layout.step, exists))
-    return tuple(found)
+    yield 0, "first", True
+    if longer.any():
+        yield np.where(longer, 1, 0), "between", longer
+    yield stages - 1, "last", True
 
 
 class _Layout:
-    """Lays out the step of a rank of one pipeline stage."""
+    """Lays out the step of a rank of one pipeline stage, with what another has *like* it but for the optimizer."""
 
-    def __init__(self, model: ModelSpec, job: Job, plan: Plan, number: Count, place: Place) -> None:
-        self.job, self.plan, self.number = job, plan, number
-        self.stage: Stage = stage_of(model, job, plan, number, place)
+    def __init__(
+        self, model: ModelSpec, job: Job, plan: Plan, number: Count, place: Place, like: _Layout | None = None
+    ) -> None:
+        self.job, self.plan, self.number, self.like = job, plan, number, like
+        self.stage: Stage = like.stage if like else stage_of(model, job, plan, number, place)
         self.width = model.hidden_size
-        self.parts = parts_of(job, plan, self.width)
+        self.parts: Parts = like.parts if like else parts_of(job, plan, self.width)
         self.exchanges = Exchanges(job, plan, self.width, self.parts.mode.sequence_length)
         self.states, self.step = then(*self._states()), self._step()
-
-    @cached_property
-    def _forwards(self) -> tuple[Node, ...]:
-        return tuple(self._forward(chunk) for chunk in self.stage.chunks)
 
     @property
     def forward_flop(self) -> Amount:
         """Work of the products of one micro-batch forwards, with whole scores matrices under a causal mask."""
         return total(
-            flop(node).whole * chunk.several for node, chunk in zip(self._forwards, self.stage.chunks, strict=True)
+            flop(node).whole * chunk.several for node, chunk in zip(self.passes.forward, self.stage.chunks, strict=True)
         )
 
     @property
@@ -229,17 +232,29 @@ class _Layout:
         return max(gathered, scores) * self.job.compute_bytes * self.plan.micro_batch
 
     def _step(self) -> Node:
-        chunks = self.stage.chunks
         gathers = self._gather() if self.plan.megatron.overlaps_weights else ()
+        first = self.stage.chunks[0]
         deferred = tuple(self._deferred())
-        passes = Passes(
-            self._forwards,
-            tuple(self._backward(chunk) for chunk in chunks),
-            self._forward(chunks[0], *gathers, *deferred),
-            then(self._backward(chunks[0], *self._reduce()), *map(released, deferred)),
-            tuple(chunk.several for chunk in chunks),
+        passes = self.passes._replace(
+            first_forward=self._forward(first, *gathers, *deferred),
+            last_backward=then(self._backward(first, *self._reduce()), *map(released, deferred)),
         )
-        return then(schedule(passes, self.plan, self.number), phase("step", *self._update()))
+        return then(schedule(passes, self.plan, self.number, self.inner), phase("step", *self._update()))
+
+    @cached_property
+    def passes(self) -> Passes:
+        """All but the first and the last of a step, which exchange gradients and weights meanwhile."""
+        if self.like:
+            return self.like.passes
+        chunks = self.stage.chunks
+        forward = tuple(self._forward(chunk) for chunk in chunks)
+        backward = tuple(self._backward(chunk) for chunk in chunks)
+        return Passes(forward, backward, forward[0], backward[0], tuple(chunk.several for chunk in chunks))
+
+    @cached_property
+    def inner(self) -> Node:
+        """Those passes in their order."""
+        return self.like.inner if self.like else between_ends(self.passes, self.plan, self.number)
 
     def _deferred(self) -> Iterator[Block]:
         """What the last stage keeps of micro-batches for the gradient of the output matrix: its input, and the gradient

@@ -48,20 +48,23 @@ def warm_up(plan: Plan, stage: Count) -> Count:
     return _least(behind + (plan.virtual_stages > 1) * more, every)
 
 
-def schedule(passes: Passes, plan: Plan, stage: Count) -> Node:
-    """The passes of *stage* in a step. Of many plans at once, all are interleaved or none is."""
+def schedule(passes: Passes, plan: Plan, stage: Count, inner: Node | None = None) -> Node:
+    """The passes of *stage* in a step, those between the first and the last as *inner* if they are known."""
+    return then(passes.first_forward, inner or between_ends(passes, plan, stage), passes.last_backward)
+
+
+def between_ends(passes: Passes, plan: Plan, stage: Count) -> Node:
+    """All but the first and the last. Of many plans at once, all are interleaved or none is."""
     if np.all(np.asarray(plan.virtual_stages) > 1):
         return _interleaved(passes, plan, stage)
     (forward,), (backward,) = passes.forward, passes.backward
     early, steps = warm_up(plan, stage), plan.accumulation_steps
     if np.all(np.asarray(early) == 0):
-        return then(passes.first_forward, repeat(then(backward, forward), steps - 1), passes.last_backward)
+        return repeat(then(backward, forward), steps - 1)
     return then(
-        passes.first_forward,
         repeat(forward, early - 1),
         repeat(then(forward, backward), steps - early),
         repeat(backward, early - 1),
-        passes.last_backward,
     )
 
 
@@ -92,7 +95,6 @@ def _interleaved(passes: Passes, plan: Plan, stage: Count) -> Node:
     pairs = _paired(turned, backward)
     paired_rounds, paired_rest = divmod(every - early, whole)
     return then(
-        passes.first_forward,
         *_runs(_between(forward, 1, opening)),
         repeat(then(*_runs(forward)), rounds),
         *_runs(_between(forward, 0, rest)),
@@ -101,7 +103,6 @@ def _interleaved(passes: Passes, plan: Plan, stage: Count) -> Node:
         *_runs(_between(backward, whole - rest, whole)),
         repeat(then(*_runs(backward)), rounds),
         *_runs(_between(backward, whole - opening, whole - 1)),
-        passes.last_backward,
     )
 
 

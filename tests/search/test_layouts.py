@@ -39,7 +39,7 @@ def asked(model: str = "Llama-3.2-1B", gpus: int = 4, **words: Any) -> Question:
 
 def priced(question: Question) -> tuple[Sheet, ...]:
     routes = Routes(question.cluster)
-    return tuple(price_layouts(question, each, routes) for each in layout_space(question).sheets)
+    return tuple(sheet for each in layout_space(question).sheets for sheet in price_layouts(question, each, routes))
 
 
 @cache
@@ -53,7 +53,12 @@ def given(question: Question, **layout: Any) -> Question:
 
 def test_every_plan_that_divides_is_in_the_space_once() -> None:
     question, powers = asked(global_batch=4), [1, 2, 4, 8, 16]
-    found = [each.plan.at(int(index)) for each in layout_space(question).sheets for index in np.flatnonzero(each.legal)]
+    found = [
+        plan.at(int(index))
+        for each in layout_space(question).sheets
+        for plan, legal in zip(each.plans, each.legal, strict=True)
+        for index in np.flatnonzero(legal)
+    ]
     whole = MegatronSettings(distributed_optimizer=False, overlaps_weights=False)
     expected = set()
     degrees = product(powers, powers, powers, powers, powers, (False, True), Checkpointing, (MegatronSettings(), whole))
@@ -90,9 +95,8 @@ def test_a_sheet_has_the_bytes_and_seconds_of_each_plan_by_itself(model: str, wo
     question = asked(model, **words)
     sheets = sheets_of(model, **words)
     every = [(sheet, int(index)) for sheet in sheets for index in np.flatnonzero(np.isfinite(sheet.short_by_bytes))]
-    drawn = np.random.default_rng(7).choice(len(every), size=len(every) // 100, replace=False)
+    drawn = np.random.default_rng(7).choice(len(every), size=max(len(every) // 100, 8), replace=False)
 
-    assert len(drawn) >= 5
     for sheet, index in (every[number] for number in drawn):
         plan = sheet.plan.at(index)
         alone = program(question, plan)
@@ -179,9 +183,9 @@ def test_tensor_parallelism_crosses_machines_only_where_it_is_asked_for() -> Non
     question = asked("gpt2-large", gpus=10, nodes=2, global_batch=10)
     free, fixed = layout_space(question), layout_space(given(question, tensor_parallel=10))
 
-    assert {sheet.plan.tensor_parallel for sheet in free.sheets} == {1, 5}
+    assert {sheet.plans[0].tensor_parallel for sheet in free.sheets} == {1, 5}
     assert any("would cross machines of 5" in each.why for each in free.excluded)
-    assert {sheet.plan.tensor_parallel for sheet in fixed.sheets} == {10}
+    assert {sheet.plans[0].tensor_parallel for sheet in fixed.sheets} == {10}
 
 
 def test_what_does_not_divide_keeps_its_reason() -> None:

@@ -386,11 +386,11 @@ def test_many_pipelines_at_once_are_each_plan_s_own(name: str, virtual: int) -> 
         virtual_stages=virtual,
     )
     model, job = small(name), Job(sequence_length=128)
-    together = stage_steps(model, job, plan)
+    (together,) = stage_steps(model, job, [plan])
 
     for index, (pipeline, size) in enumerate(product(range(2), range(2))):
         single = plan.at(index)
-        alone = [each for each in stage_steps(model, job, single) if np.all(each.exists)]
+        alone = [each for each in stage_steps(model, job, [single])[0] if np.all(each.exists)]
         here = [each for each in together if np.broadcast_to(each.exists, (2, 1))[pipeline, 0]]
         assert len(here) == len(alone) == min(3, int(single.pipeline_parallel))
         for one, many in zip(alone, here, strict=True):
