@@ -84,11 +84,13 @@ def _layer(
 
     if layer.placement == "parallel":
         first = norm(hidden)
-        second = first if layer.shared_norm else norm(hidden)
+        second = first if layer.shared_norm else None  # which GPT-NeoX computes once it needs it
         if layer.names_branches:
+            second = second or norm(hidden)
             tape.lasting += [first, second]
         attended = dropout(tape, attend(first), layer.dropout)
         del first
+        second = second or norm(hidden)
         transformed = dropout(tape, transform(second), layer.dropout)
         del second
         tape.scope = "residual stream"
