@@ -64,6 +64,7 @@ class Case:
             context=self.context,
             attention=self.attention,  # type: ignore[arg-type]
             fp8_cache=self.cache == "fp8",
+            static_cache=self.cache == "static",
         )
 
     @property
@@ -101,6 +102,7 @@ CASES = (
     Case("Qwen__Qwen2.5-0.5B", 4, 2, 256, 259, "sdpa", "fp8"),
     Case("Qwen__Qwen3-8B", 4, 4, 1024, 1028),
     Case("Qwen__Qwen3-8B", 4, 4, 1024, 1028, "sdpa", "fp8"),
+    Case("Qwen__Qwen3-8B", 4, 4, 1024, 1028, "sdpa", "static"),
     Case("Qwen__Qwen3-30B-A3B-Base", 4, 2, 256, 259),
     Case("allenai__OLMo-2-1124-7B", 4, 2, 256, 259),
     Case("bigcode__starcoder2-3b", 4, 1, 4104, 4107),
@@ -112,12 +114,14 @@ CASES = (
     Case("google__gemma-2-2b", 4, 1, 4104, 4107),
     Case("google__gemma-3-1b-it", 6, 2, 256, 259),
     Case("google__gemma-3-1b-it", 6, 2, 1024, 1030),
+    Case("google__gemma-3-1b-it", 6, 2, 1024, 1030, "sdpa", "static"),
     Case("meta-llama__Llama-3.2-1B", 4, 1, 4096, 4098),
     Case("meta-llama__Llama-3.1-8B", 4, 4, 512, 640),
     Case("meta-llama__Llama-4-Scout-17B-16E", 4, 2, 256, 259),
     Case("microsoft__Phi-3-mini-4k-instruct", 4, 2, 2048, 2052),
     Case("microsoft__Phi-4-mini-instruct", 4, 2, 256, 259),
     Case("mistralai__Mistral-7B-v0.1", 4, 1, 4104, 4107),
+    Case("mistralai__Mistral-7B-v0.1", 4, 2, 512, 516, "sdpa", "static"),
     Case("mistralai__Mixtral-8x7B-v0.1", 4, 2, 256, 259),
     Case("openai-community__gpt2", 4, 2, 256, 259),
     Case("openai__gpt-oss-20b", 4, 2, 256, 259),

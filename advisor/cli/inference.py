@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from advisor.cost.inference import InferenceEstimate
 
 SECTION = "Instead of training"
-WORDS = ("batch", "context", "prompt", "weights", "double_quant", "kv_cache")
+WORDS = ("batch", "context", "prompt", "weights", "double_quant", "kv_cache", "static_cache")
 
 inference_options = options(
     option(SECTION, "--inference", is_flag=True, help="Price a call of generate; --tp GPUs share a copy of the model."),
@@ -37,6 +37,7 @@ inference_options = options(
         type=click.Choice(get_args(CacheFormat)),
         help="What keys and values are held in.  [default: the precision]",
     ),
+    option(SECTION, "--static-cache", is_flag=True, help="Take memory for the whole context at once."),
 )
 """Of a model that generates; they mean nothing without the first."""
 

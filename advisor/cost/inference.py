@@ -50,11 +50,13 @@ class InferenceWords(TypedDict, total=False):
     weights: str | None
     double_quant: bool
     kv_cache: str | None
+    static_cache: bool
+    """Whether memory for the whole context is taken at once."""
     precision: str | None
     attention: str
 
 
-OWN = ("tp", "batch", "context", "prompt", "weights", "double_quant", "kv_cache", "attention")
+OWN = ("tp", "batch", "context", "prompt", "weights", "double_quant", "kv_cache", "static_cache", "attention")
 """Those that training knows nothing of, or means otherwise."""
 OF_TRAINING = frozenset({"seq_len", "global_batch", "param_dtype", "optimizer", "attention", "precision"})
 
@@ -119,7 +121,8 @@ def estimate_inference(model: str, **words: Unpack[InferenceWords]) -> Inference
 
     Words: ``gpu``, ``gpus``, ``nodes``, ``cluster``, ``link``, ``network``, ``host_memory``, ``margin``,
     ``calibration``, ``tp``, ``batch``, ``context``, ``prompt``, ``weights``, ``double_quant``, ``kv_cache``,
-    ``precision``, ``attention``. Raises SpecError for a model, a format or a cut that transformers does not have.
+    ``static_cache``, ``precision``, ``attention``. Raises SpecError for a model, a format or a cut that transformers
+    does not have.
     """
     if unknown := words.keys() - InferenceWords.__annotations__.keys():
         known = ", ".join(InferenceWords.__annotations__)
@@ -159,6 +162,7 @@ def _inference(words: InferenceWords, question: Question) -> Inference:
         double_quant=words.get("double_quant", False),
         precision=precision,
         fp8_cache=cache == "fp8",
+        static_cache=words.get("static_cache", False),
         attention=words.get("attention", "sdpa"),  # type: ignore[arg-type]
     )
     refuse(question.model, asked, question.cluster)
@@ -194,6 +198,7 @@ def _inputs(words: InferenceWords, question: Question, inference: Inference, pla
 
     kept = [each for each in question.inputs if each.name not in OF_TRAINING]
     cache = "fp8" if inference.fp8_cache else inference.precision
+    switches = [own(name, True) for name in ("double_quant", "static_cache") if getattr(inference, name)]
     kept[-1:-1] = [
         own("tp", plan.tensor_parallel),
         own("batch", inference.batch),
@@ -203,6 +208,7 @@ def _inputs(words: InferenceWords, question: Question, inference: Inference, pla
         own("kv_cache", cache),
         own("precision", inference.precision),
         own("attention", inference.attention),
+        *switches,
     ]
     return tuple(kept)
 

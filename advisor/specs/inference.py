@@ -30,6 +30,8 @@ class Inference:
     """What products compute in."""
     fp8_cache: bool = False
     """Whether keys and values are held in fp8; else in the format that products compute in."""
+    static_cache: bool = False
+    """Whether memory for the whole context is taken at once (``cache_implementation="static"``, not compiled)."""
     attention: AttentionKernel = "sdpa"
 
     def __post_init__(self) -> None:
@@ -45,6 +47,8 @@ class Inference:
             raise SpecError(f"weights must be one of {', '.join(get_args(WeightFormat))}, got {self.weights!r}")
         if self.attention not in get_args(AttentionKernel):
             raise SpecError(f"attention must be one of {', '.join(get_args(AttentionKernel))}, got {self.attention!r}")
+        if self.static_cache and self.fp8_cache:
+            raise SpecError("a static cache holds what products compute; leave one of static and fp8 out")
         if self.double_quant and self.weights not in ("nf4", "fp4"):
             raise SpecError(f"double quantization is of scales of nf4 and fp4, got weights in {self.weights}")
 

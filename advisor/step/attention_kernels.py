@@ -82,6 +82,8 @@ def is_masked(tape: Tape, spec: Attention) -> bool:
 
     transformers 5.23, masking_utils.py ``_ignore_causal_mask_sdpa``: a window as long as the sequence counts.
     """
+    if tape.caching and tape.caching.capacity is not None and decodes(tape):
+        return True
     return tape.padded or spec.always_masked or (spec.window is not None and spec.window <= seen_tokens(tape, spec))
 
 

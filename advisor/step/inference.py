@@ -75,6 +75,11 @@ def generation(model: ModelSpec, inference: Inference, plan: InferencePlan) -> G
     """
     if model.objective != "causal" or not model.described_layers:
         raise SpecError(f"generating is modelled for causal models of the known families, and {model.name} is none")
+    if inference.static_cache and (inference.attention != "sdpa" or model.eager_only or _is_latent(model)):
+        raise SpecError(
+            f"a static cache is modelled for keys and values that torch's fused kernels read, and {model.name} has "
+            f"others or is asked for {inference.attention}; leave the cache to grow"
+        )
     sequences, vocabulary = inference.batch, model.vocabulary_size
     model = rank_part(model, plan.tensor_parallel)
     prompt, context = inference.prompt, inference.context
@@ -85,14 +90,16 @@ def generation(model: ModelSpec, inference: Inference, plan: InferencePlan) -> G
         return _Pass(model, inference, plan, laid, tokens, caching, vocabulary)
 
     few = min(sequences, FEW_TOKENS + 1)
-    prefill = one_pass(prompt, Caching(0, True, held, few))
-    first = one_pass(1, Caching(prompt, True, held, few))
+    capacity = context if inference.static_cache else None
+    prefill = one_pass(prompt, Caching(0, True, held, capacity, few))
+    first = one_pass(1, Caching(prompt, True, held, capacity, few))
     last, nodes = first, [prefill.node, first.node]
     if context - prompt > 1:
-        last = one_pass(1, Caching(context - 1, False, held, few))
+        last = one_pass(1, Caching(context - 1, False, held, capacity, few))
         nodes += [laid.whole(tuple(_growth(first, last))), last.node]
     ids = hold("token ids, mask and positions", "activations", INDEX_TABLES * INDEX_BYTES * context * sequences)
-    step = then(ids, *nodes, laid.whole(tuple(last.dropped())), released(ids))
+    holder = prefill if inference.static_cache else last
+    step = then(ids, *nodes, laid.whole(tuple(holder.dropped())), released(ids))
     weights = _weights(model, inference)
     states = [hold(label, "parameters", sum(sizes)) for label, sizes in weights.items()]
     program = StepProgram(
@@ -111,8 +118,12 @@ def generation(model: ModelSpec, inference: Inference, plan: InferencePlan) -> G
         first.node,
         last.node,
         prefill.cache_bytes * sequences,
-        last.cache_bytes * sequences,
+        holder.cache_bytes * sequences,
     )
+
+
+def _is_latent(model: ModelSpec) -> bool:
+    return any(layer.attention.latent for layer in model.described_layers)
 
 
 def _weights(model: ModelSpec, inference: Inference) -> dict[str, list[int]]:

@@ -3,6 +3,7 @@
 ``DynamicCache`` is what ``generate`` takes by itself: every pass lays what is new behind a copy of what was there, so
 that for a moment a layer holds both (``DynamicLayer.update``). A windowed layer keeps a view of the last window less
 one token, and with it all that the view is of: after the prompt the whole prompt (``DynamicSlidingWindowLayer``).
+``StaticCache`` takes memory for the whole context at once, or for the window, and attends to all of it.
 ``QuantizedCache`` in fp8 keeps one byte an element and brings all of it back to the format of the model at every pass
 (``Fp8QuantizedLayer``). Latent attention caches what keys and values are expanded from.
 """
@@ -18,6 +19,8 @@ FP8_BYTES, FP32_BYTES = 1, 4
 
 def seen_tokens(tape: Tape, spec: Attention) -> int:
     """Tokens whose keys the queries of *tape* are multiplied with."""
+    if tape.caching and tape.caching.capacity is not None and decodes(tape):
+        return _room(tape.caching.capacity, spec)
     return (_kept(tape.caching, spec) if tape.caching else 0) + tape.sequence_length
 
 
@@ -31,12 +34,19 @@ def cache(tape: Tape, key: Tensor, value: Tensor, spec: Attention) -> tuple[Tens
     if tape.caching is None:
         return key, value
     outer, tape.scope = tape.scope, KEYS_AND_VALUES
-    if tape.caching.held == "fp8":
+    if tape.caching.capacity is not None:
+        found = _cache_in_place(tape, key, value, spec, tape.caching, tape.caching.capacity)
+    elif tape.caching.held == "fp8":
         found = _cache_fp8(tape, key, value, tape.caching)
     else:
         found = _cache_plain(tape, key, value, spec, tape.caching)
     tape.scope = outer
     return found
+
+
+def _room(capacity: int, spec: Attention) -> int:
+    """Tokens that a layer has room for where the whole context has *capacity*."""
+    return capacity if spec.window is None else min(capacity, spec.window)
 
 
 def _kept(caching: Caching, spec: Attention) -> int:
@@ -65,6 +75,32 @@ def _cache_plain(tape: Tape, key: Tensor, value: Tensor, spec: Attention, cachin
         if spec.window is None:
             befores.clear()
     befores.clear()
+    keys, values = tape.cached
+    return _again(keys), _again(values)
+
+
+def _cache_in_place(
+    tape: Tape, key: Tensor, value: Tensor, spec: Attention, caching: Caching, capacity: int
+) -> tuple[Tensor, Tensor]:
+    """``StaticCache``: of the prompt, its own keys and values are attended to, later all that there is room for.
+
+    Windowed layers whose window is full make copies of all they have, one token further.
+    """
+    room = _room(capacity, spec)
+    widths = [new.numel // tape.sequence_length for new in (key, value)]
+    make = _there if caching.past else _held
+    tape.cached += [make(tape, width * room, key.element_bytes) for width in widths]
+    tape.work(key, value, key, value, kernels=2)
+    if not caching.past:
+        tape.work(*tape.cached, kernels=2)
+        if tape.sequence_length > room:
+            return key, value
+        keys, values = tape.cached
+        return _again(keys, key.numel), _again(values, value.numel)
+    if caching.past >= room:
+        moved = [tape.like(each) for each in tape.cached]
+        tape.work(*tape.cached, *moved, *moved, *tape.cached, kernels=4)
+        del moved
     keys, values = tape.cached
     return _again(keys), _again(values)
 
@@ -125,6 +161,6 @@ def _there(tape: Tape, numel: int, element_bytes: int) -> Tensor:
     return found
 
 
-def _again(x: Tensor) -> Tensor:
-    """*x* under another name."""
-    return Tensor(x.numel, x.element_bytes, x.scales, x.storage)
+def _again(x: Tensor, numel: int | None = None) -> Tensor:
+    """*x*, or so many elements of it, under another name."""
+    return Tensor(x.numel if numel is None else numel, x.element_bytes, x.scales, x.storage)

@@ -55,7 +55,8 @@ def _mask_bytes(layers: Sequence[Layer], mode: Mode, batch: Amount) -> Amount:
         if mode.attention == "eager" or spec.eager_only:
             total = total + area * mode.stream_bytes * batch * (spec.causal or mode.padded)
         elif mode.attention == "sdpa" and is_masked(tape, spec):
-            total = total + area * (batch if mode.padded else 1)
+            static = mode.caching is not None and mode.caching.capacity is not None
+            total = total + area * (batch if mode.padded or static else 1)
     return total
 
 

@@ -73,6 +73,8 @@ class Caching(NamedTuple):
     as_prefilled: bool = True
     """Whether the pass before was that over the prompt, of which windowed layers then hold everything."""
     held: CacheFormat = "as computed"
+    capacity: int | None = None
+    """Tokens that memory is taken for with the first; None where it grows with every pass."""
     sequences: int = 1
     """Sequences in the batch, or as many as make a difference to the kernels that multiply few tokens."""
 

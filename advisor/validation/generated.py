@@ -69,16 +69,20 @@ def _generated(counter: StorageCounter, description: Description, inference: Inf
     weights = counter.live_bytes
     passes = _Passes(counter, model)
     ids = torch.zeros(inference.batch, inference.prompt, dtype=torch.long)
-    chosen: dict[str, Any] = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    chosen: dict[str, Any] = {}
+    if inference.fp8_cache:
+        chosen = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    if inference.static_cache:
+        chosen = {"cache_implementation": "static", "disable_compile": True}
     for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
         setattr(model.generation_config, name, None)
     with passes.counted(), _ending_at(inference.context + 1), _on_a_gpu(model):
         model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            max_length=inference.context + 2,
+            max_length=inference.context + 1,
             do_sample=False,
-            **(chosen if inference.fp8_cache else {}),
+            **chosen,
         )
         passes.end()
     prefill, *decode = passes.peaks

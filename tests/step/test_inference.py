@@ -96,6 +96,27 @@ def test_fp8_halves_the_cache() -> None:
     assert 2 * of(known("Qwen3-8B"), fp8_cache=True).cache_bytes == of(known("Qwen3-8B")).cache_bytes
 
 
+def test_a_static_cache_has_room_for_the_context_from_the_first_pass_on() -> None:
+    model = model_of(LLAMA)
+    grown, static = (of(model, prompt=1000, context=1064, static_cache=static) for static in (False, True))
+
+    assert static.prompt_cache_bytes == static.cache_bytes == grown.cache_bytes > grown.prompt_cache_bytes
+    decode = [phase_peaks(each.program.device)["decode"][0] for each in (static, grown)]
+    assert decode[0] < decode[1]
+
+
+def test_a_static_cache_of_a_windowed_layer_is_its_window() -> None:
+    found = generation(known("Mistral-7B-v0.1"), Inference(prompt=8000, context=8001, static_cache=True), ALONE)
+
+    assert found.cache_bytes == 4096 * 32 * 2 * 8 * 128 * 2
+
+
+@pytest.mark.parametrize(("name", "words"), [("gemma-2-2b", {}), ("DeepSeek-V3", {}), ("gpt2", {"attention": "eager"})])
+def test_a_static_cache_that_is_read_otherwise_is_refused(name: str, words: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match="leave the cache to grow"):
+        of(known(name), static_cache=True, **words)
+
+
 def test_every_pass_holds_the_cache_twice_for_one_layer_only() -> None:
     """A new token's keys are laid behind a copy of the old ones, which go as the copy is there."""
     short, long = (of(model_of(LLAMA), context=64 + more, prompt=60 + more) for more in (0, 1000))
@@ -134,10 +155,18 @@ CONFIGS = st.fixed_dictionaries(
     st.sampled_from(["sdpa", "eager"]),
     st.booleans(),
     st.sampled_from([None, 8, 16]),
+    st.booleans(),
 )
 @settings(max_examples=25, deadline=None)
 def test_a_call_gives_back_all_that_it_took(
-    config: dict[str, Any], batch: int, prompt: int, answer: int, attention: str, fp8: bool, window: int | None
+    config: dict[str, Any],
+    batch: int,
+    prompt: int,
+    answer: int,
+    attention: str,
+    fp8: bool,
+    window: int | None,
+    static: bool,
 ) -> None:
     family = {"model_type": "mistral", "sliding_window": window} if window else {}
     found = of(
@@ -147,6 +176,7 @@ def test_a_call_gives_back_all_that_it_took(
         context=prompt + answer,
         attention=attention,
         fp8_cache=fp8 and not window,
+        static_cache=static and attention == "sdpa" and not (fp8 and not window),
     )
     states = fold(found.program.init).net_bytes
 
@@ -204,6 +234,7 @@ def test_experts_get_copies_of_their_matrices_for_each_new_token() -> None:
         ({"prompt": 64}, "an answer of at least one take a context of 65 or more, got 64"),
         ({"batch": 0}, "batch must be at least 1, got 0"),
         ({"weights": "int3"}, "weights must be one of fp32, bf16, fp16, fp8, int8, nf4, fp4, got 'int3'"),
+        ({"static_cache": True, "fp8_cache": True}, "leave one of static and fp8 out"),
         ({"double_quant": True}, "double quantization is of scales of nf4 and fp4, got weights in bf16"),
     ],
 )
