@@ -19,8 +19,8 @@ import numpy as np
 from advisor.catalog.request import resolve
 from advisor.cost.memory import footprint
 from advisor.cost.question import program
-from advisor.cost.schedule import least_step_s
-from advisor.cost.traffic import Routes, Ways
+from advisor.cost.schedule import step_time
+from advisor.cost.traffic import Routes
 from advisor.search.layout_prices import price_layouts
 from advisor.search.layouts import LayoutSheet, layout_space
 from advisor.search.recommend import search
@@ -56,17 +56,16 @@ def difference(question: Question, sheets: list[Sheet]) -> Difference:
     """Of plans drawn from *sheets*."""
     places = [(sheet, int(index)) for sheet in sheets for index in np.flatnonzero(np.isfinite(sheet.short_by_bytes))]
     drawn = np.random.default_rng(SEED).choice(len(places), size=int(DRAWN_SHARE * len(places)), replace=False)
-    tokens = question.job.global_batch * question.job.sequence_length
     most_bytes = most_seconds = 0.0
     for sheet, index in (places[number] for number in drawn):
         plan = sheet.plan.at(index)
         step = program(question, plan)
         held = footprint(step, plan, question.cluster, question.calibration)
         most_bytes = max(most_bytes, abs(float(held.device_used_bytes) - float(sheet.device_used_bytes[index])))
-        if sheet.tokens_per_s[index] > 0:
-            ways = Ways(question.cluster, plan)
-            alone_s = float(least_step_s(step.pace, question.job, plan, ways, question.calibration))
-            most_seconds = max(most_seconds, abs(tokens / float(sheet.tokens_per_s[index]) / alone_s - 1))
+        if sheet.most_tokens_per_s[index] > 0:
+            alone = step_time(step.pace, question.job, plan, question.cluster, question.calibration)
+            ratio = float(sheet.most_tokens_per_s[index]) / float(alone.most_tokens_per_s)
+            most_seconds = max(most_seconds, abs(1 / ratio - 1))
     return Difference(len(drawn), most_bytes, most_seconds)
 
 
