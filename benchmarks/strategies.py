@@ -24,7 +24,9 @@ from advisor.catalog.legality import rules
 from advisor.cli.main import cli
 
 ROWS = Path(__file__).with_name("strategies.csv")
-ASKED = "--model Qwen2.5-1.5B --gpus 8 --gpu A100-80GB --host-memory 512 --micro-batch 4"
+ASKED = "--model Qwen2.5-1.5B --gpus 8 --gpu A100-80GB"
+TRAINED = f"{ASKED} --host-memory 512 --micro-batch 4"
+GENERATED = f"{ASKED} --gpus 1"
 """What each row's words are added to; words that stand twice count where they stand last."""
 COLUMNS = ("Strategy", "Words", "States GiB", "Peak GiB", "Sent GB", "Step s", "Legality", "Files", "Checked by")
 CHOICES = ("strategy", "offload", "method", "optimizer", "precision", "attention")
@@ -54,6 +56,10 @@ class Row:
     def flags(self) -> list[str]:
         return shlex.split(self.words if self.command == "estimate" else self.words.partition(" ")[2])
 
+    @property
+    def trains(self) -> bool:
+        return "--inference" not in self.flags
+
 
 def read() -> tuple[Row, ...]:
     """All of them."""
@@ -66,7 +72,7 @@ def read() -> tuple[Row, ...]:
 
 def answered(row: Row, command: str) -> tuple[dict[str, Any], str]:
     """What *command* says to the words of *row* as JSON, and its refusal; one of them is empty."""
-    said = CliRunner().invoke(cli, [command, *shlex.split(ASKED), *row.flags, "--json"])
+    said = CliRunner().invoke(cli, [command, *shlex.split(TRAINED if row.trains else GENERATED), *row.flags, "--json"])
     if said.exit_code in (0, 3):
         return json.loads(said.stdout), ""
     return {}, said.stderr.strip().splitlines()[-1].removeprefix("Error: ")
@@ -86,7 +92,7 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{memory['states_bytes'] / GIB:.2f}",
         f"{memory['device_used_bytes'] / GIB:.2f}",
         f"{sent / GB:.2f}",
-        f"{time['step_s']:.3f}" if "step_s" in time else "see the answer",
+        f"{time['step_s']:.3f}" if row.trains else f"{time['decode']['seconds']:.4f} a token",
         _legality(answer),
         _files(row),
         _tests(row),
@@ -108,7 +114,7 @@ def _legality(answer: dict[str, Any]) -> str:
 
 def _files(row: Row) -> str:
     """Names of the launch files that are no part of every set, or why there are none."""
-    if row.command != "estimate":
+    if not row.trains:
         return "none: nothing is trained"
     written, refusal = answered(row, "launch")
     if refusal:
@@ -125,7 +131,7 @@ def lines() -> Iterator[str]:
     """The page, line by line."""
     yield "# Strategies and methods"
     yield ""
-    yield f"Made by `python benchmarks/strategies.py`. Each is asked for by `advisor estimate {ASKED}` and its words."
+    yield f"Made by `python benchmarks/strategies.py`. Each is asked for by `advisor estimate {TRAINED}` and its words."
     yield "States: what the fullest GPU holds between steps. Peak: what its driver shows. Sent: by one GPU in a step."
     yield "Legality names the rules of `profiles/legality.csv` about it."
     for group, rows in groupby(read(), key=lambda row: row.group):

@@ -198,7 +198,7 @@ def estimate(context: click.Context, /, *, as_json: bool, as_csv: bool, **questi
       advisor estimate --model Qwen3-32B --gpus 16 --trainer megatron --tp 8
       advisor estimate --model Llama-3.1-8B --gpus 8 --strategy fsdp --tokens 1e9
       advisor estimate --inference --model Llama-3.1-8B --gpu L4 --weights nf4
-      advisor estimate --model Llama-3.1-8B --gpus 8 --strategy zero3 --sp 8 --seq-len 131072 --global-batch 1
+      advisor estimate --model Qwen3-8B --gpus 8 --strategy zero3 --sp 8
     """
     from advisor.cost.estimate import estimate as price
 
