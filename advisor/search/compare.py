@@ -12,10 +12,10 @@ from advisor.cost.results import Estimate
 from advisor.errors import SpecError
 from advisor.search.contenders import contenders, why_none
 from advisor.search.explain import fewest_that_would_do
-from advisor.search.layouts import kept_to_layout, layout_space
+from advisor.search.layouts import layout_space
 from advisor.search.rank import ranked
 from advisor.search.space import kept_to, micro_batches, variants
-from advisor.search.words import parted
+from advisor.search.words import kept_to_layout, parted
 from advisor.specs.hardware import Cluster
 from advisor.specs.job import Job
 from advisor.specs.model import ModelSpec

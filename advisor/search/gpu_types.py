@@ -13,11 +13,10 @@ from advisor.cost.question import ask
 from advisor.cost.results import Estimate
 from advisor.errors import SpecError
 from advisor.search.contenders import contenders, why_none
-from advisor.search.layouts import kept_to_layout
 from advisor.search.pareto import front, undominated
 from advisor.search.rank import ordered
 from advisor.search.space import kept_to
-from advisor.search.words import parted
+from advisor.search.words import kept_to_layout, parted
 from advisor.specs.hardware import Cluster
 from advisor.specs.model import ModelSpec
 from advisor.specs.question import Input, Question

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 from advisor.cost.question import ask
 from advisor.search.contenders import contenders
 from advisor.search.explain import Leasts, barred, headline, refused
-from advisor.search.layouts import kept_to_layout
 from advisor.search.pareto import front
 from advisor.search.rank import ranked
 from advisor.search.results import Recommendation, Rejected
 from advisor.search.sheet import nearest_miss
 from advisor.search.space import kept_to
-from advisor.search.words import parted
+from advisor.search.words import kept_to_layout, parted
 from advisor.specs.question import Question
 from advisor.specs.training import Objective
 
