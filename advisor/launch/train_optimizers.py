@@ -106,7 +106,7 @@ def _bitsandbytes() -> Any:
 
 def _galore() -> Any:
     try:
-        from galore_torch import GaLoreAdamW  # type: ignore[import-not-found, unused-ignore]
+        from galore_torch import GaLoreAdamW  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ImportError:
         raise SystemExit("--optimizer galore needs: pip install galore-torch") from None
     return GaLoreAdamW

@@ -21,7 +21,7 @@ import pytest
 from advisor.launch.deepspeed import GRADIENT_CLIPPING
 from advisor.launch.files import render, write
 from advisor.launch.targets import Target
-from advisor.specs.job import Job
+from advisor.specs.job import Job, Method
 from advisor.specs.plan import Checkpointing, FsdpSettings, Offload, Strategy
 from launch.examples import cluster, model, plan, write_tiny_qwen2
 
@@ -201,13 +201,19 @@ def run_as(expected: Expected, checkpoint: Path, folder: Path, base_optimizer: s
     return steps
 
 
-@pytest.mark.parametrize("strategy", [Strategy.DDP, Strategy.ZERO3], ids=lambda each: each.value)
-def test_two_ranks_train_adapters_and_nothing_else(strategy: Strategy, checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "method"),
+    [(Strategy.ZERO3, "lora"), (Strategy.FSDP, "qlora")],
+    ids=["adapters under ZeRO-3", "adapters beside four bits under FSDP2"],
+)
+def test_two_ranks_train_adapters_and_nothing_else(
+    strategy: Strategy, method: Method, checkpoint: Path, tmp_path: Path
+) -> None:
     from safetensors.torch import load_file
 
-    for package in ("peft", "deepspeed"):
+    for package in ("peft", "deepspeed", "bitsandbytes"):
         pytest.importorskip(package)
-    job = Job(sequence_length=32, method="lora", lora_rank=4)
+    job = Job(sequence_length=32, method=method, lora_rank=4)
     launch = render(
         model(), job, plan(strategy, checkpointing=Checkpointing.FULL), cluster(), weights_from=str(checkpoint)
     )

@@ -117,7 +117,7 @@ def test_llama_factory_is_told_what_to_train(targets: tuple[str, ...], method: s
 @pytest.mark.parametrize(
     ("trainer", "method", "complaint"),
     [
-        ("trl", "qlora", r"--method qlora is not modelled as trl \(trl [\d.]+\) runs it; give --method full or lora"),
+        ("trl", "dora", r"--method dora is not modelled as trl \(trl [\d.]+\) runs it; give --method full"),
         ("axolotl", "lora", r"--method lora is not modelled as axolotl .* runs it; give --method full, or leave"),
         ("hf", "lora", r"--method lora is not modelled as hf .* runs it; give --method full, or leave --trainer out"),
     ],
