@@ -16,6 +16,7 @@ from advisor.cost.estimate import price, shortages
 from advisor.cost.memory import footprint
 from advisor.cost.question import ask, program_of_contenders
 from advisor.cost.results import Estimate
+from advisor.errors import SpecError
 from advisor.search.contenders import contenders
 from advisor.search.explain import fewest_that_would_do
 from advisor.search.rank import ordered
@@ -112,7 +113,7 @@ def limits(
     started = time.perf_counter()
     asked = ask(model, trace=trace, trust_remote_code=trust_remote_code, **words)
     question = kept_to(asked, strategy, offload)
-    able = [variant for variant in variants(question) if not bar(question, *variant)]
+    able = _able(question)
     reaches = [reach(question, able, offloads=offloads) for offloads in (False, True)]
     return Limits(
         model=question.model,
@@ -124,6 +125,23 @@ def limits(
         seconds=time.perf_counter() - started,
         warnings=question.warnings,
     )
+
+
+def _barred(question: Question) -> dict[Variant, str | None]:
+    """Of each wanted strategy why it cannot run the job, or None."""
+    if question.job.trainer == "megatron":
+        raise SpecError("limits are of plans that cut no layers; leave --trainer megatron out")
+    return {variant: bar(question, *variant) for variant in variants(question)}
+
+
+def _able(question: Question) -> list[Variant]:
+    """The wanted strategies that can run the job. Raises SpecError where none can, with what bars the first."""
+    barred = _barred(question)
+    able = [variant for variant, reason in barred.items() if reason is None]
+    if not able:
+        (strategy, _), reason = next(iter(barred.items()))
+        raise SpecError(f"{strategy.title} cannot train {question.model.name}: {reason}")
+    return able
 
 
 def reach(question: Question, able: Iterable[Variant], *, offloads: bool) -> Reach | None:
@@ -324,8 +342,8 @@ def _may_fit(question: Question) -> bool:
     """Whether the bound of some strategy fits that takes one sequence at a time and recomputes everything."""
     if not _weights_have_room(question):
         return False
-    able = (variant for variant in variants(question)[::-1] if not bar(question, *variant))
-    plans = (plan_of(question, variant, Checkpointing.FULL, 1) for variant in able)
+    able = [variant for variant, reason in _barred(question).items() if reason is None]
+    plans = (plan_of(question, variant, Checkpointing.FULL, 1) for variant in reversed(able))
     return any(_short_by_bound(question, plan) <= 0 for plan in plans)
 
 

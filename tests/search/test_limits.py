@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from advisor.cost.estimate import price
+from advisor.errors import SpecError
 from advisor.search import limits as search
 from advisor.search.limits import SATURATED_SHARE, Reach, largest_models, last_below, limits, reach
 from advisor.search.sheet import held_by
@@ -93,3 +94,15 @@ def test_the_largest_models_come_first_and_larger_ones_do_not_fit(monkeypatch: p
     assert [plan.model.name for plan in answer.fitting] == ["gpt2-medium", "opt-125m"]
     assert [model.name for model in answer.too_large] == ["Llama-3.1-70B", "gpt2-xl"]
     assert {plan.verdict for plan in answer.fitting} == {"fits"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"model": "gpt2", "trainer": "megatron"}, "leave --trainer megatron out"),
+        ({"model": "bert-base-uncased", "strategy": "fsdp"}, "FSDP full shard cannot train bert-base-uncased: "),
+    ],
+)
+def test_a_question_that_no_strategy_can_run_is_refused(words: dict[str, str], said: str) -> None:
+    with pytest.raises(SpecError, match=said):
+        limits(**words, gpu="A100", gpus=2)  # type: ignore[arg-type]
