@@ -170,5 +170,5 @@ def test_several_machines_are_each_to_be_started(capsys: pytest.CaptureFixture[s
     written = tuple(Path("run") / file.name for file in launch().files)
     two = replace(answer, cluster=replace(answer.cluster, nodes=2))
 
-    assert "on each of the 2 machines" in printed(capsys, two, 140, launch(), written)
+    assert "on each of the 2 machines" in " ".join(printed(capsys, two, 140, launch(), written).split())
     assert "machines" not in printed(capsys, answer, 140, launch(), written)
