@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch.distributed import is_initialized
 from torch.distributed.device_mesh import DeviceMesh
 
 from advisor.tracing.counter import StorageCounter, resizes_counted
@@ -210,8 +211,9 @@ class CpuMeter(Meter):
 
     def built(self) -> None:
         """A GPU run keeps the numbers of a mesh's ranks in host memory; accelerate makes a mesh for every unit."""
-        meshes = [each for each in gc.get_objects() if type(each) is DeviceMesh]
-        self.counter.leave_out(mesh.mesh for mesh in meshes)
+        if is_initialized():
+            meshes = [each for each in gc.get_objects() if type(each) is DeviceMesh]
+            self.counter.leave_out(mesh.mesh for mesh in meshes)
 
     def value_of(self, loss: torch.Tensor) -> float:
         return float(loss.item())
