@@ -44,12 +44,19 @@ LAUNCHERS = {
 }
 
 
+PORTS = {"accelerate": (1, "--main_process_port"), "deepspeed": (0, "--master_port")}
+"""Where a launcher is told its port, which is 29500 unless said, and how; torchrun finds a free one by itself."""
+
+
 def stand_in(program: str) -> str:
-    """The same launcher by the name of its command, with the harness between it and train.py."""
+    """The same launcher by the name of its command, with the harness between it and train.py, on a port of its own."""
+    place, flag = PORTS.get(program, (0, ""))
     return f"""\
 #!{sys.executable}
 import os, sys
 words = sys.argv[1:]
+if {flag!r} and not any(word.startswith({flag!r}) for word in words):
+    words[{place}:{place}] = [{flag!r}, os.environ["A_FREE_PORT"]]
 at = next(index for index, word in enumerate(words) if word.endswith("train.py"))
 launcher = [sys.executable, "-m", {LAUNCHERS[program]!r}]
 os.execv(sys.executable, [*launcher, *words[:at], {str(HARNESS)!r}, *words[at:]])
@@ -276,6 +283,7 @@ def start(folder: Path, name: str, *more_arguments: str, **settings: str) -> sub
         ["bash", str(folder / "run" / "run.sh"), *ARGUMENTS, *more_arguments],
         env=os.environ
         | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        | {"A_FREE_PORT": free_port()}
         | settings,
         cwd=own,
         stdout=subprocess.PIPE,
